@@ -1,0 +1,27 @@
+"""Plain (unquantized) dtypes: their names, sizes and spellings elsewhere."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class DType(NamedTuple):
+    nbytes: int
+    safetensors: str
+    numpy: str  # bf16 has no numpy dtype: it travels as the bits, uint16
+    torch: str
+
+
+DTYPES: dict[str, DType] = {
+    "f64": DType(8, "F64", "float64", "float64"),
+    "f32": DType(4, "F32", "float32", "float32"),
+    "f16": DType(2, "F16", "float16", "float16"),
+    "bf16": DType(2, "BF16", "uint16", "bfloat16"),
+    "i64": DType(8, "I64", "int64", "int64"),
+    "i32": DType(4, "I32", "int32", "int32"),
+    "u8": DType(1, "U8", "uint8", "uint8"),
+    "bool": DType(1, "BOOL", "bool", "bool"),
+}
+FLOATS = ("f64", "f32", "f16", "bf16")
+FROM_SAFETENSORS = {d.safetensors: name for name, d in DTYPES.items()}
+FROM_TORCH = {d.torch: name for name, d in DTYPES.items()}

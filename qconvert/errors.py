@@ -1,0 +1,82 @@
+"""What can go wrong, and the exit code of each.
+
+QConvertError                 1  a bug in qconvert, where nothing below fits
+├── UsageError                2  wrong flags or arguments
+├── InputError                3  the input is wrong: missing or corrupt file, NaN, unconsumed config key
+│   └── AdapterError          3  an adapter's keys are missing, unused or mismatched
+├── ResourceError             4  not enough disk or memory, found before the first byte
+├── UnsupportedError          5  architecture, type or combination, with the nearest thing that is
+│   └── MissingDependency     5  an optional package is not installed
+├── VerificationError         6  the file is not what it should be; names stage and tensor
+├── GateError                 7  a quality gate failed
+├── NotVerifiedError          8  not verified where --require-verified asked for it
+└── GraphError                1  a pass left an invalid graph
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+
+class QConvertError(Exception):
+    """A failure to tell the user about: what was found and wanted, where, and (hint) what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class UsageError(QConvertError):
+    exit_code = 2
+
+
+class InputError(QConvertError):
+    exit_code = 3
+
+
+class AdapterError(InputError):
+    pass
+
+
+class ResourceError(QConvertError):
+    exit_code = 4
+
+
+class UnsupportedError(QConvertError):
+    exit_code = 5
+
+
+class MissingDependency(UnsupportedError):
+    pass
+
+
+class VerificationError(QConvertError):
+    exit_code = 6
+
+
+class GateError(QConvertError):
+    exit_code = 7
+
+
+class NotVerifiedError(QConvertError):
+    exit_code = 8
+
+
+class GraphError(QConvertError):
+    pass
+
+
+def require(module: str, for_: str, install: str | None = None) -> ModuleType:
+    """Import an optional module, or say which feature wants it and how to install it."""
+    try:
+        return import_module(module)
+    except ImportError as e:
+        package = install or module.partition(".")[0]
+        raise MissingDependency(f"{for_} needs {module} ({e})", hint=f"pip install {package}") from e

@@ -1,0 +1,22 @@
+"""Compiled CPU kernels (numba): arrays in, arrays out; numba is imported on first use.
+
+search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer, byte for byte
+widen_bf16(u16[...]) -> f32[...]                     exact
+narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
+add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
+all_finite(x) -> bool
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_WHERE = {"search": "search", "widen_bf16": "real", "narrow_bf16": "real", "add_low_rank": "real", "all_finite": "real"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'qconvert.kernels' has no attribute {name!r}")
+    value: object = getattr(import_module(f"qconvert.kernels.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,176 @@
+"""Every op: what it means and the type it gives. Weight ops run in weights.py, row by row; the others in run.py (torch).
+
+Weights are [out, in] = [N, K]; activations f32[B,T,·]; token ids i64[B,T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qconvert.dtypes import DTYPES
+from qconvert.errors import GraphError
+from qconvert.graph import Attr, Graph, Node, Type
+from qconvert.scheme import SCHEMES
+from qconvert.text import format_node
+
+Infer = Callable[[tuple[Type, ...], dict[str, Attr]], Type | None]
+
+
+class Op(NamedTuple):
+    infer: Infer  # input types, attrs -> type; None: whatever the node declares
+    doc: str
+    constant: bool = False  # a weight op
+
+
+def _declared(_: tuple[Type, ...], __: dict[str, Attr]) -> None:
+    return None
+
+
+def _same(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return i[0]
+
+
+def _elementwise(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    if i[0] != i[1]:
+        raise GraphError(f"{i[0]} and {i[1]} differ")
+    return i[0]
+
+
+def _real(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", i[0].shape)
+
+
+def _merge(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    w, (a, b) = i[0], i[-2:] if len(i) == 3 else i[2:4]
+    (n, k), (ra, ka), (nb, rb) = w.dims, a.dims, b.dims
+    if (n, k) != (nb, ka) or ra != rb:
+        raise GraphError(f"A {a} and B {b} do not fit a weight {w}")
+    return Type("f32", w.shape)
+
+
+def _transpose(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type(i[0].dtype, i[0].shape[::-1])
+
+
+def _embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", (*i[0].shape, i[1].shape[1]))
+
+
+def _linear(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    x, w = i[0], i[1]
+    if x.shape[-1] != w.shape[1]:
+        raise GraphError(f"x has {x.shape[-1]} features, the weight {w} wants {w.shape[1]}")
+    if len(i) > 2 and i[2].shape != w.shape[:1]:
+        raise GraphError(f"the bias {i[2]} does not fit the weight {w}")
+    return Type("f32", (*x.shape[:-1], w.shape[0]))
+
+
+def _lora(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", (*i[0].shape[:-1], i[2].shape[0]))
+
+
+def _lora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", (*i[0].shape, i[2].shape[0]))
+
+
+def _dora_path(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", (*i[0].shape[:-1], i[1].shape[0]))
+
+
+def _dora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("f32", (*i[0].shape, i[1].shape[1]))
+
+
+def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    begin, end = attrs["begin"], attrs["end"]
+    assert isinstance(begin, int) and isinstance(end, int)
+    return Type(i[0].dtype, (*i[0].shape[:-1], end - begin))
+
+
+
+OPS: dict[str, Op] = {
+    # weights -------------------------------------------------------------------------------------
+    "load": Op(_declared, 'a tensor of the sources: {"tensor": "base/model.safetensors#name"}; parameters add role, layer', True),
+    "constant": Op(_declared, 'numbers small enough to print: {"values": [...]}', True),
+    "transpose": Op(_transpose, "w.T", True),
+    "cast": Op(_declared, "w rounded to the node's dtype", True),
+    "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
+    "dora": Op(_merge, "(w, w0, A, B, m[, norm[K]]) {scale, weight}: w + weight * (m * V / |V| - w0), V = w0 + scale * B @ A; "
+               "|V| by row, m[N]; with norm by column, m[K]", True),
+    "column_norm": Op(lambda i, _: Type("f32", i[0].shape[1:]), "(w0, A, B) {scale}: norms of the columns of w0 + scale * B @ A", True),
+    "blend": Op(_real, "(w, w0, new) {weight}: w + weight * (new - w0)", True),
+    "set_rows": Op(_real, "(w, w0, new[n,K]) {indices, weight}: w with row indices[j] += weight * (new[j] - w0[indices[j]])", True),
+    "add_scaled": Op(_real, "(w, d) {scale}: w + scale * d", True),
+    "scaled": Op(_real, "(w) {scale}: scale * w", True),
+    "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
+    "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
+    "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype", True),
+    # activations ---------------------------------------------------------------------------------
+    "input": Op(_declared, "token ids i64[B,T]"),
+    "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
+    "embed": Op(_embed, "(ids, w): rows of w"),
+    "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),
+    "lora": Op(_lora, "(x, A, B[, bias]) {scale}: scale * ((x @ A.T) @ B.T + bias)"),
+    "lora_embed": Op(_lora_embed, "(ids, A[r,V], B[D,r]) {scale}: scale * A.T[ids] @ B.T"),
+    "dora_path": Op(_dora_path, "(x, w, A, B, m) {scale, weight}: weight * ((g-1) * x@w.T + g * scale * x@A.T@B.T), g = m / |w + scale * B@A| by row"),
+    "dora_embed": Op(_dora_embed, "(ids, w[V,D], A[r,V], B[D,r], m[D]) {scale, weight}: the same for embeddings, |·| by column"),
+    "add": Op(_elementwise, "x + y"),
+    "mul": Op(_elementwise, "x * y"),
+    "silu": Op(_same, "x * sigmoid(x)"),
+    "gelu": Op(_same, "exact (erf) GELU"),
+    "gelu_tanh": Op(_same, "GELU, tanh approximation"),
+    "relu": Op(_same, "max(x, 0)"),
+    "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
+    "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
+    "layer_norm": Op(_same, "(x, w, b) {eps}"),
+    "rope": Op(_same, "(x) {head_dim, theta, scaling?}: rotate halves of each head by position"),
+    "attention": Op(_same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"),
+}
+
+
+def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:
+    """The type that `op` gives. GraphError for an unknown op or inputs that do not fit."""
+    if op not in OPS:
+        raise GraphError(f"unknown op {op!r}", hint=f"ops are {', '.join(sorted(OPS))}")
+    got = OPS[op].infer(inputs, dict(attrs))
+    if got is None:
+        raise GraphError(f"{op} has no type rule; its node must declare its type")
+    return got
+
+
+def verify(graph: Graph) -> None:
+    """Raise GraphError unless every name is defined before use, every type is what its op gives, every dtype exists."""
+    seen: dict[str, Type] = {}
+    for name, node in graph.nodes.items():
+        line = format_node(name, node)
+        for i in node.inputs:
+            if i not in seen:
+                raise GraphError(f"%{name} uses %{i}, which is not defined before it: {line}")
+        if node.op not in OPS:
+            raise GraphError(f"%{name}: unknown op {node.op!r}: {line}", hint=f"ops are {', '.join(sorted(OPS))}")
+        _check_dtype(node, line)
+        try:
+            want = OPS[node.op].infer(tuple(seen[i] for i in node.inputs), dict(node.attrs))
+        except GraphError as e:
+            raise GraphError(f"%{name}: {e.message}: {line}", hint=e.hint) from e
+        except (KeyError, IndexError, ValueError, AssertionError) as e:
+            raise GraphError(f"%{name}: wrong inputs or attributes for {node.op} ({OPS[node.op].doc}): {line}") from e
+        if want is not None and want != node.type:
+            raise GraphError(f"%{name}: {node.op} gives {want}, but the graph says {node.type}: {line}")
+        seen[name] = node.type
+    for o in graph.outputs:
+        if o not in seen:
+            raise GraphError(f"output %{o} is not defined")
+
+
+def _check_dtype(node: Node, line: str) -> None:
+    dtype = node.type.dtype
+    if node.op == "pack":
+        if "." not in dtype:
+            raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
+    elif node.op == "quantize":
+        if dtype not in SCHEMES:
+            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join(SCHEMES)}")
+    elif dtype not in DTYPES:
+        raise GraphError(f"{dtype} is no dtype: {line}", hint=f"dtypes are {', '.join(DTYPES)}")

@@ -1,0 +1,58 @@
+"""Names to objects: the built-in tables plus entry points of installed packages, imported on use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+
+from qconvert.errors import QConvertError, UnsupportedError
+
+BUILTIN: Mapping[str, Mapping[str, str]] = {
+    "passes": {
+        "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
+        "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
+        "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
+        "quantize": "qconvert.passes.quantize:Quantize",
+        "pack": "qconvert.passes.pack:Pack",
+    },
+    "formats": {"gguf": "qconvert.formats.gguf:GGUF"},
+    "families": {name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2")},
+    "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
+    "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},
+}
+
+
+@cache
+def entries(group: str) -> Mapping[str, tuple[str, str]]:
+    """name -> ("module:object", distribution) of one group. A name that two define is an error naming both."""
+    found = {name: (target, "qconvert") for name, target in BUILTIN[group].items()}
+    if os.environ.get("QCONVERT_PLUGINS") == "off":
+        return found
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=f"qconvert.{group}"):
+        dist = point.dist.name if point.dist else "?"
+        if point.name in found and found[point.name] != (point.value, dist):
+            raise QConvertError(
+                f"{group}: {point.name!r} is defined by {found[point.name][1]} and by {dist}",
+                hint="uninstall one, or set QCONVERT_PLUGINS=off",
+            )
+        found[point.name] = (point.value, dist)
+    return found
+
+
+def find(group: str, name: str) -> object:
+    """The object called `name`; UnsupportedError with the nearest name where there is none."""
+    table = entries(group)
+    if name not in table:
+        near = get_close_matches(name, table, n=1)
+        raise UnsupportedError(
+            f"no {group.removesuffix('s')} is called {name!r}; there are {', '.join(sorted(table))}",
+            hint=f"did you mean {near[0]!r}?" if near else None,
+        )
+    module, _, attribute = table[name][0].partition(":")
+    value: object = getattr(import_module(module), attribute)
+    return value

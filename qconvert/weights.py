@@ -1,0 +1,244 @@
+"""Evaluate weights a block of rows at a time: what emitting, checking and the reference evaluator all read.
+
+    rows(name, begin, end)   real values f32 or f64 [rows, K] ([rows] for a vector), QTensor, or packed bytes u8[rows, nbytes]
+    encoded(name, ...)       the bytes that a file holds
+
+Nothing is kept but small inputs (adapter factors), so memory does not grow with the tensor or the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+
+from qconvert import kernels
+from qconvert.errors import GraphError, InputError
+from qconvert.graph import Graph, Node
+from qconvert.layouts import layout_of
+from qconvert.scheme import SCHEMES, Array, Bytes, QTensor
+from qconvert.sources import Store
+
+SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
+
+
+@dataclass
+class Weights:
+    """The constants of `graph`, read from `store`. dtype is np.float32 (what is written) or np.float64 (reference)."""
+
+    graph: Graph
+    store: Store
+    dtype: type[np.floating] = np.float32
+    _whole: dict[str, Array] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def rows(self, name: str, begin: int, end: int) -> Array | QTensor:
+        """Rows begin..end of the value `name`. Safe to call from several threads."""
+        node = self.graph.nodes[name]
+        try:
+            op = OPS[node.op]
+        except KeyError:
+            raise GraphError(f"%{name}: {node.op} is not an op on weights") from None
+        return op(self, name, node, begin, end)
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        """Rows as real numbers, dequantized where they are quantized or packed."""
+        node = self.graph.nodes[name]
+        value = self.rows(name, begin, node.type.dims[0] if end is None else end)
+        if isinstance(value, QTensor):
+            return value.dequantize().astype(self.dtype, copy=False)
+        if node.op == "pack":
+            return layout_of(node.type.dtype).unpack(cast(Bytes, value)).dequantize().astype(self.dtype, copy=False)
+        return value
+
+    def whole(self, name: str) -> Array:
+        """A small value, kept: adapter factors, norms, biases."""
+        with self._lock:
+            if name not in self._whole:
+                value = self.real(name)
+                if value.size > SMALL:
+                    return value
+                if len(self._whole) > 32:
+                    self._whole.pop(next(iter(self._whole)))
+                self._whole[name] = value
+            return self._whole[name]
+
+    def encoded(self, name: str, begin: int, end: int) -> Bytes:
+        """Rows as the bytes that a file holds, u8 flat. InputError where a value does not fit f16."""
+        node = self.graph.nodes[name]
+        value = self.rows(name, begin, end)
+        if isinstance(value, QTensor):
+            raise GraphError(f"%{name} is quantized but not packed: {node.type}")
+        if node.op == "pack":
+            return cast(Bytes, value).reshape(-1)
+        match node.type.dtype:
+            case "f32":
+                out: Array = np.ascontiguousarray(value, np.float32)
+            case "f16":
+                out = value.astype(np.float16)
+            case "bf16":
+                out = kernels.narrow_bf16(np.ascontiguousarray(value, np.float32))
+            case dtype:
+                raise GraphError(f"%{name}: {dtype} is not written to files")
+        return out.view(np.uint8).reshape(-1)
+
+
+def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    raw = w.store.read(str(node.attrs["tensor"]), begin, end)
+    return _checked(w, name, node, begin, raw)
+
+
+def _checked(w: Weights, name: str, node: Node, begin: int, raw: Array) -> Array:
+    """Source bits as real numbers; a NaN or an infinity is an error that names tensor and row."""
+    if node.type.dtype in ("i64", "i32", "u8", "bool"):
+        return raw
+    value: Array = kernels.widen_bf16(raw) if node.type.dtype == "bf16" else raw
+    if not kernels.all_finite(value):
+        at = np.argwhere(~np.isfinite(value))[0]
+        place = [int(at[0]) + begin, *map(int, at[1:])]
+        raise InputError(
+            f"{node.attrs['tensor']}: {value[tuple(at)]} at {place}",
+            hint="the checkpoint is damaged or its training diverged; nothing can be converted from it",
+        )
+    return value.astype(w.dtype, copy=False)
+
+
+def _constant(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return np.asarray(node.attrs["values"], w.dtype)[begin:end]
+
+
+def _transpose(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    source = w.graph.nodes[node.inputs[0]]
+    if source.op == "load":
+        raw = w.store.read_columns(str(source.attrs["tensor"]), begin, end)
+        return np.ascontiguousarray(_checked(w, node.inputs[0], source, 0, raw).T)
+    return np.ascontiguousarray(w.whole(node.inputs[0]).T[begin:end])
+
+
+def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    value = w.real(node.inputs[0], begin, end)
+    if node.type.dtype == "f16":
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if not np.isfinite(half).all():
+            peak = float(np.abs(value).max())
+            raise InputError(f"{name}: {peak:g} does not fit f16 (65504)", hint="keep this tensor as bf16 or f32: --tensor-type")
+        return half.astype(w.dtype)
+    if node.type.dtype == "bf16":
+        return kernels.widen_bf16(kernels.narrow_bf16(value.astype(np.float32))).astype(w.dtype, copy=False)
+    return value
+
+
+def _merge(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    base, a, b = node.inputs
+    out = w.real(base, begin, end)
+    scale = _number(node, "scale")
+    if w.dtype is np.float64:
+        return cast(Array, out + scale * (w.real(b, begin, end) @ w.whole(a)))
+    return kernels.add_low_rank(np.array(out, np.float32), w.whole(a), w.whole(b)[begin:end], scale)
+
+
+def _dora(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    base, base0, a, b, m = node.inputs[:5]
+    weight = _number(node, "weight")
+    v0 = w.real(base0, begin, end)
+    v = v0.astype(np.float64) + _number(node, "scale") * (w.whole(b)[begin:end].astype(np.float64) @ w.whole(a).astype(np.float64))
+    magnitude = w.whole(m).astype(np.float64)
+    if len(node.inputs) == 6:
+        v *= magnitude / w.whole(node.inputs[5])
+    else:
+        v *= (magnitude[begin:end] / np.linalg.norm(v, axis=1))[:, None]
+    if weight != 1 or base != base0:
+        v = w.real(base, begin, end) + weight * (v - v0)
+    return v.astype(w.dtype)
+
+
+def _column_norm(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    base, a, b = node.inputs
+    n, k = w.graph.nodes[base].type.dims
+    total = np.zeros(k)
+    step = rows_per_block(k)
+    for i in range(0, n, step):
+        j = min(n, i + step)
+        v = w.real(base, i, j) + _number(node, "scale") * (w.whole(b)[i:j].astype(np.float64) @ w.whole(a).astype(np.float64))
+        total += np.square(v).sum(0)
+    return np.sqrt(total)[begin:end].astype(w.dtype)
+
+
+def _blend(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    value, base, new = (w.real(i, begin, end) for i in node.inputs)
+    if _number(node, "weight") == 1 and node.inputs[0] == node.inputs[1]:
+        return new
+    return (value + _number(node, "weight") * (new - value if node.inputs[0] == node.inputs[1] else new - base)).astype(w.dtype)
+
+
+def _set_rows(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    value, base, new = node.inputs
+    out = np.array(w.real(value, begin, end))
+    weight = _number(node, "weight")
+    rows = w.whole(new)
+    for j, index in enumerate(cast(list[int], node.attrs["indices"])):
+        if begin <= index < end:
+            exact = weight == 1 and value == base
+            out[index - begin] = rows[j] if exact else out[index - begin] + weight * (rows[j] - w.real(base, index, index + 1)[0])
+    return out
+
+
+def _add_scaled(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    value, d = (w.real(i, begin, end) for i in node.inputs)
+    return (value + _number(node, "scale") * d).astype(w.dtype)
+
+
+def _scaled(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return (_number(node, "scale") * w.real(node.inputs[0], begin, end)).astype(w.dtype)
+
+
+def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    n = node.type.dims[0]
+    head_dim = n // int(_number(node, "heads"))
+    low, high = begin // head_dim * head_dim, min(n, -(-end // head_dim) * head_dim)
+    value = w.real(node.inputs[0], low, high)
+    out = value.reshape(-1, 2, head_dim // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    return np.ascontiguousarray(out[begin - low : end - low])
+
+
+def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
+    scheme = SCHEMES[node.type.dtype]
+    return layout_of(f"gguf.{scheme.name}").unpack(_search(w, node, begin, end))
+
+
+def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
+    if node.attrs.get("solver") != "search":
+        raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="solvers: search")
+    value = w.real(node.inputs[0], begin, end)
+    return kernels.search(node.type.dtype, np.ascontiguousarray(value, np.float32))
+
+
+def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
+    quantized = w.graph.nodes[node.inputs[0]]
+    if quantized.op == "quantize" and node.type.dtype == f"gguf.{quantized.type.dtype}":
+        return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
+    return layout_of(node.type.dtype).pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
+
+
+def rows_per_block(k: int, values: int = 1 << 19) -> int:
+    """Rows of k values in a block of about `values` (2 MB of f32), in multiples of 16 where that fits."""
+    n = max(1, values // max(1, k))
+    return n // 16 * 16 if n >= 16 else n
+
+
+def _number(node: Node, attr: str) -> float:
+    value = node.attrs[attr]
+    assert isinstance(value, int | float)
+    return value
+
+
+Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
+OPS: dict[str, Op] = {
+    "load": _load, "constant": _constant, "transpose": _transpose, "cast": _cast, "merge": _merge, "dora": _dora,
+    "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
+    "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
+}  # fmt: skip
