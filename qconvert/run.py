@@ -1,0 +1,341 @@
+"""The reference evaluator: what a graph computes, in torch, f32 or f64. Everything emitted is judged against it.
+
+Activations are kept until their last reader has run; weights are read right before use, large ones in blocks of rows,
+so memory is the live activations plus one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qconvert.errors import GraphError
+from qconvert.graph import Attr, Graph, Node
+
+BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
+Scaling = Mapping[str, Attr]
+Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
+
+
+class Reals(Protocol):
+    """Where weights come from: weights.Weights, or anything that gives rows begin..end as real numbers."""
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> npt.NDArray[Any]: ...
+
+
+def run(
+    graph: Graph,
+    weights: Reals,
+    tokens: Tensor | npt.NDArray[np.integer[Any]] | list[list[int]],
+    *,
+    want: Iterable[str] | None = None,
+    observe: Observe | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
+
+    observe(name, node, inputs): called before each op with its activations (weights left out).
+    For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
+    """
+    wanted = tuple(graph.outputs if want is None else want)
+    for name in wanted:
+        if name not in graph.nodes:
+            raise GraphError(f"no value is called %{name}")
+    values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype)
+    need = graph.needed(wanted) - values.fixed
+    order = [name for name in graph.nodes if name in need]
+    last = {i: name for name in order for i in graph.nodes[name].inputs}
+    with torch.no_grad():
+        for name in order:
+            node = graph.nodes[name]
+            if observe is not None:
+                observe(name, node, tuple(values[i] for i in node.inputs if i not in values.fixed))
+            values.live[name] = evaluate(values, name, node)
+            for i in {*node.inputs, name}:
+                if i not in wanted and last.get(i, name) == name:
+                    values.live.pop(i, None)
+        return {name: values[name] for name in wanted}
+
+
+@dataclass
+class Values:
+    """What an op can read: activations that live, and weights, which are never kept."""
+
+    graph: Graph
+    weights: Reals
+    tokens: Tensor
+    dtype: torch.dtype
+    live: dict[str, Tensor] = field(default_factory=dict)
+    fixed: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fixed = self.graph.constants()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name) if name in self.fixed else self.live[name]
+
+    def rows(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
+        array = self.weights.real(name, begin, end)
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.dtype)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
+        """(begin, end, rows begin..end) over all rows of a weight."""
+        n, *rest = self.graph.nodes[name].type.dims
+        step = max(1, BLOCK // math.prod(rest))
+        for begin in range(0, n, step):
+            end = min(n, begin + step)
+            yield begin, end, self.rows(name, begin, end)
+
+    def gather(self, name: str, ids: Tensor) -> Tensor:
+        """Rows `ids` i64[...] of a weight [N,K] -> [...,K]; only those rows are read where they are few."""
+        n, k = self.graph.nodes[name].type.dims
+        if int(ids.max()) >= n or int(ids.min()) < 0:
+            raise GraphError(f"%{name} has {n} rows; row {int(ids.max())} was wanted")
+        unique, at = np.unique(ids.numpy(), return_inverse=True)
+        if n * k <= BLOCK or len(unique) > n // 16:
+            return self[name][ids]
+        return torch.cat([self.rows(name, int(i), int(i) + 1) for i in unique])[torch.from_numpy(at)]
+
+
+def evaluate(values: Values, name: str, node: Node) -> Tensor:
+    if node.op not in OPS:
+        raise GraphError(f"%{name}: {node.op} is not an op on activations", hint=f"those are {', '.join(OPS)}")
+    return OPS[node.op](values, node)
+
+
+def _number(node: Node, attr: str) -> float:
+    value = node.attrs[attr]
+    assert isinstance(value, int | float)
+    return value
+
+
+def _count(node: Node, attr: str) -> int:
+    value = node.attrs[attr]
+    assert isinstance(value, int)
+    return value
+
+
+# linear maps --------------------------------------------------------------------------------------
+
+
+def _linear(v: Values, node: Node) -> Tensor:
+    x = v[node.inputs[0]]
+    y = torch.cat([F.linear(x, w) for _, _, w in v.blocks(node.inputs[1])], -1)
+    return y + v[node.inputs[2]] if len(node.inputs) > 2 else y
+
+
+def _lora(v: Values, node: Node) -> Tensor:
+    x, a, b, *bias = (v[i] for i in node.inputs)
+    y = F.linear(F.linear(x, a), b)
+    return _number(node, "scale") * (y + bias[0] if bias else y)
+
+
+def _dora_path(v: Values, node: Node) -> Tensor:
+    """Blockwise over rows of w: weight * ((g-1) * x @ w.T + g * scale * x @ A.T @ B.T), g = m / |w + scale * B @ A|."""
+    x_name, w_name, *factors = node.inputs
+    x, (a, b, m) = v[x_name], (v[i] for i in factors)
+    scale, parts = _number(node, "scale"), []
+    low = F.linear(x, a)
+    for begin, end, w in v.blocks(w_name):
+        g = m[begin:end] / (w + scale * (b[begin:end] @ a)).norm(dim=1)
+        parts.append((g - 1) * F.linear(x, w) + g * scale * F.linear(low, b[begin:end]))
+    return _number(node, "weight") * torch.cat(parts, -1)
+
+
+# embeddings ---------------------------------------------------------------------------------------
+
+
+def _embed(v: Values, node: Node) -> Tensor:
+    ids, w = node.inputs
+    return v.gather(w, v[ids])
+
+
+def _lora_embed(v: Values, node: Node) -> Tensor:
+    ids, a, b = (v[i] for i in node.inputs)
+    return _number(node, "scale") * F.linear(a.T[ids], b)
+
+
+def _dora_embed(v: Values, node: Node) -> Tensor:
+    ids_name, w_name, *factors = node.inputs
+    ids, (a, b, m) = v[ids_name], (v[i] for i in factors)
+    scale = _number(node, "scale")
+    square = torch.zeros_like(m)
+    for begin, end, w in v.blocks(w_name):
+        square += (w + scale * (b @ a[:, begin:end]).T).square().sum(0)
+    g = m / square.sqrt()
+    return _number(node, "weight") * ((g - 1) * v.gather(w_name, ids) + g * scale * F.linear(a.T[ids], b))
+
+
+# norms, positions, attention ----------------------------------------------------------------------
+
+
+def _split(x: Tensor, k: int) -> Tensor:
+    """[..., n*k] -> [..., n, k]"""
+    return x.reshape(*x.shape[:-1], -1, k)
+
+
+def _rms_norm(v: Values, node: Node) -> Tensor:
+    x, w = (v[i] for i in node.inputs)
+    chunks = _split(x, len(w))
+    return (w * (chunks * torch.rsqrt(chunks.square().mean(-1, keepdim=True) + _number(node, "eps")))).flatten(-2)
+
+
+def _layer_norm(v: Values, node: Node) -> Tensor:
+    x, w, b = (v[i] for i in node.inputs)
+    return F.layer_norm(x, w.shape, w, b, _number(node, "eps"))
+
+
+def _rope(v: Values, node: Node) -> Tensor:
+    x, head_dim = v[node.inputs[0]], _count(node, "head_dim")
+    scaling = cast(Scaling | None, node.attrs.get("scaling"))
+    frequencies, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
+    angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * frequencies
+    cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
+    first, second = _split(x, head_dim).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+
+
+def _attention(v: Values, node: Node) -> Tensor:
+    heads, kv_heads = _count(node, "heads"), _count(node, "kv_heads")
+    head_dim = v[node.inputs[0]].shape[-1] // heads
+    q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs)
+    n = q.shape[2]
+    window = node.attrs.get("window")
+    mask = None
+    if window is not None and _count(node, "window") < n:
+        i = torch.arange(n)
+        age = i[:, None] - i
+        mask = (age >= 0) & (age < _count(node, "window"))
+    y = F.scaled_dot_product_attention(
+        q, k, value, attn_mask=mask, is_causal=mask is None, scale=_number(node, "scale"), enable_gqa=heads != kv_heads
+    )
+    return y.transpose(1, 2).flatten(-2)
+
+
+# rope scaling -------------------------------------------------------------------------------------
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: Scaling | None, n_tokens: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
+    """Radians per position f[head_dim/2], and the factor on cos and sin, for a text of n_tokens.
+
+    scaling: None, or {"type": one of ROPE_SCALINGS, "factor", "original_context", ...}.
+    Source: transformers/modeling_rope_utils.py; the papers are linked there.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
+    if scaling is None:
+        return 1.0 / theta**exponents, 1.0
+    kind = scaling["type"]
+    if kind not in ROPE_SCALINGS:
+        raise GraphError(f"unknown rope scaling {kind!r}", hint=f"there are {', '.join(ROPE_SCALINGS)}")
+    return ROPE_SCALINGS[str(kind)](exponents, theta, scaling, n_tokens)
+
+
+def _of(scaling: Scaling, key: str, default: float = 0.0) -> float:
+    value = scaling.get(key)
+    assert value is None or isinstance(value, int | float)
+    return default if value is None else value
+
+
+def _rope_linear(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
+    return 1.0 / theta**exponents / _of(scaling, "factor"), 1.0
+
+
+def _rope_dynamic(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
+    """NTK-aware: the base grows with the text once it is longer than the original context."""
+    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
+    stretch = factor * max(n_tokens, context) / context - (factor - 1)
+    return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
+
+
+def _rope_yarn(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
+    """Fast dimensions keep their frequency, slow ones are divided by factor, a linear ramp lies between."""
+    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(_of(scaling, "beta_fast", 32)), dimension(_of(scaling, "beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step, without dividing by zero
+    keep = 1 - ((torch.arange(dim // 2, dtype=exponents.dtype) - low) / (high - low)).clamp(0, 1)
+    wavelength = theta**exponents
+    return (1.0 / (factor * wavelength)) * (1 - keep) + (1.0 / wavelength) * keep, yarn_attention_factor(scaling)
+
+
+def yarn_attention_factor(scaling: Scaling) -> float:
+    """What yarn multiplies cos and sin by: as given, or from factor (DeepSeek: and mscale / mscale_all_dim)."""
+    if scaling.get("attention_factor") is not None:
+        return _of(scaling, "attention_factor")
+
+    def mscale(weight: float) -> float:
+        factor = _of(scaling, "factor")
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(_of(scaling, "mscale")) / mscale(_of(scaling, "mscale_all_dim"))
+    return mscale(1.0)
+
+
+def _rope_llama3(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
+    """Long waves are divided by factor, short ones kept, those between interpolated."""
+    factor, context = _of(scaling, "factor"), _of(scaling, "original_context")
+    low, high = _of(scaling, "low_freq_factor"), _of(scaling, "high_freq_factor")
+    plain = 1.0 / theta**exponents
+    turns = context / (2 * math.pi / plain)  # of each wave within the original context
+    smooth = (turns - low) / (high - low)
+    between = (1 - smooth) * plain / factor + smooth * plain
+    return torch.where(turns < low, plain / factor, torch.where(turns > high, plain, between)), 1.0
+
+
+ROPE_SCALINGS: dict[str, Callable[[Tensor, float, Scaling, int], tuple[Tensor, float]]] = {
+    "linear": _rope_linear,
+    "dynamic": _rope_dynamic,
+    "yarn": _rope_yarn,
+    "llama3": _rope_llama3,
+}
+
+
+# the table ----------------------------------------------------------------------------------------
+
+Run = Callable[[Values, Node], Tensor]
+
+
+def _plain(fn: Callable[..., Tensor]) -> Run:
+    """An op of activations only, without attributes."""
+    return lambda v, node: fn(*(v[i] for i in node.inputs))
+
+
+OPS: dict[str, Run] = {
+    "input": lambda v, _: v.tokens,
+    "positions": lambda v, node: torch.arange(v[node.inputs[0]].shape[1]).expand_as(v[node.inputs[0]]),
+    "embed": _embed,
+    "linear": _linear,
+    "lora": _lora,
+    "lora_embed": _lora_embed,
+    "dora_path": _dora_path,
+    "dora_embed": _dora_embed,
+    "add": _plain(torch.add),
+    "mul": _plain(torch.mul),
+    "silu": _plain(F.silu),
+    "gelu": _plain(F.gelu),
+    "gelu_tanh": _plain(lambda x: F.gelu(x, approximate="tanh")),
+    "relu": _plain(F.relu),
+    "slice": lambda v, node: v[node.inputs[0]][..., _count(node, "begin") : _count(node, "end")],
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "rope": _rope,
+    "attention": _attention,
+}
