@@ -1,0 +1,112 @@
+"""Read and check the header of a safetensors file. Nothing in the file is trusted.
+
+File: n u64le, JSON of n bytes {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}, data.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from qconvert.errors import InputError
+
+MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
+
+# Every dtype of the format and its bits, so that sizes can be checked where the values cannot be read.
+BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+
+DAMAGED = "the file is damaged or its download was cut short; fetch it again"
+
+
+class Entry(NamedTuple):
+    """One tensor: safetensors dtype, shape, first byte and number of bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def read_header(fd: int, path: Path) -> dict[str, Entry]:
+    """All tensors of the open file, offsets counted from the start of the file. InputError names the file and the key."""
+    file_nbytes = os.fstat(fd).st_size
+    if file_nbytes < 8:
+        raise InputError(f"{path}: {file_nbytes} bytes are too few for a safetensors file", hint=DAMAGED)
+    n = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if n > MAX_HEADER_NBYTES:
+        raise InputError(f"{path}: a header of {n} bytes; at most {MAX_HEADER_NBYTES} are allowed", hint="is this a safetensors file?")
+    if 8 + n > file_nbytes:
+        raise InputError(f"{path}: a header of {n} bytes in a file of {file_nbytes}", hint=DAMAGED)
+    text = b""
+    while len(text) < n:
+        part = os.pread(fd, n - len(text), 8 + len(text))
+        if not part:
+            raise InputError(f"{path}: the file ended in its header", hint=DAMAGED)
+        text += part
+    raw = _parse_json(text, path)
+    raw.pop("__metadata__", None)
+    entries = {name: _entry(name, value, path) for name, value in raw.items()}
+    _check_spans(entries, file_nbytes - 8 - n, path)
+    return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
+
+
+def _parse_json(text: bytes, path: Path) -> dict[str, object]:
+    try:
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: the header is not valid JSON: {e}", hint=DAMAGED) from e
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: the header is not a JSON object", hint=DAMAGED)
+    return cast(dict[str, object], raw)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return out
+
+
+def _entry(name: str, value: object, path: Path) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(f"{path}: {name}: an entry has dtype, shape and data_offsets, not {str(value)[:80]}", hint=DAMAGED)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype not in BITS:
+        raise InputError(f"{path}: {name}: unknown dtype {str(dtype)[:40]!r}", hint=f"known are {', '.join(BITS)}")
+    if not _counts(shape):
+        raise InputError(f"{path}: {name}: the shape {str(shape)[:80]} is not a list of counts", hint=DAMAGED)
+    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{path}: {name}: data_offsets {str(offsets)[:80]} are not [begin, end]", hint=DAMAGED)
+    n_bits = math.prod(shape) * BITS[dtype]
+    nbytes = offsets[1] - offsets[0]
+    if n_bits != 8 * nbytes:
+        raise InputError(f"{path}: {name}: {dtype} {shape} takes {-(-n_bits // 8)} bytes, data_offsets give {nbytes}", hint=DAMAGED)
+    return Entry(dtype, tuple(shape), offsets[0], nbytes)
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _check_spans(entries: dict[str, Entry], data_nbytes: int, path: Path) -> None:
+    """The tensors fill the data exactly: no overlap, no hole, nothing after the last."""
+    at = 0
+    for name, e in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if e.begin + e.nbytes > data_nbytes:
+            raise InputError(f"{path}: {name} ends at byte {e.begin + e.nbytes} of the data, which has {data_nbytes}", hint=DAMAGED)
+        if e.begin != at:
+            what = "overlaps the tensor before it" if e.begin < at else f"leaves a hole of {e.begin - at} bytes before it"
+            raise InputError(f"{path}: {name} {what} (begins at {e.begin}, expected {at})", hint=DAMAGED)
+        at = e.begin + e.nbytes
+    if at != data_nbytes:
+        raise InputError(f"{path}: {data_nbytes - at} bytes after the last tensor belong to none", hint=DAMAGED)

@@ -1,0 +1,271 @@
+"""Checkpoints and adapter folders: which tensors there are, and their rows. Headers only until a row is wanted.
+
+A tensor is named by a ref, ALIAS/FILE#TENSOR: "base/model-00001-of-00002.safetensors#model.norm.weight".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, cast
+
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.scheme import Array
+from qconvert.tensor_files import TensorFile, open_tensors
+
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class TensorInfo(NamedTuple):
+    """dtype is a name of dtypes.DTYPES, or the file's own in lower case where rows cannot be read (f8_e4m3, i8 …)."""
+
+    ref: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Store:
+    """Tensors of several folders, each under an alias. Thread-safe; close() must wait for readers."""
+
+    def __init__(self) -> None:
+        self.roots: dict[str, Path] = {}
+        self._single: dict[str, str] = {}
+        self._files: dict[tuple[str, str], TensorFile] = {}
+        self._tensors: dict[str, dict[str, TensorInfo]] = {}
+        self._lock = threading.RLock()
+
+    def add(self, alias: str, folder: Path) -> None:
+        """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
+        path = Path(folder)
+        self.roots[alias] = path.parent if path.is_file() else path
+        if path.is_file():
+            self._single[alias] = path.name
+
+    def tensors(self, alias: str) -> dict[str, TensorInfo]:
+        """Every tensor under `alias` by its name, from the headers. InputError for a file that is missing or damaged."""
+        with self._lock:
+            if alias not in self._tensors:
+                self._tensors[alias] = self._list(alias)
+            return self._tensors[alias]
+
+    def info(self, ref: str) -> TensorInfo:
+        """InputError where there is no such tensor."""
+        file, name = self._find(ref)
+        return TensorInfo(ref, *file.types[name])
+
+    def read(self, ref: str, begin: int, end: int) -> Array:
+        """Rows begin..end in the file's dtype, bf16 as uint16. UnsupportedError for a dtype that numpy has not."""
+        file, name = self._find(ref)
+        shape = file.types[name][1]
+        _check_range(ref, "rows", begin, end, shape[0] if shape else 1)
+        return file.read(name, begin, end)
+
+    def read_columns(self, ref: str, begin: int, end: int) -> Array:
+        """Columns begin..end of a matrix [N,K], as [N, end-begin]."""
+        file, name = self._find(ref)
+        shape = file.types[name][1]
+        if len(shape) != 2:
+            raise InputError(f"{ref}: {list(shape)} is not a matrix, so it has no columns to read")
+        _check_range(ref, "columns", begin, end, shape[1])
+        return file.read_columns(name, begin, end)
+
+    def close(self) -> None:
+        """Close all files. A later read opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def _find(self, ref: str) -> tuple[TensorFile, str]:
+        place, _, name = ref.partition("#")
+        alias, _, filename = place.partition("/")
+        file = self._files.get((alias, filename)) or self._open(alias, filename)
+        if name not in file.types:
+            raise InputError(f"{ref}: there is no such tensor in the file")
+        return file, name
+
+    def _open(self, alias: str, filename: str) -> TensorFile:
+        with self._lock:
+            if alias not in self.roots:
+                raise InputError(f"{alias}/{filename}: no source is called {alias!r}; there are {', '.join(self.roots) or 'none'}")
+            if (alias, filename) not in self._files:
+                self._files[alias, filename] = open_tensors(inside(self.roots[alias], filename))
+            return self._files[alias, filename]
+
+    def _list(self, alias: str) -> dict[str, TensorInfo]:
+        if alias not in self.roots:
+            raise InputError(f"no source is called {alias!r}; there are {', '.join(self.roots) or 'none'}")
+        name = self._single.get(alias) or _weights_file(self.roots[alias], alias.startswith("adapter"))
+        if name.endswith(".index.json"):
+            return self._list_shards(alias, name)
+        file = self._open(alias, name)
+        return {t: TensorInfo(f"{alias}/{name}#{t}", *kind) for t, kind in file.types.items()}
+
+    def _list_shards(self, alias: str, index: str) -> dict[str, TensorInfo]:
+        path = self.roots[alias] / index
+        where = _weight_map(inside(self.roots[alias], index), path)
+        out: dict[str, TensorInfo] = {}
+        for name, shard in where.items():
+            file = self._open_shard(alias, shard, f"{path}: {name}")
+            if name not in file.types:
+                raise InputError(f"{path}: {name} is said to be in {shard}, which does not have it", hint="download the model again, whole")
+            out[name] = TensorInfo(f"{alias}/{shard}#{name}", *file.types[name])
+        for shard in dict.fromkeys(where.values()):
+            for name, kind in self._open(alias, shard).types.items():
+                if name not in where and name in out:
+                    raise InputError(f"{path}: {name} is in {shard} and in {out[name].ref}, and the index names neither")
+                out.setdefault(name, TensorInfo(f"{alias}/{shard}#{name}", *kind))
+        return out
+
+    def _open_shard(self, alias: str, shard: str, what: str) -> TensorFile:
+        if (alias, shard) not in self._files:
+            path = inside(self.roots[alias], shard, what)
+            if not path.is_file():
+                raise InputError(f"{what}: the shard {shard} is missing", hint="the download is not complete; fetch it again")
+        return self._open(alias, shard)
+
+
+class Checkpoint(NamedTuple):
+    """A model as it lies on disk. revision is the commit where the folder is a snapshot of the Hugging Face cache."""
+
+    folder: Path
+    config: dict[str, object]
+    generation_config: dict[str, object]
+    tensors: dict[str, TensorInfo]
+    revision: str | None
+
+
+def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint:
+    """config.json, generation_config.json and the tensors' headers of a model folder, which `store` will know as `alias`.
+
+    InputError where something is missing or damaged; UnsupportedError for weights that are quantized already.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = f"this is an adapter: give its model first, MODEL+{folder}" if adapter else "a model folder in Hugging Face's layout is wanted"
+        raise InputError(f"{folder}: has no config.json", hint=hint)
+    config = read_json(inside(folder, "config.json"))
+    _refuse_quantized(folder, config)
+    generation = read_json(inside(folder, "generation_config.json")) if (folder / "generation_config.json").is_file() else {}
+    store.add(alias, folder)
+    real = folder.resolve()
+    return Checkpoint(folder, config, generation, store.tensors(alias), real.name if real.parent.name == "snapshots" else None)
+
+
+def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        found = part.get("quantization_config") or part.get("quantization")
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UnsupportedError(
+                f"{folder}: the weights are already quantized ({method or 'config.json has quantization settings'})",
+                hint="convert the checkpoint before quantization, in bf16, f16 or f32",
+            )
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object. InputError for a file that is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
+    return cast(dict[str, object], value)
+
+
+def inside(folder: Path, name: str, what: str | None = None) -> Path:
+    """folder/name, refused with InputError where the name or a link leads out of the folder.
+
+    Links into the blobs of the same cached repository are what Hugging Face's cache is made of, so they are allowed.
+    """
+    path, base = folder / name, folder.resolve()
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "#" in name or "\0" in name:
+        raise InputError(f"{what or folder}: the path {name!r} leads out of the model's folder", hint="this input is not to be trusted")
+    target = path.resolve()
+    allowed = [base, *([base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [])]
+    if not any(target.is_relative_to(a) for a in allowed):
+        raise InputError(
+            f"{what or path}: the link {name} leads out of the folder, to {target}",
+            hint="put the file itself there, or give the folder that it lies in",
+        )
+    return path
+
+
+def _weights_file(folder: Path, adapter: bool) -> str:
+    names = ADAPTER_FILES + MODEL_FILES if adapter else MODEL_FILES + ADAPTER_FILES
+    for name in names:
+        if (folder / name).is_file():
+            return name
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    have = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"))
+    dangling = [n for n in names if (folder / n).is_symlink()]
+    raise InputError(
+        f"{folder}: no weights; looked for {', '.join(names)}; there {'are ' + ', '.join(have[:5]) if have else 'are none'}",
+        hint=f"the link {dangling[0]} leads nowhere: fetch the model again" if dangling else "is the download complete?",
+    )
+
+
+def _weight_map(path: Path, shown: Path) -> dict[str, str]:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise InputError(f"{shown}: has no weight_map, tensor name -> file name")
+    for name, shard in where.items():
+        if not isinstance(shard, str):
+            raise InputError(f"{shown}: {name}: a file name was wanted, not {str(shard)[:80]}")
+    return cast(dict[str, str], where)
+
+
+def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
+    if not 0 <= begin <= end <= n:
+        raise InputError(f"{ref}: {what} {begin}..{end} of {n}")
+
+
+def find_model(text: str) -> Path:
+    """A folder as it is, or org/name[@revision] in the local Hugging Face cache. Never the network. InputError: neither."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
+    repo, _, revision = text.partition("@")
+    if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", repo) or ".." in text:
+        raise InputError(f"{text}: no such folder", hint="give a folder, or org/name[@revision] from the Hugging Face cache")
+    return _cached_snapshot(repo, revision or "main")
+
+
+def cache_folder() -> Path:
+    """Where Hugging Face keeps models: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    env = os.environ
+    if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    home = env.get("HF_HOME") or str(Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def _cached_snapshot(repo: str, revision: str) -> Path:
+    cached = cache_folder() / f"models--{repo.replace('/', '--')}"
+    ref = cached / "refs" / revision
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
+    found = sorted(p.name for p in (cached / "snapshots").glob("*")) if cached.is_dir() else []
+    matches = [c for c in found if c == commit or (len(commit) >= 7 and c.startswith(commit))]
+    if len(matches) == 1:
+        return cached / "snapshots" / matches[0]
+    at = "" if revision == "main" else f" --revision {revision}"
+    offline = " (first unset HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE") else ""
+    if found:
+        message = f"{repo}: revision {revision} is not in the cache; there are {', '.join(found[:5])} in {cached / 'snapshots'}"
+    else:
+        message = f"{repo}: no such folder, and not in the Hugging Face cache: looked for {cached}"
+    raise InputError(message, hint=f"hf download {repo}{at}{offline}")

@@ -1,0 +1,183 @@
+"""One file of tensors, read by rows: safetensors by pread, PyTorch .bin by torch with weights_only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import threading
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from qconvert.dtypes import DTYPES, FROM_SAFETENSORS, FROM_TORCH
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.safetensors_header import DAMAGED, Entry, read_header
+from qconvert.scheme import Array
+
+if TYPE_CHECKING:
+    import torch
+
+SYSCALL_NBYTES = 1 << 13  # reading this much more costs about as much as one more call
+BLOCK_NBYTES = 1 << 21
+
+
+class TensorFile(Protocol):
+    """Tensors of one file: (dtype, shape) by name; rows in the file's own dtype, bf16 as its bits (uint16)."""
+
+    types: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    def read(self, name: str, begin: int, end: int) -> Array: ...
+
+    def read_columns(self, name: str, begin: int, end: int) -> Array: ...
+
+    def close(self) -> None: ...
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """By the file's ending: .safetensors or .bin. InputError where it cannot be read."""
+    return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(path)
+
+
+class SafetensorsFile:
+    """Header checked on opening; values by pread, so that nothing read stays resident. Safe to read from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}") from e
+        try:
+            self.entries = read_header(self.fd, path)
+        except OSError as e:
+            os.close(self.fd)
+            raise InputError(f"{path}: {e.strerror}") from e
+        except InputError:
+            os.close(self.fd)
+            raise
+        self.types = {n: (FROM_SAFETENSORS.get(e.dtype, e.dtype.lower()), e.shape) for n, e in self.entries.items()}
+
+    def read(self, name: str, begin: int, end: int) -> Array:
+        entry, dtype = self.entries[name], self._numpy(name)
+        if not entry.shape:
+            return self._fill(np.empty((), dtype), entry.begin, name)
+        out = np.empty((end - begin, *entry.shape[1:]), dtype)
+        return self._fill(out, entry.begin + begin * _row_nbytes(entry), name)
+
+    def read_columns(self, name: str, begin: int, end: int) -> Array:
+        entry, dtype = self.entries[name], self._numpy(name)
+        n_rows, row = entry.shape[0], _row_nbytes(entry)
+        out = np.empty((n_rows, end - begin), dtype)
+        if row - out.itemsize * (end - begin) > SYSCALL_NBYTES:
+            for i in range(n_rows):
+                self._fill(out[i], entry.begin + i * row + begin * out.itemsize, name)
+            return out
+        step = max(1, BLOCK_NBYTES // max(1, row))
+        for i in range(0, n_rows, step):
+            j = min(n_rows, i + step)
+            out[i:j] = self.read(name, i, j)[:, begin:end]
+        return out
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _numpy(self, name: str) -> str:
+        return _numpy_dtype(self.path, name, self.types[name][0])
+
+    def _fill(self, out: Array, offset: int, name: str) -> Array:
+        view = memoryview(out.reshape(-1).view(np.uint8))  # out is contiguous, so this is no copy
+        done = 0
+        while done < len(view):
+            try:
+                n = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as e:
+                raise InputError(f"{self.path}: {name}: {e.strerror} at byte {offset + done}") from e
+            if n == 0:
+                raise InputError(f"{self.path}: {name}: the file ended at byte {offset + done}", hint="it was changed while it was read")
+            done += n
+        return out
+
+
+class TorchFile:
+    """A state dict that torch.save wrote. Its pickle may name tensors only: code in it is refused, never executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self.tensors = _load_state_dict(path)
+        self.types = {
+            n: (FROM_TORCH.get(str(t.dtype).removeprefix("torch."), str(t.dtype).removeprefix("torch.")), tuple(t.shape))
+            for n, t in self.tensors.items()
+        }
+
+    def read(self, name: str, begin: int, end: int) -> Array:
+        self._readable(name)
+        t = self.tensors[name]
+        return self._numpy(t[begin:end] if t.ndim else t)
+
+    def read_columns(self, name: str, begin: int, end: int) -> Array:
+        self._readable(name)
+        return self._numpy(self.tensors[name][:, begin:end])
+
+    def close(self) -> None:
+        self.tensors = {}
+
+    def _readable(self, name: str) -> None:
+        _numpy_dtype(self.path, name, self.types[name][0])
+
+    @staticmethod
+    def _numpy(t: torch.Tensor) -> Array:
+        import torch
+
+        t = t.detach().contiguous()
+        array: Array = t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
+        return array.copy()  # the tensor is mapped from the file
+
+
+def _row_nbytes(entry: Entry) -> int:
+    return entry.nbytes // entry.shape[0] if entry.shape[0] else 0
+
+
+def _numpy_dtype(path: Path, name: str, dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UnsupportedError(
+            f"{path}: {name} is {dtype}; weights are read as {', '.join(DTYPES)}",
+            hint="give the checkpoint before it was quantized",
+        )
+    return DTYPES[dtype].numpy
+
+
+def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        # only zip archives can be mapped; the format before torch 1.6 is read whole
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        raise _refused(path, str(e)) from e
+    except Exception as e:  # damaged bytes surface as whatever torch's readers happen to raise
+        raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}", hint=DAMAGED) from e
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}, not tensors by name")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise InputError(f"{path}: {name!r} is a {type(value).__name__}; a state dict of plain tensors was wanted")
+    return state
+
+
+def _refused(path: Path, reason: str) -> InputError:
+    wants = re.search(r"GLOBAL (\S+)", reason)
+    if wants is None:
+        return InputError(f"{path}: not a pickle of tensors alone; nothing in it was executed", hint=DAMAGED)
+    return InputError(
+        f"{path}: the pickle calls {wants[1]}; it was not executed",
+        hint="only tensors are read from .bin files; ask for this model as safetensors",
+    )
+
+
