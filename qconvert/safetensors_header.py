@@ -26,6 +26,10 @@ BITS: dict[str, int] = {
 DAMAGED = "the file is damaged or its download was cut short; fetch it again"
 
 
+def damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}", hint=DAMAGED)
+
+
 class Entry(NamedTuple):
     """One tensor: safetensors dtype, shape, first byte and number of bytes in the file."""
 
@@ -36,20 +40,23 @@ class Entry(NamedTuple):
 
 
 def read_header(fd: int, path: Path) -> dict[str, Entry]:
-    """All tensors of the open file, offsets counted from the start of the file. InputError names the file and the key."""
+    """All tensors of the open file, begins counted from the file's start. InputError names the file and the key."""
     file_nbytes = os.fstat(fd).st_size
     if file_nbytes < 8:
-        raise InputError(f"{path}: {file_nbytes} bytes are too few for a safetensors file", hint=DAMAGED)
+        raise damaged(path, f"{file_nbytes} bytes are too few for a safetensors file")
     n = int.from_bytes(os.pread(fd, 8, 0), "little")
     if n > MAX_HEADER_NBYTES:
-        raise InputError(f"{path}: a header of {n} bytes; at most {MAX_HEADER_NBYTES} are allowed", hint="is this a safetensors file?")
+        raise InputError(
+            f"{path}: a header of {n} bytes, more than the {MAX_HEADER_NBYTES} allowed",
+            hint="is this a safetensors file?",
+        )
     if 8 + n > file_nbytes:
-        raise InputError(f"{path}: a header of {n} bytes in a file of {file_nbytes}", hint=DAMAGED)
+        raise damaged(path, f"a header of {n} bytes in a file of {file_nbytes}")
     text = b""
     while len(text) < n:
         part = os.pread(fd, n - len(text), 8 + len(text))
         if not part:
-            raise InputError(f"{path}: the file ended in its header", hint=DAMAGED)
+            raise damaged(path, "the file ended in its header")
         text += part
     raw = _parse_json(text, path)
     raw.pop("__metadata__", None)
@@ -62,9 +69,9 @@ def _parse_json(text: bytes, path: Path) -> dict[str, object]:
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: the header is not valid JSON: {e}", hint=DAMAGED) from e
+        raise damaged(path, f"the header is not valid JSON: {e}") from e
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: the header is not a JSON object", hint=DAMAGED)
+        raise damaged(path, "the header is not a JSON object")
     return cast(dict[str, object], raw)
 
 
@@ -79,18 +86,18 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _entry(name: str, value: object, path: Path) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{path}: {name}: an entry has dtype, shape and data_offsets, not {str(value)[:80]}", hint=DAMAGED)
+        raise damaged(path, f"{name}: an entry has dtype, shape and data_offsets, not {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in BITS:
         raise InputError(f"{path}: {name}: unknown dtype {str(dtype)[:40]!r}", hint=f"known are {', '.join(BITS)}")
     if not _counts(shape):
-        raise InputError(f"{path}: {name}: the shape {str(shape)[:80]} is not a list of counts", hint=DAMAGED)
+        raise damaged(path, f"{name}: the shape {str(shape)[:80]} is not a list of counts")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{path}: {name}: data_offsets {str(offsets)[:80]} are not [begin, end]", hint=DAMAGED)
+        raise damaged(path, f"{name}: data_offsets {str(offsets)[:80]} are not [begin, end]")
     n_bits = math.prod(shape) * BITS[dtype]
     nbytes = offsets[1] - offsets[0]
     if n_bits != 8 * nbytes:
-        raise InputError(f"{path}: {name}: {dtype} {shape} takes {-(-n_bits // 8)} bytes, data_offsets give {nbytes}", hint=DAMAGED)
+        raise damaged(path, f"{name}: {dtype} {shape} takes {-(-n_bits // 8)} bytes, data_offsets give {nbytes}")
     return Entry(dtype, tuple(shape), offsets[0], nbytes)
 
 
@@ -102,11 +109,12 @@ def _check_spans(entries: dict[str, Entry], data_nbytes: int, path: Path) -> Non
     """The tensors fill the data exactly: no overlap, no hole, nothing after the last."""
     at = 0
     for name, e in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if e.begin + e.nbytes > data_nbytes:
-            raise InputError(f"{path}: {name} ends at byte {e.begin + e.nbytes} of the data, which has {data_nbytes}", hint=DAMAGED)
+        end = e.begin + e.nbytes
+        if end > data_nbytes:
+            raise damaged(path, f"{name} ends at byte {end} of the data, which has {data_nbytes}")
         if e.begin != at:
-            what = "overlaps the tensor before it" if e.begin < at else f"leaves a hole of {e.begin - at} bytes before it"
-            raise InputError(f"{path}: {name} {what} (begins at {e.begin}, expected {at})", hint=DAMAGED)
-        at = e.begin + e.nbytes
+            what = "overlaps the tensor before it" if e.begin < at else f"leaves a hole of {e.begin - at} bytes"
+            raise damaged(path, f"{name} {what} (begins at {e.begin}, expected {at})")
+        at = end
     if at != data_nbytes:
-        raise InputError(f"{path}: {data_nbytes - at} bytes after the last tensor belong to none", hint=DAMAGED)
+        raise damaged(path, f"{data_nbytes - at} bytes after the last tensor belong to none")

@@ -19,6 +19,7 @@ from qconvert.tensor_files import TensorFile, open_tensors
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+INCOMPLETE = "the download is not complete; fetch it again"
 
 
 class TensorInfo(NamedTuple):
@@ -42,12 +43,15 @@ class Store:
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
         path = Path(folder)
-        self.roots[alias] = path.parent if path.is_file() else path
-        if path.is_file():
-            self._single[alias] = path.name
+        with self._lock:
+            if alias in self.roots:
+                raise InputError(f"two sources are called {alias!r}: {self.roots[alias]} and {path}")
+            self.roots[alias] = path.parent if path.is_file() else path
+            if path.is_file():
+                self._single[alias] = path.name
 
     def tensors(self, alias: str) -> dict[str, TensorInfo]:
-        """Every tensor under `alias` by its name, from the headers. InputError for a file that is missing or damaged."""
+        """Every tensor under `alias` by its name, from the headers. InputError for a missing or damaged file."""
         with self._lock:
             if alias not in self._tensors:
                 self._tensors[alias] = self._list(alias)
@@ -91,16 +95,20 @@ class Store:
 
     def _open(self, alias: str, filename: str) -> TensorFile:
         with self._lock:
-            if alias not in self.roots:
-                raise InputError(f"{alias}/{filename}: no source is called {alias!r}; there are {', '.join(self.roots) or 'none'}")
+            root = self._root(alias)
             if (alias, filename) not in self._files:
-                self._files[alias, filename] = open_tensors(inside(self.roots[alias], filename))
+                given = self._single.get(alias) == filename  # the user's own path may be a link to anywhere
+                self._files[alias, filename] = open_tensors(root / filename if given else inside(root, filename))
             return self._files[alias, filename]
 
-    def _list(self, alias: str) -> dict[str, TensorInfo]:
+    def _root(self, alias: str) -> Path:
         if alias not in self.roots:
             raise InputError(f"no source is called {alias!r}; there are {', '.join(self.roots) or 'none'}")
-        name = self._single.get(alias) or _weights_file(self.roots[alias], alias.startswith("adapter"))
+        return self.roots[alias]
+
+    def _list(self, alias: str) -> dict[str, TensorInfo]:
+        root = self._root(alias)
+        name = self._single.get(alias) or _weights_file(root, alias.startswith("adapter"))
         if name.endswith(".index.json"):
             return self._list_shards(alias, name)
         file = self._open(alias, name)
@@ -113,12 +121,12 @@ class Store:
         for name, shard in where.items():
             file = self._open_shard(alias, shard, f"{path}: {name}")
             if name not in file.types:
-                raise InputError(f"{path}: {name} is said to be in {shard}, which does not have it", hint="download the model again, whole")
+                raise InputError(f"{path}: {name} should be in {shard}, which does not have it", hint=INCOMPLETE)
             out[name] = TensorInfo(f"{alias}/{shard}#{name}", *file.types[name])
         for shard in dict.fromkeys(where.values()):
             for name, kind in self._open(alias, shard).types.items():
                 if name not in where and name in out:
-                    raise InputError(f"{path}: {name} is in {shard} and in {out[name].ref}, and the index names neither")
+                    raise InputError(f"{path}: names no shard for {name}, which is in {out[name].ref} and in {shard}")
                 out.setdefault(name, TensorInfo(f"{alias}/{shard}#{name}", *kind))
         return out
 
@@ -126,7 +134,7 @@ class Store:
         if (alias, shard) not in self._files:
             path = inside(self.roots[alias], shard, what)
             if not path.is_file():
-                raise InputError(f"{what}: the shard {shard} is missing", hint="the download is not complete; fetch it again")
+                raise InputError(f"{what}: the shard {shard} is missing", hint=INCOMPLETE)
         return self._open(alias, shard)
 
 
@@ -141,21 +149,24 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint:
-    """config.json, generation_config.json and the tensors' headers of a model folder, which `store` will know as `alias`.
+    """Read a model folder, which `store` will then know as `alias`: its JSON files and its tensors' headers.
 
     InputError where something is missing or damaged; UnsupportedError for weights that are quantized already.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        hint = f"this is an adapter: give its model first, MODEL+{folder}" if adapter else "a model folder in Hugging Face's layout is wanted"
+        hint = "a model folder in Hugging Face's layout is wanted"
+        if (folder / "adapter_config.json").is_file():
+            hint = f"this is an adapter: give its model first, MODEL+{folder}"
         raise InputError(f"{folder}: has no config.json", hint=hint)
     config = read_json(inside(folder, "config.json"))
     _refuse_quantized(folder, config)
-    generation = read_json(inside(folder, "generation_config.json")) if (folder / "generation_config.json").is_file() else {}
+    has_generation = (folder / "generation_config.json").is_file()
+    generation = read_json(inside(folder, "generation_config.json")) if has_generation else {}
     store.add(alias, folder)
     real = folder.resolve()
-    return Checkpoint(folder, config, generation, store.tensors(alias), real.name if real.parent.name == "snapshots" else None)
+    revision = real.name if real.parent.name == "snapshots" else None
+    return Checkpoint(folder, config, generation, store.tensors(alias), revision)
 
 
 def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
@@ -191,7 +202,7 @@ def inside(folder: Path, name: str, what: str | None = None) -> Path:
     path, base = folder / name, folder.resolve()
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "#" in name or "\0" in name:
-        raise InputError(f"{what or folder}: the path {name!r} leads out of the model's folder", hint="this input is not to be trusted")
+        raise InputError(f"{what or folder}: the path {name!r} leads out of the folder", hint="do not trust this input")
     target = path.resolve()
     allowed = [base, *([base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [])]
     if not any(target.is_relative_to(a) for a in allowed):
@@ -212,8 +223,8 @@ def _weights_file(folder: Path, adapter: bool) -> str:
     have = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf", ".pth", ".pt"))
     dangling = [n for n in names if (folder / n).is_symlink()]
     raise InputError(
-        f"{folder}: no weights; looked for {', '.join(names)}; there {'are ' + ', '.join(have[:5]) if have else 'are none'}",
-        hint=f"the link {dangling[0]} leads nowhere: fetch the model again" if dangling else "is the download complete?",
+        f"{folder}: no weights: looked for {', '.join(names)}, found {', '.join(have[:5]) or 'nothing like it'}",
+        hint=f"the link {dangling[0]} leads nowhere; fetch the model again" if dangling else INCOMPLETE,
     )
 
 
@@ -233,15 +244,15 @@ def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
 
 
 def find_model(text: str) -> Path:
-    """A folder as it is, or org/name[@revision] in the local Hugging Face cache. Never the network. InputError: neither."""
+    """A folder as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
     path = Path(text).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
     repo, _, revision = text.partition("@")
-    if not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", repo) or ".." in text:
-        raise InputError(f"{text}: no such folder", hint="give a folder, or org/name[@revision] from the Hugging Face cache")
+    if ".." in text or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
+        raise InputError(f"{text}: no such folder", hint="a folder, or org/name[@revision] in the Hugging Face cache")
     return _cached_snapshot(repo, revision or "main")
 
 
@@ -258,14 +269,13 @@ def _cached_snapshot(repo: str, revision: str) -> Path:
     cached = cache_folder() / f"models--{repo.replace('/', '--')}"
     ref = cached / "refs" / revision
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-    found = sorted(p.name for p in (cached / "snapshots").glob("*")) if cached.is_dir() else []
-    matches = [c for c in found if c == commit or (len(commit) >= 7 and c.startswith(commit))]
+    have = sorted(p.name for p in (cached / "snapshots").glob("*"))
+    matches = [c for c in have if c == commit or (len(commit) >= 7 and c.startswith(commit))]
     if len(matches) == 1:
         return cached / "snapshots" / matches[0]
-    at = "" if revision == "main" else f" --revision {revision}"
-    offline = " (first unset HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE") else ""
-    if found:
-        message = f"{repo}: revision {revision} is not in the cache; there are {', '.join(found[:5])} in {cached / 'snapshots'}"
-    else:
-        message = f"{repo}: no such folder, and not in the Hugging Face cache: looked for {cached}"
-    raise InputError(message, hint=f"hf download {repo}{at}{offline}")
+    message = f"{repo}: no such folder, and not in the Hugging Face cache: looked for {cached}"
+    if have:
+        message = f"{repo}: revision {revision} is not in the cache {cached}; there are {', '.join(have[:5])}"
+    download = f"hf download {repo}" + ("" if revision == "main" else f" --revision {revision}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+    raise InputError(message, hint=download + (" (HF_HUB_OFFLINE is set: unset it first)" if offline else ""))

@@ -15,7 +15,7 @@ import numpy as np
 
 from qconvert.dtypes import DTYPES, FROM_SAFETENSORS, FROM_TORCH
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.safetensors_header import DAMAGED, Entry, read_header
+from qconvert.safetensors_header import DAMAGED, Entry, damaged, read_header
 from qconvert.scheme import Array
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ BLOCK_NBYTES = 1 << 21
 class TensorFile(Protocol):
     """Tensors of one file: (dtype, shape) by name; rows in the file's own dtype, bf16 as its bits (uint16)."""
 
-    types: Mapping[str, tuple[str, tuple[int, ...]]]
+    @property
+    def types(self) -> Mapping[str, tuple[str, tuple[int, ...]]]: ...
 
     def read(self, name: str, begin: int, end: int) -> Array: ...
 
@@ -43,7 +44,7 @@ def open_tensors(path: Path) -> TensorFile:
 
 
 class SafetensorsFile:
-    """Header checked on opening; values by pread, so that nothing read stays resident. Safe to read from many threads."""
+    """Header checked on opening; values by pread, so that nothing read stays resident. Threads may read at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,15 +90,16 @@ class SafetensorsFile:
         return _numpy_dtype(self.path, name, self.types[name][0])
 
     def _fill(self, out: Array, offset: int, name: str) -> Array:
-        view = memoryview(out.reshape(-1).view(np.uint8))  # out is contiguous, so this is no copy
+        flat = out.reshape(-1).view(np.uint8)  # out is contiguous, so this is no copy
         done = 0
-        while done < len(view):
+        while done < flat.size:
             try:
-                n = os.preadv(self.fd, [view[done:]], offset + done)
+                n = os.preadv(self.fd, [flat[done:].data], offset + done)
             except OSError as e:
                 raise InputError(f"{self.path}: {name}: {e.strerror} at byte {offset + done}") from e
             if n == 0:
-                raise InputError(f"{self.path}: {name}: the file ended at byte {offset + done}", hint="it was changed while it was read")
+                where = f"the file ended at byte {offset + done}"
+                raise InputError(f"{self.path}: {name}: {where}", hint="it was changed while it was read")
             done += n
         return out
 
@@ -109,10 +111,7 @@ class TorchFile:
         self.path = path
         self._lock = threading.Lock()
         self.tensors = _load_state_dict(path)
-        self.types = {
-            n: (FROM_TORCH.get(str(t.dtype).removeprefix("torch."), str(t.dtype).removeprefix("torch.")), tuple(t.shape))
-            for n, t in self.tensors.items()
-        }
+        self.types = {n: (_dtype_of(t), tuple(t.shape)) for n, t in self.tensors.items()}
 
     def read(self, name: str, begin: int, end: int) -> Array:
         self._readable(name)
@@ -136,6 +135,11 @@ class TorchFile:
         t = t.detach().contiguous()
         array: Array = t.view(torch.int16).numpy().view(np.uint16) if t.dtype == torch.bfloat16 else t.numpy()
         return array.copy()  # the tensor is mapped from the file
+
+
+def _dtype_of(t: torch.Tensor) -> str:
+    name = str(t.dtype).removeprefix("torch.")
+    return FROM_TORCH.get(name, name)
 
 
 def _row_nbytes(entry: Entry) -> int:
@@ -162,7 +166,8 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as e:
         raise _refused(path, str(e)) from e
     except Exception as e:  # damaged bytes surface as whatever torch's readers happen to raise
-        raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0][:200] if str(e) else type(e).__name__}", hint=DAMAGED) from e
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise damaged(path, f"torch cannot read it: {reason[:200]}") from e
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}, not tensors by name")
     for name, value in state.items():
