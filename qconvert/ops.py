@@ -124,7 +124,7 @@ OPS: dict[str, Op] = {
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),
-    "rope": Op(_same, "(x) {head_dim, theta, scaling?}: rotate halves of each head by position"),
+    "rope": Op(_same, "(x[, factors]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head by position; factors divide the frequencies"),
     "attention": Op(_same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"),
 }
 

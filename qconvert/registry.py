@@ -15,6 +15,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
+        "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
     },

@@ -1,0 +1,161 @@
+"""GGUF: names, header and layouts of a graph for llama.cpp.
+
+legalize (which passes make the graph sayable) -> passes -> plan (header bytes and entries) -> emit
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from qconvert import __version__
+from qconvert.emit import Entry, FilePlan, Plan
+from qconvert.errors import GraphError, UsageError
+from qconvert.formats import gguf_arch, gguf_header, gguf_mix
+from qconvert.formats.gguf_kv import KV
+from qconvert.graph import Graph, Type
+from qconvert.passes.pack import Pack
+from qconvert.passes.permute_rope import PermuteRope
+from qconvert.passes.quantize import Quantize
+from qconvert.passes.rope_factors import RopeFactors
+from qconvert.pipeline import Function, Pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. `mix` is what a usual name (Q4_K_M) stands for; tokenizer and general.* are made elsewhere."""
+
+    mix: gguf_mix.FileType
+    choice: gguf_mix.Options = field(default_factory=gguf_mix.Options)
+    tokenizer: tuple[KV, ...] = ()
+    general: tuple[KV, ...] = ()
+    split_max_nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Legal:
+    """The passes that make a graph writable, the type chosen for each tensor, and what had to be said differently."""
+
+    passes: tuple[Pass | Function, ...]
+    choices: tuple[gguf_mix.Choice, ...]
+    notes: tuple[str, ...]
+    kvs: tuple[KV, ...]
+
+
+class GGUF:
+    name: ClassVar[str] = "gguf"
+    suffix: ClassVar[str] = ".gguf"
+
+    def legalize(self, graph: Graph, options: Options) -> Legal:
+        """Decide, from shapes alone, how this graph becomes GGUF. UnsupportedError where llama.cpp cannot run it."""
+        arch = gguf_arch.describe(graph)
+        names = {gguf_name(graph, p): p for p in graph.parameters()}
+        shapes = [gguf_mix.TensorShape(n, graph.nodes[p].type.dims) for n, p in names.items()]
+        choices = gguf_mix.choose(shapes, options.mix, arch.hyper, options.choice)
+        types = {names[c.name]: c.got for c in choices}
+        passes: list[Pass | Function] = [PermuteRope()] if arch.permuted else []
+        passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
+        passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
+        return Legal(tuple(passes), tuple(choices), arch.notes, arch.kvs)
+
+    def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
+        """Header bytes and entries of every file, from types alone."""
+        tensors = [(gguf_name(graph, p), p, graph.nodes[p].type) for p in graph.parameters()]
+        tensors.sort(key=lambda t: sort_key(t[0]))
+        if len({t[0] for t in tensors}) != len(tensors):
+            raise GraphError("two weights have one GGUF name")
+        kvs = self.header_kvs(options, legal)
+        shards = split([(n, v, t, nbytes_of(t)) for n, v, t in tensors], options.split_max_nbytes)
+        if len(shards) == 1:
+            return Plan((file_plan(path, kvs, shards[0]),))
+        files = []
+        for i, shard in enumerate(shards):
+            position = [KV("split.no", "u16", i), KV("split.count", "u16", len(shards)), KV("split.tensors.count", "i32", len(tensors))]
+            files.append(file_plan(shard_path(path, i, len(shards)), [*(kvs if i == 0 else []), *position], shard))
+        return Plan(tuple(files))
+
+    def header_kvs(self, options: Options, legal: Legal) -> list[KV]:
+        return [
+            legal.kvs[0],
+            KV("general.type", "str", "model"),
+            *options.general,
+            *legal.kvs[1:],
+            KV("general.file_type", "u32", options.mix.id),
+            KV("general.quantization_version", "u32", 2),
+            KV("qconvert.version", "str", __version__),
+            *options.tokenizer,
+        ]
+
+
+def gguf_name(graph: Graph, parameter: str) -> str:
+    """blk.3.attn_q.weight: the stem is the role, the suffix the parameter's own."""
+    attrs = graph.root(parameter).attrs
+    role, layer = attrs.get("role"), attrs.get("layer")
+    if not isinstance(role, str):
+        raise GraphError(f"{parameter} has no role; GGUF cannot name it")
+    suffix = "bias" if parameter.endswith(".bias") else "weight"
+    return f"{role}.{suffix}" if layer is None else f"blk.{layer}.{role}.{suffix}"
+
+
+def sort_key(name: str) -> tuple[int, str]:
+    """llama-quantize's order: the tensors of no layer by name, then layer by layer."""
+    m = re.match(r"blk\.(\d+)\.", name)
+    return (int(m[1]) if m else -1, name)
+
+
+def nbytes_of(kind: Type) -> int:
+    *lead, k = kind.dims
+    packed = kind.dtype.startswith("gguf.")  # then the shape is [N, row nbytes]
+    return math.prod(lead) * (k if packed else gguf_header.row_nbytes(kind.dtype, k))
+
+
+Tensor = tuple[str, str, Type, int]
+
+
+def split(tensors: list[Tensor], max_nbytes: int | None) -> list[list[Tensor]]:
+    """Shards of at most max_nbytes of data, in order; a tensor larger than that has a shard of its own."""
+    shards: list[list[Tensor]] = [[]]
+    room = max_nbytes or 0
+    for tensor in tensors:
+        padded = tensor[3] + -tensor[3] % gguf_header.ALIGNMENT
+        if max_nbytes and shards[-1] and room < padded:
+            shards.append([])
+            room = max_nbytes
+        shards[-1].append(tensor)
+        room -= padded
+    return shards
+
+
+def shard_path(path: Path, i: int, n: int) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{i + 1:05d}-of-{n:05d}.gguf")
+
+
+def file_plan(path: Path, kvs: list[KV], tensors: list[Tensor]) -> FilePlan:
+    infos, at = [], 0
+    for name, _, kind, nbytes in tensors:
+        infos.append((name, kind.dtype.removeprefix("gguf."), logical_shape(kind), at))
+        at += nbytes + -nbytes % gguf_header.ALIGNMENT
+    header = gguf_header.encode(kvs, infos)
+    entries = tuple(
+        Entry(name, value, kind.dtype, shape, nbytes, len(header) + offset)
+        for (name, value, kind, nbytes), (_, _, shape, offset) in zip(tensors, infos, strict=True)
+    )
+    return FilePlan(path, header, entries, len(header) + at)
+
+
+def logical_shape(kind: Type) -> tuple[int, ...]:
+    if not kind.dtype.startswith("gguf."):
+        return kind.dims
+    _, block, nbytes = gguf_header.GGML_TYPES[kind.dtype.removeprefix("gguf.")]
+    return (*kind.dims[:-1], kind.dims[-1] // nbytes * block)
+
+
+def parse_nbytes(text: str) -> int:
+    """500M, 2G, 1.5g: decimal units, as llama-gguf-split reads them. UsageError for anything else."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    if not m or float(m[1]) <= 0:
+        raise UsageError(f"cannot read {text!r} as a file size", hint="500M or 2G")
+    return int(float(m[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[m[2]])

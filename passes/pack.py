@@ -1,0 +1,29 @@
+"""pack: lay each quantized weight out in the bytes of a format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qconvert.graph import Graph, Node, Type
+from qconvert.layouts import layout_of
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Every quantize node gets the layout `format`.SCHEME beneath its name; the codes move to NAME~code."""
+
+    name: ClassVar[str] = "pack"
+    format: str = "gguf"
+
+    def __call__(self, graph: Graph) -> Graph:
+        def rule(name: str, node: Node) -> Mapping[str, Node] | None:
+            if node.op != "quantize":
+                return None
+            layout = layout_of(f"{self.format}.{node.type.dtype}")
+            *lead, k = node.type.dims
+            kind = Type(layout.name, (*lead, layout.row_nbytes(k)))
+            return {f"{name}~code": node, name: Node("pack", (f"{name}~code",), kind)}
+
+        return graph.rewrite(rule)

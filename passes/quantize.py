@@ -1,0 +1,39 @@
+"""quantize: put a quantized (or rounded) weight under the name of each weight that has a type assigned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from qconvert.errors import GraphError
+from qconvert.graph import Graph, Node, Type
+from qconvert.scheme import SCHEMES
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """`types` says weight -> scheme (q4_k) or plain dtype (f16), as the target format chose; `mix` is its usual name."""
+
+    name: ClassVar[str] = "quantize"
+    mix: str = ""
+    solver: str = "search"
+    types: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __call__(self, graph: Graph) -> Graph:
+        unknown = self.types.keys() - graph.nodes.keys()
+        if unknown:
+            raise GraphError(f"quantize: no weight is called {min(unknown)}")
+
+        def rule(name: str, node: Node) -> Mapping[str, Node] | None:
+            dtype = self.types.get(name, node.type.dtype)
+            if dtype == node.type.dtype:
+                return None
+            real, kind = f"{name}~real", Type(dtype, node.type.shape)
+            if dtype not in SCHEMES:
+                return {real: node, name: Node("cast", (real,), kind)}
+            if node.type.dims[-1] % SCHEMES[dtype].block:
+                raise GraphError(f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {SCHEMES[dtype].block}")
+            return {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
+
+        return graph.rewrite(rule)

@@ -1,0 +1,143 @@
+"""Prove an output: the same prompts through every stage, each stage against the one before it.
+
+    unmerged (as trained) -> merged -> quantized (interpreted) -> file (read by others' code) -> runtime (its own kernels)
+
+Only merged -> quantized may lose anything: it is the price of the bits. Every other step is arithmetic, so its bound is
+tight, and the first step that breaks it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qconvert.graph import Graph
+from qconvert.report import Row, judged
+from qconvert.run import Reals, run
+
+Tokens = list[list[int]]
+LogProbs = torch.Tensor
+
+
+class RuntimeModel(Protocol):
+    """An opened artifact."""
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]: ...
+
+    def close(self) -> None: ...
+
+
+class Runtime(Protocol):
+    """Something that runs an artifact by its own kernels."""
+
+    name: str
+
+    def missing(self) -> str | None: ...
+
+    def version(self) -> str: ...
+
+    def open(self, path: Path, n_ctx: int, threads: int) -> Any: ...
+
+
+# what -> (limit, the measurement it came from)
+LIMITS: dict[str, tuple[float, str]] = {
+    "merge": (1e-6, "f32 noise: the shipped adapters merge at KL 1e-12 to 1e-10; a dropped or misscaled delta is > 1e-3"),
+    "file": (1e-9, "the same codes through gguf-py: equal values, so equal logits but for the order of sums"),
+    "runtime f32": (1e-5, "llama.cpp against the interpreter, f32 files: KL <= 6e-7"),
+    "runtime f16": (1e-4, "f16 and bf16 files: KL <= 2.5e-6; every known mismatch of conversion is > 1.7e-3"),
+    "runtime quantized": (2e-3, "llama.cpp rounds activations to 8 bits beside quantized weights: KL 1e-5 to 5e-4 seen"),
+}
+
+
+def log_probs(graph: Graph, weights: Reals, prompts: Tokens) -> LogProbs:
+    """Log-probabilities f32[B,T,V] of prompts of one length."""
+    (logits,) = run(graph, weights, prompts).values()
+    return torch.log_softmax(logits, -1)
+
+
+def runtime_log_probs(model: RuntimeModel, prompts: Tokens) -> LogProbs:
+    return torch.log_softmax(torch.stack([torch.from_numpy(np.array(model.logits(p))) for p in prompts]), -1)
+
+
+class Distance(NamedTuple):
+    """How far q is from p: mean and largest KL(p||q) in nats over positions, and the share of equal top tokens."""
+
+    mean_kl: float
+    max_kl: float
+    top1: float
+    delta_nll: float
+
+
+def distance(p: LogProbs, q: LogProbs, prompts: Tokens) -> Distance:
+    kl = torch.stack([(a.double().exp() * (a.double() - b.double())).sum(-1) for a, b in zip(p, q, strict=True)])
+    nexts = torch.tensor(prompts)[:, 1:, None]
+    nll_p, nll_q = (-x[:, :-1].gather(-1, nexts).mean().item() for x in (p, q))
+    top1 = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
+    # rounding can leave a sum a hair below zero
+    return Distance(max(0.0, kl.mean().item()), max(0.0, kl.max().item()), top1, nll_q - nll_p)
+
+
+def arithmetic_row(what: str, kind: str, d: Distance) -> Row:
+    limit, _ = LIMITS[kind]
+    return judged(what, "mean KL", d.mean_kl, limit)
+
+
+def price_rows(d: Distance) -> list[Row]:
+    """What the bits cost: reported, not judged; gates are the user's to set."""
+    return [
+        Row("price of the bits", "mean KL", d.mean_kl, None, "info"),
+        Row("price of the bits", "top-1 changed", 1 - d.top1, None, "info"),
+        Row("price of the bits", "NLL change", d.delta_nll, None, "info"),
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A graph and where its weights come from."""
+
+    name: str
+    graph: Graph
+    weights: Reals
+
+
+def first_difference(a: Stage, b: Stage, prompt: Sequence[int], tolerance: float = 1e-3) -> str | None:
+    """The first linear or embed, in order, whose results differ relatively by more than `tolerance`, with its weight."""
+    names = [n for n, node in b.graph.nodes.items() if node.op in ("linear", "embed") and n in a.graph.nodes]
+    left, right = (run(s.graph, s.weights, [list(prompt)], want=names) for s in (a, b))
+    for name in names:
+        peak = left[name].abs().max().clamp_min(1e-12)
+        if ((left[name] - right[name]).abs().max() / peak).item() > tolerance:
+            return f"%{name} ({b.graph.nodes[name].inputs[1]})"
+    return None
+
+
+def prompts_for(
+    encode: Callable[[str], list[int]], corpus: Sequence[str], n_vocab: int, context: int, texts: Sequence[str] = ()
+) -> Tokens:
+    """Four prompts of one length: two of the mixed-script corpus, one of `texts` or plain English, one of random ids."""
+    length = max(2, min(96, context, (1 << 25) // n_vocab))
+    rng = np.random.default_rng(0)
+    cut = len(corpus) // 2
+    sources = ["\n".join(corpus[:cut]), "\n".join(corpus[cut:]), "\n".join(texts) or " ".join(corpus[:6])]
+    prompts = []
+    for text in sources:
+        ids = [i for i in encode(text) if i < n_vocab][:length]
+        fill = rng.integers(0, n_vocab, length - len(ids)).tolist()
+        prompts.append(ids + fill)
+    return [*prompts, rng.integers(0, n_vocab, length).tolist()]
+
+
+def equal_ids_row(what: str, pairs: Sequence[tuple[str, list[int], list[int]]]) -> Row:
+    """pairs: text, the tokenizer's ids, the runtime's ids."""
+    wrong = [(text, want, got) for text, want, got in pairs if want != got]
+    reason = ""
+    if wrong:
+        text, want, got = wrong[0]
+        reason = f"{text[:40]!r}: {want[:8]} became {got[:8]}"
+    return judged(what, f"of {len(pairs)} texts differ", float(len(wrong)), 0.0, reason)

@@ -1,0 +1,196 @@
+"""Stream a plan into files: one pass over the weights, row block by row block, whole or not at all.
+
+plan -> preflight (disk, permissions) -> workers: rows -> bytes -> pwrite at the offset -> fsync -> rename
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from qconvert.errors import ResourceError, UsageError
+from qconvert.weights import Weights, rows_per_block
+
+
+class Entry(NamedTuple):
+    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file."""
+
+    name: str
+    value: str  # in the graph
+    dtype: str  # f32, f16, bf16 or a layout
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+
+
+class FilePlan(NamedTuple):
+    path: Path
+    header: bytes
+    entries: tuple[Entry, ...]
+    nbytes: int
+
+
+class Plan(NamedTuple):
+    """Everything about the output but the weights' values; made from headers alone."""
+
+    files: tuple[FilePlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.files)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [e for f in self.files for e in f.entries]
+
+
+class Block(NamedTuple):
+    fd: int
+    entry: Entry
+    begin: int
+    end: int
+
+
+Progress = Callable[[int], None]  # told the bytes written since the last call
+T = TypeVar("T")
+
+
+def preflight(plan: Plan, force: bool) -> None:
+    """Refuse what cannot work before the first byte: existing outputs, folders without write permission, full disks."""
+    for file in plan.files:
+        if file.path.is_dir():
+            raise UsageError(f"{file.path} is a folder", hint="-o FILE")
+        if file.path.exists() and not force:
+            raise UsageError(f"{file.path} exists already", hint="--force overwrites it; -o FILE writes elsewhere")
+    folder = plan.files[0].path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ResourceError(f"cannot make the folder {folder}: {e.strerror}", hint="-o FILE writes elsewhere") from e
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ResourceError(f"cannot write into {folder}: permission denied", hint="-o FILE writes elsewhere")
+    free = shutil.disk_usage(folder).free
+    if free < plan.nbytes:
+        raise ResourceError(
+            f"{folder} has {free / 1e9:.2f} GB free, the output needs {plan.nbytes / 1e9:.2f} GB",
+            hint="fewer bits, or -o on another disk",
+        )
+
+
+def write(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> None:
+    """Write every file of the plan beside its final name, then rename them all. Leaves nothing behind on any error."""
+    parts = {file.path: file.path.with_name(f".{file.path.name}.{os.getpid()}.part") for file in plan.files}
+    try:
+        with open_parts(plan, parts) as fds:
+            in_parallel(blocks(plan, fds, weights), lambda b: write_block(b, weights, progress), threads)
+            for fd in fds.values():
+                os.fsync(fd)
+        for path, part in parts.items():
+            part.replace(path)
+        sync_folder(plan.files[0].path.parent)
+    except OSError as e:
+        raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="nothing was left behind") from e
+    finally:
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_parts(plan: Plan, parts: dict[Path, Path]) -> Iterator[dict[Path, int]]:
+    fds: dict[Path, int] = {}
+    try:
+        for file in plan.files:
+            fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
+            reserve(fd, file.nbytes)
+            write_all(fd, memoryview(file.header), 0)
+        yield fds
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Set the file's length, with its disk blocks where the file system can: a full disk is found now, not at the end."""
+    if hasattr(os, "posix_fallocate") and nbytes:
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+            return
+        except OSError as e:
+            if e.errno not in UNSUPPORTED:
+                raise
+    os.truncate(fd, nbytes)
+
+
+UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
+
+
+def blocks(plan: Plan, fds: dict[Path, int], weights: Weights) -> Iterator[Block]:
+    for file in plan.files:
+        for entry in file.entries:
+            n = entry.shape[0]
+            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
+            for begin in range(0, n, step):
+                yield Block(fds[file.path], entry, begin, min(n, begin + step))
+
+
+def write_block(block: Block, weights: Weights, progress: Progress) -> None:
+    fd, entry, begin, end = block
+    data = weights.encoded(entry.value, begin, end)
+    row_nbytes = entry.nbytes // entry.shape[0]
+    if data.nbytes != (end - begin) * row_nbytes:
+        raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {begin}..{end}, planned {(end - begin) * row_nbytes}")
+    write_all(fd, memoryview(data), entry.offset + begin * row_nbytes)
+    progress(data.nbytes)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        n = os.pwrite(fd, data, offset)
+        data, offset = data[n:], offset + n
+
+
+def in_parallel(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
+    """Call work(item) for each item from `threads` threads; the first error stops all and is raised here."""
+    source, lock, errors = iter(items), threading.Lock(), list[BaseException]()
+
+    def loop() -> None:
+        try:
+            while not errors:
+                with lock:
+                    item = next(source, None)
+                if item is None:
+                    return
+                work(item)
+        except BaseException as e:
+            errors.append(e)
+
+    workers = [threading.Thread(target=loop, daemon=True) for _ in range(threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.2)  # wakes up for Ctrl-C
+    except BaseException as e:
+        errors.append(e)
+        for worker in workers:
+            worker.join()
+    if errors:
+        raise errors[0]
+
+
+def sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+

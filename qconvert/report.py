@@ -1,0 +1,167 @@
+"""What a conversion did, said once: rows of checks, sizes that add up, and the same facts as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from qconvert.emit import Entry, Plan
+from qconvert.graph import Graph
+from qconvert.layouts import layout_of
+
+Verdict = Literal["pass", "fail", "skip", "info"]
+
+
+class Row(NamedTuple):
+    """One check: `what` was measured by `metric`; fail if value > limit. A skip has a reason and is never a pass."""
+
+    what: str
+    metric: str
+    value: float | None
+    limit: float | None
+    verdict: Verdict
+    reason: str = ""
+
+
+def judged(what: str, metric: str, value: float, limit: float, reason: str = "") -> Row:
+    """A row that passes up to and including its limit; NaN fails."""
+    return Row(what, metric, value, limit, "pass" if value <= limit else "fail", reason)
+
+
+class Size(NamedTuple):
+    """Bytes of an output by what they are; the parts add up to the files' sizes."""
+
+    header: int
+    codes: int
+    metadata: int  # scales, minima, offsets
+    dense: int  # tensors that are not quantized
+    padding: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Bpw(NamedTuple):
+    """Bits per weight: codes and linear over the linears' weights (embeddings apart), file over all weights."""
+
+    codes: float
+    linear: float
+    file: float
+
+
+def size_of(plan: Plan) -> Size:
+    codes = sum(code_nbytes(e) for e in plan.entries)
+    quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype)
+    dense = sum(e.nbytes for e in plan.entries if "." not in e.dtype)
+    header = sum(len(f.header) for f in plan.files)
+    return Size(header, codes, quantized - codes, dense, plan.nbytes - header - quantized - dense)
+
+
+def code_nbytes(entry: Entry) -> int:
+    return math.prod(entry.shape) * layout_of(entry.dtype).scheme.bits // 8 if "." in entry.dtype else 0
+
+
+def bpw_of(plan: Plan) -> Bpw:
+    linears = [e for e in plan.entries if len(e.shape) > 1 and "embd" not in e.name]
+    n = max(1, sum(math.prod(e.shape) for e in linears))
+    everything = max(1, sum(math.prod(e.shape) for e in plan.entries))
+    code_bits = sum(8 * (code_nbytes(e) or e.nbytes) for e in linears)
+    return Bpw(code_bits / n, 8 * sum(e.nbytes for e in linears) / n, 8 * plan.nbytes / everything)
+
+
+class Fate(NamedTuple):
+    """Where every input tensor ended: written under a name, folded into another, or dropped with a reason."""
+
+    used: int
+    folded: int
+    dropped: tuple[tuple[str, str], ...]
+
+
+def fate_of(graph: Graph, plan: Plan, refs: Sequence[str]) -> Fate:
+    """refs: every tensor of the sources. What no output reaches and no pass dropped is a bug, named here."""
+    main = {str(graph.root(e.value).attrs.get("tensor")) for e in plan.entries}
+    reached = {str(graph.nodes[s].attrs["tensor"]) for e in plan.entries for s in graph.sources(e.value)}
+    listed = graph.meta.get("dropped", [])
+    reasons = {str(d["tensor"]): str(d["reason"]) for d in listed if isinstance(d, dict)} if isinstance(listed, list) else {}
+    dropped = []
+    for ref in refs:
+        if ref not in reached:
+            name = ref.partition("#")[2]
+            dropped.append((ref, reasons.get(name) or reasons.get(ref) or "replaced by the adapter's own copy"))
+    return Fate(len(main & set(refs)), len((reached - main) & set(refs)), tuple(dropped))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All facts of one run; `data()` is what --json writes."""
+
+    outputs: list[dict[str, Any]]
+    checks: list[Row] = field(default_factory=list)
+    runtime: dict[str, str] | None = None
+    accounting: dict[str, Any] = field(default_factory=dict)
+    quant: str = ""
+    fallbacks: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pipeline: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [r for r in self.checks if r.verdict == "fail"]
+
+    @property
+    def verified(self) -> bool:
+        """The runtime itself gave the right answers, and nothing failed."""
+        ran = any(r.what.startswith("runtime") and r.verdict == "pass" for r in self.checks)
+        return ran and not self.failed
+
+    @property
+    def exit(self) -> int:
+        return 6 if self.failed else 0
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "outputs": self.outputs,
+            "verified": self.verified,
+            "runtime": self.runtime,
+            "checks": [r._asdict() for r in self.checks],
+            "accounting": self.accounting,
+            "quant": self.quant,
+            "fallbacks": self.fallbacks,
+            "notes": self.notes,
+            "pipeline": self.pipeline,
+            "provenance": self.provenance,
+            "exit": self.exit,
+        }
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join((indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip() for row in rows)
+
+
+def check_table(rows: Sequence[Row]) -> str:
+    cells = [("", "check", "metric", "value", "limit")]
+    for r in rows:
+        value = "" if r.value is None else number(r.value)
+        limit = "" if r.limit is None else f"<= {number(r.limit)}"
+        cells.append((r.verdict, r.what, r.metric, value, limit + (f"  {r.reason}" if r.reason else "")))
+    return table(cells)
+
+
+def number(x: float) -> str:
+    if x == int(x) and abs(x) < 1e15:
+        return str(int(x))
+    return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
+
+
+def nbytes_text(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    raise AssertionError
