@@ -1,8 +1,8 @@
 """How ggml lays quantized weights out in bytes: one numpy struct per C struct of ggml/src/ggml-common.h.
 
 Codes lie in bit planes. A plane of `bits` bits and run `r` packs chunks of r * 8 / bits codes into r bytes: byte j of a
-chunk holds code j of each run of r codes, the first run in the low bits. So block_q4_0 (byte j holds codes j and j + 16)
-is one plane of 4 bits and run 16, and block_q3_K is a plane of 2 bits and one of 1 bit, both of run 32.
+chunk holds code j of each run of r codes, the first run in the low bits. So block_q4_0 (byte j: codes j and j + 16) is
+one plane of 4 bits and run 16, and block_q3_K is a plane of 2 bits and one of 1 bit, both of run 32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.scheme import SCHEMES, Array, Bytes, Layout, QTensor, Scheme
+from qconvert.scheme import F32, SCHEMES, Array, Bytes, Layout, QTensor, Scheme
 
 U8 = npt.NDArray[np.uint8]
+U4 = np.uint8(15)
+Blocks = npt.NDArray[np.void]  # of a C struct, [N, K/block]
 
 
 class GGMLType(NamedTuple):
@@ -42,8 +44,8 @@ class Struct(NamedTuple):
     fields: list[tuple[str, str] | tuple[str, str, int]]
     planes: tuple[Plane, ...]
     zero: int
-    read_levels: Callable[[Array], list[Array]]  # blocks[N, K/block] -> one array[N, K/block, entries] per level
-    write_levels: Callable[[Array, list[Array]], None]
+    read_levels: Callable[[Blocks], list[Array]]  # one array[N, K/block, entries] per level
+    write_levels: Callable[[Blocks, list[F32]], None]
 
 
 def weave(codes: U8, bits: int, run: int) -> U8:
@@ -51,7 +53,8 @@ def weave(codes: U8, bits: int, run: int) -> U8:
     per_byte = 8 // bits
     fields = codes.reshape(*codes.shape[:-1], -1, per_byte, run)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(fields << shifts, axis=-2).reshape(*codes.shape[:-1], -1)
+    packed: U8 = np.bitwise_or.reduce(fields << shifts, axis=-2)
+    return packed.reshape(*codes.shape[:-1], -1)
 
 
 def unweave(packed: U8, bits: int, run: int) -> U8:
@@ -68,7 +71,7 @@ def _pack(name: str, q: QTensor) -> Bytes:
         raise UnsupportedError(why, hint=f"quantize to {layout.scheme.name}, or pack as gguf.{q.scheme.name}")
     struct = STRUCTS[q.scheme.name]
     n, k = q.codes.shape
-    blocks = np.zeros((n, k // layout.scheme.block), layout.block)
+    blocks: Blocks = np.zeros((n, k // layout.scheme.block), layout.block)
     stored = (q.codes.astype(np.int16) + struct.zero).astype(np.uint8).reshape(*blocks.shape, -1)
     shift = 0
     for field, bits, run in struct.planes:
@@ -85,7 +88,7 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     if nbytes % layout.block.itemsize:
         raise InputError(f"{name}: rows of {nbytes} bytes are no multiple of the block's {layout.block.itemsize}")
     struct = STRUCTS[layout.scheme.name]
-    blocks: Array = np.ascontiguousarray(packed).view(layout.block)
+    blocks: Blocks = np.ascontiguousarray(packed).view(layout.block)
     stored = np.zeros((n, blocks.shape[1], layout.scheme.block), np.uint8)
     shift = 0
     for field, bits, run in struct.planes:
@@ -96,52 +99,52 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     return QTensor(layout.scheme, codes, levels)
 
 
-def _read_fields(names: tuple[str, ...], blocks: Array) -> list[Array]:
+def _read_fields(names: tuple[str, ...], blocks: Blocks) -> list[Array]:
     return [blocks[name] for name in names]
 
 
-def _write_fields(names: tuple[str, ...], blocks: Array, levels: list[Array]) -> None:
+def _write_fields(names: tuple[str, ...], blocks: Blocks, levels: list[F32]) -> None:
     for name, v in zip(names, levels, strict=True):
         blocks[name] = v.reshape(blocks[name].shape)
 
 
-def _fields(*names: str) -> tuple[Callable[[Array], list[Array]], Callable[[Array, list[Array]], None]]:
+def _fields(*names: str) -> tuple[Callable[[Blocks], list[Array]], Callable[[Blocks, list[F32]], None]]:
     """Levels that are whole struct fields, in the scheme's order."""
     return partial(_read_fields, names), partial(_write_fields, names)
 
 
-def _read_q2_k(blocks: Array) -> list[Array]:
+def _read_q2_k(blocks: Blocks) -> list[Array]:
     scales: U8 = blocks["scales"]
     return [blocks["d"], scales & 15, blocks["dmin"], scales >> 4]
 
 
-def _write_q2_k(blocks: Array, levels: list[Array]) -> None:
+def _write_q2_k(blocks: Blocks, levels: list[F32]) -> None:
     d, scales, dmin, mins = levels
     _write_fields(("d", "dmin"), blocks, [d, dmin])
     blocks["scales"] = scales.astype(np.uint8) | mins.astype(np.uint8) << 4
 
 
-def _read_q3_k(blocks: Array) -> list[Array]:
+def _read_q3_k(blocks: Blocks) -> list[Array]:
     low, high = unweave(blocks["scales"][..., :8], 4, 8), unweave(blocks["scales"][..., 8:], 2, 4)
     return [blocks["d"], (low | high << 4).astype(np.int8) - np.int8(32)]
 
 
-def _write_q3_k(blocks: Array, levels: list[Array]) -> None:
+def _write_q3_k(blocks: Blocks, levels: list[F32]) -> None:
     d, scales = levels
-    stored = (scales + 32).astype(np.uint8)
+    stored: U8 = (scales + 32).astype(np.uint8)
     _write_fields(("d",), blocks, [d])
-    blocks["scales"] = np.concatenate([weave(stored & 15, 4, 8), weave(stored >> 4, 2, 4)], axis=-1)
+    blocks["scales"] = np.concatenate([weave(stored & U4, 4, 8), weave(stored >> 4, 2, 4)], axis=-1)
 
 
-def _read_q4_k(blocks: Array) -> list[Array]:
-    """Six-bit scales s and mins m in 12 bytes: s0-s3 under the top 2 bits of s4-s7; m likewise; low 4 bits of s4-s7, m4-m7."""
+def _read_q4_k(blocks: Blocks) -> list[Array]:
+    """Six-bit scales s and mins m in 12 bytes: s0-s3 below the tops of s4-s7; m likewise; the rest of s4-s7, m4-m7."""
     first_s, first_m, low = np.split(blocks["scales"], 3, axis=-1)
     scales = np.concatenate([first_s & 63, (low & 15) | (first_s >> 6) << 4], axis=-1)
     mins = np.concatenate([first_m & 63, (low >> 4) | (first_m >> 6) << 4], axis=-1)
     return [blocks["d"], scales, blocks["dmin"], mins]
 
 
-def _write_q4_k(blocks: Array, levels: list[Array]) -> None:
+def _write_q4_k(blocks: Blocks, levels: list[F32]) -> None:
     d, scales, dmin, mins = levels
     s, m = scales.astype(np.uint8), mins.astype(np.uint8)
     _write_fields(("d", "dmin"), blocks, [d, dmin])
@@ -153,16 +156,16 @@ def _write_q4_k(blocks: Array, levels: list[Array]) -> None:
     blocks["scales"] = np.concatenate(parts, axis=-1)
 
 
-def _read_iq4_xs(blocks: Array) -> list[Array]:
+def _read_iq4_xs(blocks: Blocks) -> list[Array]:
     low, high = unweave(blocks["scales_l"], 4, 1), unweave(blocks["scales_h"], 2, 1)
     return [blocks["d"], (low | high << 4).astype(np.int8) - np.int8(32)]
 
 
-def _write_iq4_xs(blocks: Array, levels: list[Array]) -> None:
+def _write_iq4_xs(blocks: Blocks, levels: list[F32]) -> None:
     d, scales = levels
-    stored = (scales + 32).astype(np.uint8)
+    stored: U8 = (scales + 32).astype(np.uint8)
     _write_fields(("d",), blocks, [d])
-    blocks["scales_l"] = weave(stored & 15, 4, 1)
+    blocks["scales_l"] = weave(stored & U4, 4, 1)
     blocks["scales_h"] = weave(stored >> 4, 2, 1)
 
 
