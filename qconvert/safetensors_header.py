@@ -59,7 +59,9 @@ def read_header(fd: int, path: Path) -> dict[str, Entry]:
             raise damaged(path, "the file ended in its header")
         text += part
     raw = _parse_json(text, path)
-    raw.pop("__metadata__", None)
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise damaged(path, "__metadata__ is not a table of strings")
     entries = {name: _entry(name, value, path) for name, value in raw.items()}
     _check_spans(entries, file_nbytes - 8 - n, path)
     return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
@@ -85,15 +87,17 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _entry(name: str, value: object, path: Path) -> Entry:
+    if not name.isprintable():  # it ends up on terminals and in other files
+        raise damaged(path, f"the tensor name {name[:80]!a} is not printable")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(path, f"{name}: an entry has dtype, shape and data_offsets, not {str(value)[:80]}")
+        raise damaged(path, f"{name}: an entry has dtype, shape and data_offsets, not {ascii(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in BITS:
-        raise InputError(f"{path}: {name}: unknown dtype {str(dtype)[:40]!r}", hint=f"known are {', '.join(BITS)}")
-    if not _counts(shape):
-        raise damaged(path, f"{name}: the shape {str(shape)[:80]} is not a list of counts")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InputError(f"{path}: {name}: unknown dtype {ascii(dtype)[:40]}", hint=f"known are {', '.join(BITS)}")
+    if not _counts(shape) or math.prod(max(d, 1) for d in shape) >= 1 << 56:
+        raise damaged(path, f"{name}: the shape {ascii(shape)[:80]} is not a list of counts")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(path, f"{name}: data_offsets {str(offsets)[:80]} are not [begin, end]")
+        raise damaged(path, f"{name}: data_offsets {ascii(offsets)[:80]} are not [begin, end]")
     n_bits = math.prod(shape) * BITS[dtype]
     nbytes = offsets[1] - offsets[0]
     if n_bits != 8 * nbytes:
@@ -102,7 +106,7 @@ def _entry(name: str, value: object, path: Path) -> Entry:
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _check_spans(entries: dict[str, Entry], data_nbytes: int, path: Path) -> None:

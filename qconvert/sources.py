@@ -201,8 +201,10 @@ def inside(folder: Path, name: str, what: str | None = None) -> Path:
     """
     path, base = folder / name, folder.resolve()
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "#" in name or "\0" in name:
+    if pure.is_absolute() or ".." in pure.parts:
         raise InputError(f"{what or folder}: the path {name!r} leads out of the folder", hint="do not trust this input")
+    if not name.isprintable() or not pure.name or set(name) & set("\\#"):
+        raise InputError(f"{what or folder}: {name!a} is no name for a file of tensors")
     target = path.resolve()
     allowed = [base, *([base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [])]
     if not any(target.is_relative_to(a) for a in allowed):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -162,7 +163,9 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: no such file")
     try:
         # only zip archives can be mapped; the format before torch 1.6 is read whole
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error below
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         raise _refused(path, str(e)) from e
     except Exception as e:  # damaged bytes surface as whatever torch's readers happen to raise
@@ -179,7 +182,7 @@ def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def _refused(path: Path, reason: str) -> InputError:
     wants = re.search(r"GLOBAL (\S+)", reason)
     if wants is None:
-        return InputError(f"{path}: not a pickle of tensors alone; nothing in it was executed", hint=DAMAGED)
+        return InputError(f"{path}: not a pickle of tensors alone; it was not executed", hint=DAMAGED)
     return InputError(
         f"{path}: the pickle calls {wants[1]}; it was not executed",
         hint="only tensors are read from .bin files; ask for this model as safetensors",

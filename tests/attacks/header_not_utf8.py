@@ -1,0 +1,13 @@
+"""A header that is no text."""
+
+from pathlib import Path
+
+from safetensors_writer import write_model, write_raw
+
+from qconvert.errors import InputError
+
+ERROR, SAYS = InputError, "not valid JSON"
+
+
+def make(folder: Path) -> None:
+    write_raw(write_model(folder), b'{"\xff\xfe":1}', b"")

@@ -1,0 +1,14 @@
+"""A GPTQ checkpoint: its weights are no longer what was trained."""
+
+from pathlib import Path
+
+from safetensors_writer import write_model
+
+from qconvert.errors import UnsupportedError
+
+ERROR, SAYS = UnsupportedError, "already quantized (gptq)"
+
+
+def make(folder: Path) -> None:
+    write_model(folder)
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')

@@ -1,0 +1,63 @@
+"""Fixtures for all tests, and tests/ir/*.ir collected as tests of passes.
+
+An .ir file: `// run: pass{option=value},pass`, a graph, a line `// ----`, the graph that must come out.
+`pytest --update` writes what came out below the bar: read the diff before you commit it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+BAR = "// ----\n"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models, adapters and tokenizers beside the checkout."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real inputs are not at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="rewrite the expected part of tests/ir/*.ir")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    return IrFile.from_parent(parent, path=file_path) if file_path.suffix == ".ir" else None
+
+
+class IrFile(pytest.File):
+    def collect(self) -> Iterator[pytest.Item]:
+        yield IrTest.from_parent(self, name=self.path.stem)
+
+
+class IrTest(pytest.Item):
+    def runtest(self) -> None:
+        from qconvert.pipeline import Pipeline, parse_passes
+        from qconvert.text import format, parse
+
+        source, _, want = self.path.read_text(encoding="utf-8").partition(BAR)
+        first = source.splitlines()[0]
+        if not first.startswith("// run: "):
+            raise ValueError(f"{self.path}: the first line must be // run: PASS, not {first!r}")
+        got = format(Pipeline(parse_passes(first.removeprefix("// run: "))).run(parse(source)))
+        if got != want and self.config.getoption("--update"):
+            self.path.write_text(source + BAR + got, encoding="utf-8")
+        elif got != want:
+            raise IrMismatch("".join(difflib.unified_diff(want.splitlines(True), got.splitlines(True), "want", "got")))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:  # type: ignore[override]
+        return str(excinfo.value) if excinfo.errisinstance(IrMismatch) else str(super().repr_failure(excinfo))
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, f"ir: {self.name}"
+
+
+class IrMismatch(Exception):
+    pass
