@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UsageError
-from qconvert.formats import gguf_arch, gguf_header, gguf_mix
+from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
 from qconvert.formats.gguf_kv import KV
+from qconvert.formats.gguf_vocabulary import Vocabulary, vocabulary
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.permute_rope import PermuteRope
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.rope_factors import RopeFactors
 from qconvert.pipeline import Function, Pass
+from qconvert.report import Row
+from qconvert.request import Request
+from qconvert.target import Legal, Lowered, Source
+from qconvert.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -29,25 +34,33 @@ class Options:
     """What the user asked for. `mix` is what a usual name (Q4_K_M) stands for; tokenizer and general.* are made elsewhere."""
 
     mix: gguf_mix.FileType
-    choice: gguf_mix.Options = field(default_factory=gguf_mix.Options)
-    tokenizer: tuple[KV, ...] = ()
-    general: tuple[KV, ...] = ()
+    choice: gguf_mix.Options
+    general: tuple[KV, ...]
+    vocabulary: Vocabulary
     split_max_nbytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Legal:
-    """The passes that make a graph writable, the type chosen for each tensor, and what had to be said differently."""
-
-    passes: tuple[Pass | Function, ...]
-    choices: tuple[gguf_mix.Choice, ...]
-    notes: tuple[str, ...]
-    kvs: tuple[KV, ...]
 
 
 class GGUF:
     name: ClassVar[str] = "gguf"
-    suffix: ClassVar[str] = ".gguf"
+
+    def options(self, request: Request, source: Source, graph: Graph) -> Options:
+        """The user's words as this format's record. UsageError for types and sizes that do not exist."""
+        if request.bits is not None and request.bits not in gguf_mix.BITS:
+            raise UsageError(f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}", hint="or name a type: --quant Q4_K_M")
+        mix = gguf_mix.file_type(request.quant or gguf_mix.BITS[request.bits or 4])
+        choice = gguf_mix.Options(
+            pure=request.pure,
+            leave_output_tensor=request.leave_output_tensor,
+            output_tensor_type=request.output_tensor_type and gguf_mix.tensor_type(request.output_tensor_type),
+            token_embedding_type=request.token_embedding_type and gguf_mix.tensor_type(request.token_embedding_type),
+            tensor_types=tuple(map(gguf_mix.parse_tensor_type, request.tensor_types)),
+            fallback=request.fallback,
+        )
+        limit = parse_nbytes(request.split_max_size) if request.split_max_size else None
+        return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request.pre_tokenizer), limit)
+
+    def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
+        return Path(gguf_general.file_name(source, graph, options.mix.name))
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Decide, from shapes alone, how this graph becomes GGUF. UnsupportedError where llama.cpp cannot run it."""
@@ -59,7 +72,8 @@ class GGUF:
         passes: list[Pass | Function] = [PermuteRope()] if arch.permuted else []
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
         passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
-        return Legal(tuple(passes), tuple(choices), arch.notes, arch.kvs)
+        fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
+        return Legal(tuple(passes), options.mix.name, fallbacks, arch.notes, arch.kvs)
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """Header bytes and entries of every file, from types alone."""
@@ -77,16 +91,24 @@ class GGUF:
             files.append(file_plan(shard_path(path, i, len(shards)), [*(kvs if i == 0 else []), *position], shard))
         return Plan(tuple(files))
 
+    def prove(
+        self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]:
+        """Every check there is for a GGUF file; see gguf_check."""
+        from qconvert.formats import gguf_check  # loads torch
+
+        return gguf_check.prove(source, lowered, weights, parts, threads)
+
     def header_kvs(self, options: Options, legal: Legal) -> list[KV]:
         return [
-            legal.kvs[0],
+            legal.header[0],
             KV("general.type", "str", "model"),
             *options.general,
-            *legal.kvs[1:],
+            *legal.header[1:],
             KV("general.file_type", "u32", options.mix.id),
             KV("general.quantization_version", "u32", 2),
             KV("qconvert.version", "str", __version__),
-            *options.tokenizer,
+            *options.vocabulary.kvs,
         ]
 
 

@@ -82,19 +82,25 @@ def preflight(plan: Plan, force: bool) -> None:
         )
 
 
-def write(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> None:
-    """Write every file of the plan beside its final name, then rename them all. Leaves nothing behind on any error."""
+@contextmanager
+def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
+    """Write every file beside its final name and yield those paths, to be checked; then rename them all.
+
+    An error, inside the body too, leaves nothing behind. ResourceError where the disk refuses.
+    """
     parts = {file.path: file.path.with_name(f".{file.path.name}.{os.getpid()}.part") for file in plan.files}
     try:
-        with open_parts(plan, parts) as fds:
-            in_parallel(blocks(plan, fds, weights), lambda b: write_block(b, weights, progress), threads)
-            for fd in fds.values():
-                os.fsync(fd)
+        try:
+            with open_parts(plan, parts) as fds:
+                in_parallel(blocks(plan, fds), lambda b: write_block(b, weights, progress), threads)
+                for fd in fds.values():
+                    os.fsync(fd)
+        except OSError as e:
+            raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="nothing was left behind") from e
+        yield tuple(parts.values())
         for path, part in parts.items():
             part.replace(path)
         sync_folder(plan.files[0].path.parent)
-    except OSError as e:
-        raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="nothing was left behind") from e
     finally:
         for part in parts.values():
             with suppress(OSError):
@@ -130,7 +136,7 @@ def reserve(fd: int, nbytes: int) -> None:
 UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 
 
-def blocks(plan: Plan, fds: dict[Path, int], weights: Weights) -> Iterator[Block]:
+def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
             n = entry.shape[0]

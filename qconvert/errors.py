@@ -28,6 +28,7 @@ class QConvertError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.report: object = None  # what was found until then, where there is a report
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"

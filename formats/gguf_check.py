@@ -1,0 +1,149 @@
+"""Prove a GGUF file: its bytes against the graph, its values through gguf-py, its answers through llama.cpp.
+
+file readers:  gguf-py (independent of ours)      runtime: llama.cpp's own kernels, in this process
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from qconvert import check
+from qconvert.check import LogProbs, Stage, Tokens
+from qconvert.emit import Entry, in_parallel
+from qconvert.errors import InputError
+from qconvert.formats import gguf_vocabulary_check
+from qconvert.formats.gguf_kernels import kernel_rows
+from qconvert.formats.llama_cpp import LlamaCpp
+from qconvert.graph import Graph
+from qconvert.report import Row, judged
+from qconvert.scheme import Array
+from qconvert.target import Lowered, Source
+from qconvert.weights import Weights, rows_per_block
+
+RUNTIME = "runtime llama.cpp"
+
+
+class Tensor(NamedTuple):
+    """A tensor as gguf-py read it: data u8[N, row nbytes] (or f32, f16 [N,K])."""
+
+    data: Any
+    type: Any
+
+
+@dataclass(frozen=True)
+class FileReals:
+    """The file's weights as real numbers, dequantized by gguf-py; names are the graph's (see `names`)."""
+
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]  # parameter -> tensor
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[self.names[name]]
+        return cast(Array, dequantize(np.asarray(tensor.data[begin:end]), tensor.type))
+
+
+def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Every tensor of a (split) file through gguf-py. InputError where gguf-py refuses it."""
+    from gguf import GGUFReader
+
+    out: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            out |= {str(t.name): Tensor(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+        except (ValueError, KeyError, IndexError, OverflowError) as e:
+            raise InputError(f"{path}: gguf-py cannot read it: {e}") from e
+    return out
+
+
+def prove(
+    source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+) -> tuple[list[Row], dict[str, str] | None]:
+    """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
+    tensors = read_tensors(parts)
+    rows = [bytes_row(lowered.plan.entries, tensors, weights, threads)]
+    reals = FileReals(tensors, {e.value: e.name for e in lowered.plan.entries})
+    tokenizer = lowered.options.vocabulary.tokenizer
+    prompts = check.prompts_for(tokenizer.encode, tokenizer.corpus(), n_vocab(lowered.graph), context(lowered.legal.header))
+    attached = Stage("unmerged", source.graph, Weights(source.graph, source.store))
+    merged = Stage("merged", lowered.merged, Weights(lowered.merged, source.store))
+    reference = check.log_probs(attached.graph, attached.weights, prompts)
+    if source.adapters:
+        reference = merge_rows(rows, attached, merged, reference, prompts)
+    quantized = check.log_probs(lowered.graph, weights, prompts)
+    rows += check.price_rows(check.distance(reference, quantized, prompts))
+    read = check.log_probs(lowered.graph, reals, prompts)
+    rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
+    del reference, quantized
+    runtime_rows, runtime = in_runtime(parts, lowered, read, prompts, threads)
+    return rows + runtime_rows, runtime
+
+
+def merge_rows(rows: list[Row], attached: Stage, merged: Stage, reference: LogProbs, prompts: Tokens) -> LogProbs:
+    """Judge the merge, naming the first weight that broke it; returns the merged graph's log-probabilities."""
+    got = check.log_probs(merged.graph, merged.weights, prompts)
+    row = check.arithmetic_row("merge", "merge", check.distance(reference, got, prompts))
+    if row.verdict == "fail":
+        row = row._replace(reason=f"first difference at {check.first_difference(attached, merged, prompts[0])}")
+    rows.append(row)
+    return got
+
+
+def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: Weights, threads: int) -> Row:
+    """Every tensor of the file equals the graph's, byte for byte; the first that does not is named."""
+    wrong: list[str] = [f"{e.name} is missing" for e in entries if e.name not in tensors]
+
+    def blocks() -> Iterator[tuple[Entry, int, int]]:
+        for entry in entries:
+            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else entry.shape[0]
+            yield from ((entry, i, min(entry.shape[0], i + step)) for i in range(0, entry.shape[0], step))
+
+    def compare(block: tuple[Entry, int, int]) -> None:
+        entry, begin, end = block
+        data = np.ascontiguousarray(tensors[entry.name].data[begin:end]).view(np.uint8).reshape(-1)
+        if not np.array_equal(data, weights.encoded(entry.value, begin, end)):
+            wrong.append(f"{entry.name}, rows {begin}..{end}")
+
+    if not wrong:
+        in_parallel(blocks(), compare, threads)
+    return judged("file bytes", f"of {len(entries)} tensors differ", float(len(wrong)), 0.0, min(wrong, default=""))
+
+
+def in_runtime(
+    parts: Sequence[Path], lowered: Lowered, read: LogProbs, prompts: Tokens, threads: int
+) -> tuple[list[Row], dict[str, str] | None]:
+    """llama.cpp loads the file: kernels, token ids, chat template, stop tokens and logits against what the file says."""
+    runtime = LlamaCpp()
+    if reason := runtime.missing():
+        return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
+    model = runtime.open(parts[0], max(map(len, prompts)), threads, shards=parts if len(parts) > 1 else ())
+    try:
+        rows = gguf_vocabulary_check.rows(model, lowered.options.vocabulary)
+        rows += kernel_rows(lowered.plan.entries, read_tensors(parts))
+        d = check.distance(read, check.runtime_log_probs(model, prompts), prompts)
+    finally:
+        model.close()
+    rows.append(check.arithmetic_row(RUNTIME, runtime_kind(e.dtype for e in lowered.plan.entries), d))
+    return rows, {"name": runtime.name, "version": runtime.version()}
+
+
+def runtime_kind(dtypes: Iterator[str]) -> str:
+    kinds = set(dtypes)
+    return "runtime quantized" if any("." in k for k in kinds) else "runtime f16" if kinds - {"f32"} else "runtime f32"
+
+
+def context(header: Sequence[Any]) -> int:
+    return int(next(kv.value for kv in header if kv.key.endswith(".context_length")))
+
+
+def n_vocab(graph: Graph) -> int:
+    value = graph.nodes[graph.outputs[0]].type.shape[-1]
+    assert isinstance(value, int)
+    return value
+

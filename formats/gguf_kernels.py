@@ -1,0 +1,84 @@
+"""llama.cpp's own matrix product on this very file: one row per distinct type and row length."""
+
+from __future__ import annotations
+
+import ctypes as c
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qconvert.emit import Entry
+from qconvert.formats.gguf_layouts import GGML_TYPES
+from qconvert.formats.llama_cpp import library
+from qconvert.report import Row, judged
+
+ROWS, COLUMNS = 64, 4
+ARENA_NBYTES = 64 << 20
+# relative error of the product: activations are rounded to 8 bits in blocks of 32 or 256 (0.4 % of the peak each)
+LIMIT = {"f32": 1e-5, "f16": 2e-3, "bf16": 8e-3}
+QUANTIZED_LIMIT = 2e-2
+
+
+class InitParams(c.Structure):
+    """ggml_init_params, ggml/include/ggml.h."""
+
+    _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
+
+
+def kernel_rows(entries: Sequence[Entry], tensors: Mapping[str, Any]) -> list[Row]:
+    """Relative error of ggml_mul_mat against f64 over gguf-py's values, for the first tensor of each (type, K)."""
+    firsts = {(e.dtype, e.shape[-1]): e for e in reversed(entries) if len(e.shape) == 2}
+    rows = []
+    for (dtype, k), entry in sorted(firsts.items()):
+        plain = dtype.removeprefix("gguf.")
+        error = product_error(tensors[entry.name], plain, k)
+        rows.append(judged(f"kernel {plain} x {k}", "relative error", error, LIMIT.get(plain, QUANTIZED_LIMIT), ""))
+    return [r if r.verdict == "pass" else r._replace(reason=firsts_name(firsts, r)) for r in rows]
+
+
+def firsts_name(firsts: Mapping[tuple[str, int], Entry], row: Row) -> str:
+    return next(e.name for (d, k), e in firsts.items() if row.what == f"kernel {d.removeprefix('gguf.')} x {k}")
+
+
+def product_error(tensor: Any, dtype: str, k: int) -> float:
+    """|ggml(W x) - W x| / |W x| with W[<=64, K] of the file and x[K, 4] normal."""
+    from gguf.quants import dequantize
+
+    data = np.ascontiguousarray(tensor.data[:ROWS])
+    x = np.random.default_rng(0).standard_normal((COLUMNS, k)).astype(np.float32)
+    want = x.astype(np.float64) @ np.asarray(dequantize(data, tensor.type), np.float64).T
+    got = ggml_product(data, GGML_TYPES[dtype][0], len(data), x)
+    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
+
+
+def ggml_product(data: np.ndarray[Any, Any], kind: int, n: int, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x[C,K] times the rows that `data` holds in ggml's type `kind`: f32[C,N], by ggml's CPU kernels."""
+    lib = library().call
+    _declare(lib)
+    context = lib.ggml_init(InitParams(ARENA_NBYTES, None, False))
+    try:
+        w = lib.ggml_new_tensor_2d(context, kind, x.shape[1], n)
+        v = lib.ggml_new_tensor_2d(context, 0, x.shape[1], x.shape[0])
+        c.memmove(lib.ggml_get_data(w), data.ctypes.data, data.nbytes)
+        c.memmove(lib.ggml_get_data(v), x.ctypes.data, x.nbytes)
+        product = lib.ggml_mul_mat(context, w, v)
+        graph = lib.ggml_new_graph(context)
+        lib.ggml_build_forward_expand(graph, product)
+        lib.ggml_graph_compute_with_ctx(context, graph, 1)
+        out = np.empty((x.shape[0], n), np.float32)
+        c.memmove(out.ctypes.data, lib.ggml_get_data(product), out.nbytes)
+        return out
+    finally:
+        lib.ggml_free(context)
+
+
+def _declare(lib: Any) -> None:
+    p, i64, i32 = c.c_void_p, c.c_int64, c.c_int32
+    for name, result, arguments in (
+        ("ggml_init", p, (InitParams,)), ("ggml_free", None, (p,)), ("ggml_new_tensor_2d", p, (p, i32, i64, i64)),
+        ("ggml_get_data", p, (p,)), ("ggml_mul_mat", p, (p, p, p)), ("ggml_new_graph", p, (p,)),
+        ("ggml_build_forward_expand", None, (p, p)), ("ggml_graph_compute_with_ctx", i32, (p, p, i32)),
+    ):  # fmt: skip
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments

@@ -1,0 +1,255 @@
+"""The command: options to a request, progress and report to the terminal, errors to exit codes.
+
+click alone is imported here; the rest when a command runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconvert import __version__
+from qconvert.errors import QConvertError
+
+if TYPE_CHECKING:
+    from qconvert.conversion import Result
+    from qconvert.emit import Plan
+    from qconvert.report import Report
+
+INTERRUPTED = 130
+
+
+class DefaultGroup(click.Group):
+    """`qconvert MODEL --to gguf` means `qconvert convert MODEL --to gguf`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = [a for a in args if not a.startswith("-")]
+        if args and not (words and words[0] in self.commands and args[0] == words[0]) and args[0] not in ("--version", "--help", "-h"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="qconvert %(version)s")
+def cli() -> None:
+    """Convert a Hugging Face checkpoint and its adapters into a quantized file that its runtime has proven.
+
+    \b
+    qconvert MODEL[+ADAPTER[:WEIGHT]]... --to gguf --bits 4     convert (the default command)
+    qconvert inspect FILE                                       what is in a file or folder
+    qconvert verify FILE --against MODEL[+ADAPTER]              prove a file that exists
+
+    All options of the conversion: qconvert convert --help
+    """
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("-q", "--quiet", is_flag=True, help="Errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="Say why, too: declined rewrites, chosen types."),
+        click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."),
+        click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable.")
+@click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]", help="gguf, or gguf:Q4_K_M at once.")
+@click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, Q8_0, F16 ...; see --list types.")
+@click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K. Default 4.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name by GGUF's convention, here.")
+@click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing.")
+@click.option("--no-check", is_flag=True, help="Skip the proof.")
+@click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="REGEX=TYPE", help="By GGUF name; first match wins.")
+@click.option("--output-tensor-type", metavar="TYPE")
+@click.option("--token-embedding-type", metavar="TYPE")
+@click.option("--pure", is_flag=True, help="One type for all tensors.")
+@click.option("--leave-output-tensor", is_flag=True, help="Do not quantize output.weight.")
+@click.option("--fallback", type=click.Choice(["error", "warn", "allow"]), default="warn", show_default=True,
+              help="Where rows do not divide into the type's blocks.")  # fmt: skip
+@click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M.")
+@click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
+@click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
+@click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')
+@click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass.")
+@click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes"]))
+@report_options
+def convert(model: str | None, listing: str | None, **options: Any) -> None:
+    """Convert MODEL: a folder, or org/name[@revision] in the local Hugging Face cache.
+
+    MODEL+ADAPTER[:WEIGHT] adds adapters, as -a does.
+    """
+    if listing:
+        from qconvert.listing import lines
+
+        click.echo("\n".join(lines(listing)))
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    run_convert(model, **options)
+
+
+def run_convert(
+    model: str, json_file: str | None, quiet: bool, verbose: bool, no_check: bool, passes: str, dry_run: bool, **options: Any
+) -> None:
+    from qconvert.conversion import convert as run
+    from qconvert.printing import plan_text, report_text
+
+    set_up_log(quiet, verbose)
+    chosen = [... if p.strip() == "..." else p for p in split_passes(passes)]
+    result: Result = run(
+        model, passes=chosen, check=not no_check, dry_run=dry_run, progress=lambda plan: bar(plan, quiet), **options
+    )
+    if json_file != "-":
+        click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
+    if not quiet and not dry_run:
+        click.echo(report_text(result.report), err=True)
+    write_json(result.report, json_file)
+
+
+def split_passes(text: str) -> list[str]:
+    """Commas outside of braces part passes."""
+    import re
+
+    return [p for p in re.findall(r"[^,{]+(?:\{[^}]*\})?", text) if p.strip()]
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--ir", is_flag=True, help="Print the graph of a checkpoint folder (and adapters: MODEL+ADAPTER).")
+@click.option("--json", "json_file", metavar="FILE", help="Write the facts as JSON; - for standard output.")
+def inspect(file: str, ir: bool, json_file: str | None) -> None:
+    """What is in a GGUF, a safetensors file or a checkpoint folder: tensors, types, true bits per weight."""
+    from qconvert.inspection import graph_text, inspect_file, inspection_text
+
+    if ir:
+        click.echo(graph_text(file), nl=False)
+        return
+    facts = inspect_file(file)
+    if json_file != "-":
+        click.echo(inspection_text(facts))
+    dump(facts, json_file)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="MODEL[+ADAPTER[:WEIGHT]]...", help="What it was made from.")
+@click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]")
+@report_options
+def verify(
+    file: Path, against: str, adapters: tuple[str, ...], json_file: str | None, quiet: bool, verbose: bool, threads: int | None
+) -> None:
+    """Prove a GGUF that exists, whoever made it, against the model and adapters it came from."""
+    from qconvert.printing import report_text
+    from qconvert.verification import verify_file
+
+    set_up_log(quiet, verbose)
+    report = verify_file(file, against, adapters, threads)
+    if not quiet:
+        click.echo(report_text(report), err=json_file == "-")
+    write_json(report, json_file)
+    sys.exit(report.exit)
+
+
+def set_up_log(quiet: bool, verbose: bool) -> None:
+    log = logging.getLogger("qconvert")
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
+    """A progress callback: one line that moves on a terminal, one line at the end elsewhere."""
+    from threading import Lock
+
+    total = sum(e.nbytes for e in plan.entries)
+    name, start, lock = plan.files[0].path.name, time.monotonic(), Lock()
+    done = drawn = 0.0
+    terminal = sys.stderr.isatty()
+
+    def progress(nbytes: int) -> None:
+        nonlocal done, drawn
+        with lock:
+            done += nbytes
+            now = time.monotonic()
+            if quiet or (done < total and (not terminal or now - drawn < 0.1)):
+                return
+            drawn, seconds = now, max(now - start, 1e-6)
+            rate = done / seconds
+            left = f"   {(total - done) / rate:4.0f} s left" if done < total else ""
+            line = f"write {name}  {100 * done / total:3.0f} %  {done / 1e6:.1f} of {total / 1e6:.1f} MB  {rate / 1e6:.0f} MB/s  {seconds:.1f} s{left}"
+            click.echo(f"\r\033[K{line}" if terminal else line, err=True, nl=not terminal or done >= total)
+
+    return progress
+
+
+def write_json(report: Report, file: str | None) -> None:
+    dump(report.data(), file)
+
+
+def dump(facts: dict[str, Any], file: str | None) -> None:
+    if file is None:
+        return
+    text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
+    if file == "-":
+        click.echo(text)
+    else:
+        Path(file).write_text(text + "\n", encoding="utf-8")
+
+
+def fail(error: QConvertError, args: list[str]) -> int:
+    """Say what went wrong on stderr; the report so far goes where --json says."""
+    report: Any = error.report
+    if report is not None:
+        from qconvert.printing import report_text
+
+        click.echo(report_text(report), err=True)
+        for i, arg in enumerate(args):
+            target = arg.partition("=")[2] if arg.startswith("--json=") else args[i + 1] if arg == "--json" and i + 1 < len(args) else None
+            if target:
+                dump({**report.data(), "exit": error.exit_code}, target)
+    click.echo(f"error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
+    return error.exit_code
+
+
+def main() -> None:
+    args = sys.argv[1:]
+    try:
+        cli.main(args=args or ["--help"], prog_name="qconvert", standalone_mode=False)
+    except QConvertError as e:
+        sys.exit(fail(e, args))
+    except click.exceptions.Abort:
+        click.echo("\ninterrupted; nothing was left behind", err=True)
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted; nothing was left behind", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as e:
+        if "-v" in args or "--verbose" in args:
+            raise
+        click.echo(f"error: a bug in qconvert: {type(e).__name__}: {e}", err=True)
+        click.echo("hint: run again with -v for the traceback, and report it", err=True)
+        sys.exit(1)

@@ -1,0 +1,191 @@
+"""The whole conversion as one readable function.
+
+    read:   checkpoint -> graph, adapters attached as they were trained
+    lower:  merge, the user's passes, what the format needs -> graph of packed weights
+    write:  plan -> preflight -> streamed into files that have no final name yet
+    prove:  unmerged, merged, quantized, file, runtime: each against the one before -> names, report
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import EllipsisType
+from typing import Any, cast
+
+from qconvert import registry
+from qconvert.adapters import Adapter, read_adapter
+from qconvert.build import build
+from qconvert.emit import Plan, Progress, preflight, written
+from qconvert.errors import NotVerifiedError, ResourceError, UsageError, VerificationError
+from qconvert.graph import Graph
+from qconvert.passes.attach_adapter import AttachAdapter
+from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.pipeline import Function, Pass, Pipeline, flatten
+from qconvert.report import Report, Row, bpw_of, fate_of, size_of
+from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
+from qconvert.sources import Checkpoint, Store, find_model, read_checkpoint
+from qconvert.target import Format, Lowered, Source
+from qconvert.weights import Weights
+
+log = logging.getLogger("qconvert")
+WORKING_NBYTES = 400 << 20  # interpreter, libraries and row blocks of two threads
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion made: files, whether the runtime proved them, and the report that says so."""
+
+    outputs: tuple[Path, ...]
+    report: Report
+    plan: Plan
+
+    @property
+    def verified(self) -> bool:
+        return self.report.verified
+
+
+def convert(
+    model: str | Path,
+    *,
+    adapters: Sequence[str | AdapterSpec] = (),
+    passes: Sequence[Pass | Function | str | EllipsisType] = (...,),
+    dry_run: bool = False,
+    progress: Callable[[Plan], Progress] = lambda _: lambda _: None,
+    **options: Any,
+) -> Result:
+    """Convert `model` ("path", "org/name@revision", "model+adapter:0.7") with `adapters`; options as in Request.
+
+    passes: run after the merge; `...` stands for qconvert's own, so [MyPass(), ...] runs before it.
+    Raises QConvertError; VerificationError has the whole report as its `report`.
+    """
+    unknown = options.keys() - {f.name for f in fields(Request)}
+    if unknown:
+        raise UsageError(f"convert() has no option {min(unknown)!r}", hint="options are the fields of qconvert.request.Request")
+    name, named = parse_model(str(model))
+    to, quant = parse_target(options.pop("to", "gguf"), options.pop("quant", None))
+    request = Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
+    store = Store()
+    try:
+        return _convert(request, store, dry_run, progress)
+    finally:
+        store.close()
+
+
+def _convert(request: Request, store: Store, dry_run: bool, progress: Callable[[Plan], Progress]) -> Result:
+    target = cast(type[Format], registry.find("formats", request.to))()
+    source = read_source(request, store)
+    lowered = lower(request, source, target)
+    plan = lowered.plan
+    report = describe(request, source, lowered)
+    if dry_run:
+        return Result((), report, plan)
+    preflight(plan, request.force)
+    check_memory()
+    weights = Weights(lowered.graph, store)
+    threads = request.threads or len(os.sched_getaffinity(0))
+    with written(plan, weights, threads, progress(plan)) as parts:
+        if request.check:
+            rows, runtime = target.prove(source, lowered, weights, parts, threads)
+        else:
+            rows, runtime = [Row("runtime", "not verified", None, None, "skip", "--no-check")], None
+        report = replace(report, checks=rows, runtime=runtime)
+        judge(report, request)
+    return Result(tuple(f.path for f in plan.files), report, plan)
+
+
+def read_source(request: Request, store: Store) -> Source:
+    """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
+    checkpoint = read_checkpoint(find_model(request.model), store)
+    base = build(checkpoint)
+    adapters = []
+    for i, spec in enumerate(request.adapters):
+        alias = f"adapter{i}"
+        adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight))
+    attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
+    graph = attach.run(base, request.dump_ir, log.info)
+    return Source(request.model, checkpoint, tuple(adapters), store, base, graph)
+
+
+def lower(request: Request, source: Source, target: Format) -> Lowered:
+    """The merged graph, the legal graph of packed weights, and the plan of its files."""
+    own: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
+    given = request.passes if ... in request.passes else (..., *request.passes)
+    at = given.index(...)
+    before, after = (tuple(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    optimise = Pipeline((*flatten(before), *own, *flatten(after)))
+    merged = optimise.run(source.graph, request.dump_ir, log.info)
+    options = target.options(request, source, merged)
+    legal = target.legalize(merged, options)
+    final = Pipeline(legal.passes).run(merged, request.dump_ir, log.info)
+    path = request.output or target.default_path(source, merged, options)
+    plan = target.plan(final, options, legal, Path(path))
+    spec = ",".join(filter(None, (str(optimise), str(Pipeline(legal.passes)))))
+    return Lowered(merged, final, options, legal, plan, spec)
+
+
+def check_memory() -> None:
+    """ResourceError before the first byte where the machine has too little left to start."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return
+    available = next((int(line.split()[1]) << 10 for line in meminfo.splitlines() if line.startswith("MemAvailable")), None)
+    if available is not None and available < WORKING_NBYTES:
+        raise ResourceError(
+            f"{available >> 20} MB of memory are free, {WORKING_NBYTES >> 20} MB are needed",
+            hint="close something; the model's size does not matter",
+        )
+
+
+def describe(request: Request, source: Source, lowered: Lowered) -> Report:
+    """All that is known before a weight is read."""
+    plan, bpw, size = lowered.plan, bpw_of(lowered.plan), size_of(lowered.plan)
+    refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
+    fate = fate_of(lowered.graph, plan, refs)
+    outputs = [
+        {"path": str(f.path), "format": request.to, "quant": lowered.legal.quant, "nbytes": f.nbytes, "bpw": bpw._asdict()}
+        for f in plan.files
+    ]
+    accounting = {
+        "size": {**size._asdict(), "total": size.total},
+        "tensors": {"used": fate.used, "folded": fate.folded, "dropped": [{"tensor": t, "reason": r} for t, r in fate.dropped]},
+        "placement": {"any": plan.nbytes},
+    }
+    return Report(
+        outputs,
+        accounting=accounting,
+        quant=lowered.legal.quant,
+        fallbacks=[dict(f) for f in lowered.legal.fallbacks],
+        notes=list(lowered.legal.notes),
+        pipeline=lowered.pipeline,
+        provenance=provenance(source),
+    )
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    meta = source.graph.meta.get("adapters", [])
+    return {"model": source.name, "revision": source.checkpoint.revision, "adapters": meta}
+
+
+def judge(report: Report, request: Request) -> None:
+    """Raise where a check failed or, with --require-verified, where the runtime did not prove the file."""
+    if report.failed:
+        row = report.failed[0]
+        error = VerificationError(
+            f"verification failed at {row.what}: {row.metric} {row.value:g}, limit {row.limit:g}. {row.reason}".rstrip(" ."),
+            hint="no file was left; --no-check writes it unverified",
+        )
+        error.report = report
+        raise error
+    if request.require_verified and not report.verified:
+        skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
+        unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
+        unverified.report = report
+        raise unverified
+
+
+__all__ = ["Adapter", "Checkpoint", "Graph", "Result", "convert"]

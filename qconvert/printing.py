@@ -1,0 +1,65 @@
+"""Reports and plans as text for a person."""
+
+from __future__ import annotations
+
+from qconvert.conversion import Result
+from qconvert.report import Report, check_table, nbytes_text, table
+
+
+def report_text(report: Report) -> str:
+    """Checks, sizes, fates and the verdict."""
+    parts = []
+    if report.fallbacks:
+        parts.append(fallback_text(report))
+    parts += [f"note: {n}" for n in report.notes]
+    if report.checks:
+        parts.append("checks\n" + check_table(report.checks))
+    if report.outputs:
+        parts.append(size_text(report))
+    parts.append(verdict(report))
+    return "\n".join(parts)
+
+
+def fallback_text(report: Report) -> str:
+    rows = [(f["tensor"], f"{f['wanted']} -> {f['got']}", f["reason"]) for f in report.fallbacks]
+    shown = rows if len(rows) <= 12 else [*rows[:11], (f"… and {len(rows) - 11} more", "", "")]
+    return f"warning: {len(rows)} tensors did not get the type that {report.quant} wants\n" + table(shown)
+
+
+def size_text(report: Report) -> str:
+    bpw = report.outputs[0]["bpw"]
+    size = report.accounting.get("size", {})
+    parts = " + ".join(f"{nbytes_text(v)} {k}" for k, v in size.items() if k != "total" and v)
+    tensors = report.accounting.get("tensors", {})
+    lines = [
+        f"size    {nbytes_text(size.get('total', 0))} = {parts}",
+        f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)",
+    ]
+    if tensors:
+        fate = f"inputs  {tensors['used']} tensors written, {tensors['folded']} folded in, {len(tensors['dropped'])} dropped"
+        lines.append("\n".join([fate, *(f"          {d['tensor']}: {d['reason']}" for d in tensors["dropped"])]))
+    return "\n".join(lines)
+
+
+def verdict(report: Report) -> str:
+    if report.failed:
+        return f"FAILED  {report.failed[0].what}"
+    skipped = [r for r in report.checks if r.verdict == "skip"]
+    if report.verified:
+        assert report.runtime is not None
+        also = f"; not checked: {', '.join(r.what for r in skipped)}" if skipped else ""
+        return f"verified in {report.runtime['name']} {report.runtime['version']}{also}"
+    return f"not verified: {skipped[0].reason if skipped else 'no check ran'}"
+
+
+def plan_text(result: Result) -> str:
+    """The dry run: every tensor with its type and bytes, then the totals."""
+    rows = [("tensor", "shape", "type", "bytes")]
+    rows += [(e.name, "x".join(map(str, e.shape)), e.dtype.rpartition(".")[2], str(e.nbytes)) for e in result.plan.entries]
+    report = result.report
+    lines = [table(rows, indent="")]
+    lines += [f"{f.path}  {f.nbytes} bytes" for f in result.plan.files]
+    if report.fallbacks:
+        lines.append(fallback_text(report))
+    lines += [f"note: {n}" for n in report.notes]
+    return "\n".join([*lines, f"type    {report.quant}", size_text(report)])

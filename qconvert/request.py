@@ -1,0 +1,93 @@
+"""What a user asks for, as said on the command line or to convert(): parsed, not yet looked at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Literal, NamedTuple
+
+from qconvert.errors import UsageError
+from qconvert.pipeline import Function, Pass
+
+Fallback = Literal["error", "warn", "allow"]
+
+
+class AdapterSpec(NamedTuple):
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversion. Fields are named like the flags; None means: choose for me."""
+
+    model: str
+    adapters: tuple[AdapterSpec, ...] = ()
+    to: str = "gguf"
+    quant: str | None = None
+    bits: int | None = None
+    output: Path | None = None
+    passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
+    check: bool = True
+    require_verified: bool = False
+    force: bool = False
+    threads: int | None = None
+    dump_ir: Path | None = None
+    allow_unused_adapter_keys: bool = False
+    fallback: Fallback = "warn"
+    tensor_types: tuple[str, ...] = ()  # REGEX=TYPE
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
+    leave_output_tensor: bool = False
+    split_max_size: str | None = None
+    pre_tokenizer: str | None = None
+
+
+def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:
+    """`model+a:0.7+b` to model and adapters. A path that contains + and exists is taken whole."""
+    if Path(text).exists():
+        return text, ()
+    parts = [p.replace("\0", "+") for p in _keep_existing(text).split("+")]
+    if not all(parts):
+        raise UsageError(f"cannot read {text!r}: an empty name beside a +", hint="MODEL+ADAPTER[:WEIGHT]")
+    return parts[0], tuple(parse_adapter(p) for p in parts[1:])
+
+
+def _keep_existing(text: str) -> str:
+    """Mark with NUL the + signs inside the longest leading or following paths that exist."""
+    pieces, out, i = text.split("+"), [], 0
+    while i < len(pieces):
+        for j in range(len(pieces), i + 1, -1):
+            candidate = "+".join(pieces[i:j])
+            if Path(parse_adapter(candidate).path).exists():
+                out.append(candidate.replace("+", "\0"))
+                i = j
+                break
+        else:
+            out.append(pieces[i])
+            i += 1
+    return "+".join(out)
+
+
+def parse_adapter(text: str) -> AdapterSpec:
+    """`path[:weight]`; a path that exists is taken whole."""
+    m = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
+    if m and not Path(text).exists():
+        return AdapterSpec(m[1], float(m[2]))
+    return AdapterSpec(text)
+
+
+def parse_target(to: str, quant: str | None) -> tuple[str, str | None]:
+    """`gguf:Q4_K_M` says format and type at once."""
+    name, colon, kind = to.partition(":")
+    if colon and quant and kind.lower() != quant.lower():
+        raise UsageError(f"--to {to} and --quant {quant} disagree", hint="say the type once")
+    return name.lower(), (kind if colon else quant)
+
+
+def adapters_of(adapters: Sequence[str | AdapterSpec]) -> tuple[AdapterSpec, ...]:
+    return tuple(a if isinstance(a, AdapterSpec) else parse_adapter(str(a)) for a in adapters)

@@ -1,0 +1,67 @@
+"""What a format is to the driver: names, layouts and header for a graph, and the proof of what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from qconvert.adapters import Adapter
+from qconvert.emit import Plan
+from qconvert.graph import Graph
+from qconvert.pipeline import Function, Pass
+from qconvert.report import Row
+from qconvert.request import Request
+from qconvert.sources import Checkpoint, Store
+from qconvert.weights import Weights
+
+
+class Source(NamedTuple):
+    """The inputs, read: `base` without adapters, `graph` with each beside its linears (the reference of all checks)."""
+
+    name: str
+    checkpoint: Checkpoint
+    adapters: tuple[Adapter, ...]
+    store: Store
+    base: Graph
+    graph: Graph
+
+
+class Legal(NamedTuple):
+    """How a graph is said in a format: the passes that get it there, and what had to give.
+
+    quant: the mix's usual name. fallbacks: {tensor, wanted, got, reason}. notes: what the format cannot say.
+    """
+
+    passes: tuple[Pass | Function, ...]
+    quant: str
+    fallbacks: tuple[Mapping[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    header: Any = None  # the format's own
+
+
+class Lowered(NamedTuple):
+    merged: Graph
+    graph: Graph
+    options: Any
+    legal: Legal
+    plan: Plan
+    pipeline: str
+
+
+class Format(Protocol):
+    """A way to write graphs; `options` is the format's own record of what the user asked for."""
+
+    name: ClassVar[str]
+
+    def options(self, request: Request, source: Source, graph: Graph) -> Any: ...
+
+    def legalize(self, graph: Graph, options: Any) -> Legal: ...
+
+    def default_path(self, source: Source, graph: Graph, options: Any) -> Path: ...
+
+    def plan(self, graph: Graph, options: Any, legal: Legal, path: Path) -> Plan: ...
+
+    def prove(
+        self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]: ...
