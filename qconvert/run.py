@@ -197,6 +197,8 @@ def _rope(v: Values, node: Node) -> Tensor:
     x, head_dim = v[node.inputs[0]], _count(node, "head_dim")
     scaling = cast(Scaling | None, node.attrs.get("scaling"))
     frequencies, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
+    if len(node.inputs) > 1:
+        frequencies = frequencies / v[node.inputs[1]]  # GGUF's rope_freqs
     angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * frequencies
     cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
     first, second = _split(x, head_dim).chunk(2, -1)
@@ -276,17 +278,9 @@ def _rope_yarn(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int)
 
 
 def yarn_attention_factor(scaling: Scaling) -> float:
-    """What yarn multiplies cos and sin by: as given, or from factor (DeepSeek: and mscale / mscale_all_dim)."""
-    if scaling.get("attention_factor") is not None:
-        return _of(scaling, "attention_factor")
-
-    def mscale(weight: float) -> float:
-        factor = _of(scaling, "factor")
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(_of(scaling, "mscale")) / mscale(_of(scaling, "mscale_all_dim"))
-    return mscale(1.0)
+    """What yarn multiplies cos and sin by: as given, or from factor."""
+    factor = _of(scaling, "factor")
+    return _of(scaling, "attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
 
 
 def _rope_llama3(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:

@@ -1,0 +1,271 @@
+"""A checkpoint becomes a graph: one block builder that reads the switches of a family's table.
+
+No tensor is read (but for a head that is both tied and stored). Every tensor is used, or dropped for a reason that
+graph.meta["dropped"] gives, or an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qconvert.dtypes import FLOATS
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.families import Family, family_of
+from qconvert.graph import Attr, Graph, Node, Type
+from qconvert.ops import infer
+from qconvert.settings import Settings, read_settings
+from qconvert.sources import Checkpoint, Store, TensorInfo
+
+# A weight's shape by its role, in terms of our settings. A bias has the first dimension.
+SHAPES: Mapping[str, tuple[str, ...]] = {
+    "token_embd": ("vocab", "width"),
+    "position_embd": ("context", "width"),
+    "output_norm": ("width",),
+    "output": ("vocab", "width"),
+    "attn_norm": ("width",),
+    "attn_q": ("heads * head_dim", "width"),
+    "attn_k": ("kv_heads * head_dim", "width"),
+    "attn_v": ("kv_heads * head_dim", "width"),
+    "attn_qkv": ("(heads + 2 * kv_heads) * head_dim", "width"),
+    "attn_output": ("width", "heads * head_dim"),
+    "attn_q_norm": ("head_dim",),
+    "attn_k_norm": ("head_dim",),
+    "ffn_norm": ("width",),
+    "ffn_gate": ("ffn", "width"),
+    "ffn_up": ("ffn", "width"),
+    "ffn_down": ("width", "ffn"),
+}
+BLOCK = 1 << 22  # values compared at a time
+
+
+def build(checkpoint: Checkpoint) -> Graph:
+    """The model as a graph: tokens i64[B,T] -> logits f32[B,T,V]; parameters are called as in a model with a head.
+
+    UnsupportedError for an architecture or a setting that no family has; InputError for config keys that are unknown,
+    and for tensors that are missing, unread or misshapen.
+    """
+    where = str(checkpoint.folder / "config.json")
+    family = family_of(checkpoint.config, where)
+    settings = read_settings(family, checkpoint.config, where)
+    b = _Builder(checkpoint, family, settings)
+    x = b.embedding()
+    for i in range(settings.layers):
+        x = b.feed_forward(i, b.attention(i, x))
+    b.head(b.norm("norm", x, "output_norm"))
+    dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
+    keys: dict[str, Attr] = {"used": list(settings.used), "dropped": dict(settings.dropped)}
+    meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
+    return Graph(b.nodes, ("logits",), meta)
+
+
+@dataclass
+class _Builder:
+    checkpoint: Checkpoint
+    family: Family
+    settings: Settings
+    nodes: dict[str, Node] = field(default_factory=lambda: {"tokens": Node("input", (), Type("i64", ("B", "T")))})
+    used: set[str] = field(default_factory=set)
+    bare: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bare = not any(tensor.startswith(self.family.prefix) for tensor in self.checkpoint.tensors)
+
+    # activations ---------------------------------------------------------------------------------
+
+    def add(self, name: str, op: str, *inputs: str, **attrs: Attr) -> str:
+        self.nodes[name] = Node(op, inputs, infer(op, tuple(self.nodes[i].type for i in inputs), **attrs), attrs)
+        return name
+
+    def linear(self, name: str, x: str, role: str, layer: int | None = None) -> str:
+        return self.add(name, "linear", x, self.weight(role, layer), *self.bias(role, layer))
+
+    def norm(self, name: str, x: str, role: str, layer: int | None = None) -> str:
+        weight, bias = self.weight(role, layer), self.bias(role, layer)
+        return self.add(name, self.family.norm, x, weight, *bias, eps=self.settings.eps)
+
+    def embedding(self) -> str:
+        if self.family.position == "rope":
+            return self.add("h", "embed", "tokens", self.weight("token_embd"))
+        token = self.add("token_embd", "embed", "tokens", self.weight("token_embd"))
+        positions = self.add("positions", "positions", "tokens")
+        return self.add("h", "add", token, self.add("position_embd", "embed", positions, self.weight("position_embd")))
+
+    def attention(self, i: int, x: str) -> str:
+        c = self.settings
+        q, k, v = self.qkv(i, self.norm(f"l{i}.attn_norm", x, "attn_norm", i))
+        attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.head_dim**-0.5}
+        if c.windows[i] is not None:
+            attrs["window"] = c.windows[i]
+        attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, **attrs)
+        return self.add(f"l{i}.h1", "add", x, self.linear(f"l{i}.attn_out", attn, "attn_output", i))
+
+    def qkv(self, i: int, x: str) -> tuple[str, str, str]:
+        if not self.family.fused_qkv:
+            q, k, v = (self.linear(f"l{i}.{part}", x, f"attn_{part}", i) for part in "qkv")
+            return q, k, v
+        c = self.settings
+        fused, ends = self.linear(f"l{i}.qkv", x, "attn_qkv", i), [0]
+        for heads in (c.heads, c.kv_heads, c.kv_heads):
+            ends.append(ends[-1] + heads * c.head_dim)
+        q, k, v = (self.add(f"l{i}.{p}", "slice", fused, begin=ends[j], end=ends[j + 1]) for j, p in enumerate("qkv"))
+        return q, k, v
+
+    def turned(self, i: int, x: str) -> str:
+        """q or k, normed where the family does that, and rotated by position."""
+        if self.family.qk_norm:
+            x = self.norm(f"{x}_norm", x, f"attn_{x[-1]}_norm", i)
+        if self.settings.rope is None:
+            return x
+        name = x.removesuffix("_norm") + "_rope"
+        return self.add(name, "rope", x, head_dim=self.settings.head_dim, **self.settings.rope)
+
+    def feed_forward(self, i: int, x: str) -> str:
+        n, act = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.act
+        if self.family.mlp == "gated":
+            gate = self.add(f"l{i}.act", act, self.linear(f"l{i}.gate", n, "ffn_gate", i))
+            inner = self.add(f"l{i}.gated", "mul", gate, self.linear(f"l{i}.up", n, "ffn_up", i))
+        else:
+            inner = self.add(f"l{i}.act", act, self.linear(f"l{i}.up", n, "ffn_up", i))
+        return self.add(f"l{i}.h2", "add", x, self.linear(f"l{i}.down", inner, "ffn_down", i))
+
+    def head(self, x: str) -> None:
+        self.linear("logits", x, "token_embd" if self.settings.tied else "output")
+
+    # parameters ----------------------------------------------------------------------------------
+
+    def weight(self, role: str, layer: int | None = None) -> str:
+        return self.parameter(role, layer, "weight", SHAPES[role])
+
+    def bias(self, role: str, layer: int | None = None) -> tuple[str, ...]:
+        """The name of the role's bias, or nothing."""
+        has = self.family.biases.get(role, False)
+        if not (self.settings.flags[has] if isinstance(has, str) else has):
+            return ()
+        return (self.parameter(role, layer, "bias", SHAPES[role][:1]),)
+
+    def parameter(self, role: str, layer: int | None, part: str, shape: tuple[str, ...]) -> str:
+        name = f"{self.family.module(role, layer)}.{part}"
+        if name in self.nodes:
+            return name
+        info = self.find(name)
+        turned = part == "weight" and role in self.family.stored_transposed
+        self.check(info, shape[::-1] if turned else shape)
+        attrs: dict[str, Attr] = {"tensor": info.ref, "role": role} | ({} if layer is None else {"layer": layer})
+        stored = Node("load", (), Type(info.dtype, info.shape), attrs)
+        if turned:
+            self.nodes[f"{name}~stored"] = stored
+            self.add(name, "transpose", f"{name}~stored")
+        else:
+            self.nodes[name] = stored
+        return name
+
+    def find(self, name: str) -> TensorInfo:
+        tensors, stored = self.checkpoint.tensors, self.stored(name)
+        head = f"{self.family.module('output', None)}.weight"
+        if stored not in tensors and self.settings.tied and name == f"{self.family.module('token_embd', None)}.weight":
+            stored = head  # tied both ways: some programs save the head only
+        if stored not in tensors:
+            raise InputError(f"{self.checkpoint.folder}: no tensor is called {stored}", hint=self.why_missing(name))
+        self.used.add(stored)
+        return tensors[stored]
+
+    def stored(self, name: str) -> str:
+        """The name in this checkpoint: without the prefix where it was saved from the model below the head."""
+        return name.removeprefix(self.family.prefix) if self.bare else name
+
+    def check(self, info: TensorInfo, shape: tuple[str, ...]) -> None:
+        if info.dtype not in FLOATS:
+            raise UnsupportedError(
+                f"{info.ref}: {info.dtype} is not a type of weights", hint="convert the checkpoint before quantization"
+            )
+        sizes = {k: v for k, v in vars(self.settings).items() if isinstance(v, int)}
+        wanted = tuple(_product(dim, sizes) for dim in shape)
+        if info.shape != wanted:
+            keys = {k: self.family.config[k].spellings[0] for k in sizes if k in self.family.config}
+            text = ", ".join(re.sub(r"[a-z_]+", lambda m: keys.get(m[0], m[0]), dim) for dim in shape)
+            raise InputError(
+                f"{info.ref}: shape {list(info.shape)}, but config.json says {list(wanted)} = [{text}]",
+                hint="do config.json and the weights belong together?",
+            )
+
+    # what is left over ---------------------------------------------------------------------------
+
+    def dropped(self) -> list[tuple[str, str]]:
+        """(ref, reason) of tensors that the graph does not read. InputError for the first without a reason."""
+        out = []
+        head = f"{self.family.module('output', None)}.weight"
+        for name, info in self.checkpoint.tensors.items():
+            if name in self.used:
+                continue
+            reason = next((r for pattern, r in self.family.ignorable.items() if re.fullmatch(pattern, name)), None)
+            if reason is None and name == head and self.settings.tied:
+                reason = self.tied_head(info)
+            if reason is None:
+                raise InputError(
+                    f"{info.ref}: {self.family.name} models have no such tensor, so it would be lost",
+                    hint=self.why_unread(name),
+                )
+            out.append((info.ref, reason))
+        return out
+
+    def tied_head(self, head: TensorInfo) -> str:
+        """Why a stored head is not read though the embedding is the head. InputError where they are not the same.
+
+        transformers 4 would use the embedding and 5 the stored head, so neither is right without asking.
+        """
+        embedding = self.checkpoint.tensors[self.stored(f"{self.family.module('token_embd', None)}.weight")]
+        if not _equal(self.checkpoint, embedding, head):
+            raise InputError(
+                f"{head.ref}: differs from {embedding.ref}, but config.json ties them (tie_word_embeddings)",
+                hint='set "tie_word_embeddings": false if the head was trained by itself, else delete the tensor',
+            )
+        return f"equal to {embedding.ref}, to which it is tied"
+
+    def why_missing(self, name: str) -> str:
+        layer = re.search(r"\.(\d+)\.", name)
+        if name == f"{self.family.module('output', None)}.weight":
+            return "config.json says that the head is not tied to the embedding; was the model saved without its head?"
+        if layer and not any(f".{layer[1]}." in f".{tensor}" for tensor in self.checkpoint.tensors):
+            key = self.family.config["layers"].spellings[0]
+            return f"nothing of layer {layer[1]} is there, but config.json says {key} = {self.settings.layers}"
+        nearby = [t for t in self.checkpoint.tensors if t.startswith(self.stored(name).removesuffix(".weight"))]
+        return f"there is {nearby[0]}; is it quantized?" if nearby else "the checkpoint is not complete; fetch it again"
+
+    def why_unread(self, name: str) -> str:
+        layer = re.search(r"\.(\d+)\.", f".{name}")
+        if layer and int(layer[1]) >= self.settings.layers:
+            key = self.family.config["layers"].spellings[0]
+            return f"it is of layer {layer[1]}, but config.json says {key} = {self.settings.layers}"
+        if "lora_" in name:
+            return "this looks like an adapter: give its base model, and the adapter as MODEL+ADAPTER"
+        if name.endswith(".bias"):
+            return "config.json says that this linear map has no bias (attention_bias, mlp_bias)"
+        return "is config.json of another model, or the model a variant that is not supported?"
+
+
+def _product(dim: str, sizes: Mapping[str, int]) -> int:
+    """The number that a dimension of SHAPES says."""
+    if dim.startswith("("):
+        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
+    out = 1
+    for factor in dim.split(" * "):
+        out *= sizes[factor]
+    return out
+
+
+def _equal(checkpoint: Checkpoint, a: TensorInfo, b: TensorInfo) -> bool:
+    """Are two matrices the same, bit for bit?"""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    store = Store()
+    store.add(a.ref.partition("/")[0], checkpoint.folder)
+    step = max(1, BLOCK // max(1, a.shape[1]))
+    try:
+        blocks = [(i, min(a.shape[0], i + step)) for i in range(0, a.shape[0], step)]
+        return all(np.array_equal(store.read(a.ref, *rows), store.read(b.ref, *rows)) for rows in blocks)
+    finally:
+        store.close()
