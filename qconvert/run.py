@@ -201,8 +201,11 @@ def _rope(v: Values, node: Node) -> Tensor:
         frequencies = frequencies / v[node.inputs[1]]  # GGUF's rope_freqs
     angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * frequencies
     cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
-    first, second = _split(x, head_dim).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+    heads = _split(x, head_dim)
+    pairs = bool(node.attrs.get("interleaved"))  # neighbours rotate together, not the halves of a head
+    first, second = (heads[..., ::2], heads[..., 1::2]) if pairs else heads.chunk(2, -1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return (torch.stack(turned, -1).flatten(-2) if pairs else torch.cat(turned, -1)).flatten(-2)
 
 
 def _attention(v: Values, node: Node) -> Tensor:
