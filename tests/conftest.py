@@ -7,6 +7,7 @@ An .ir file: `// run: pass{option=value},pass`, a graph, a line `// ----`, the g
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,15 +46,20 @@ class IrTest(pytest.Item):
         source, _, want = self.path.read_text(encoding="utf-8").partition(BAR)
         first = source.splitlines()[0]
         if not first.startswith("// run: "):
-            raise ValueError(f"{self.path}: the first line must be // run: PASS, not {first!r}")
+            raise IrMismatch(f"the first line must be // run: PASS, not {first!r}")
         got = format(Pipeline(parse_passes(first.removeprefix("// run: "))).run(parse(source)))
         if got != want and self.config.getoption("--update"):
             self.path.write_text(source + BAR + got, encoding="utf-8")
         elif got != want:
-            raise IrMismatch("".join(difflib.unified_diff(want.splitlines(True), got.splitlines(True), "want", "got")))
+            diff = difflib.unified_diff(want.splitlines(True), got.splitlines(True), "want", "got")
+            raise IrMismatch("\n" + "".join(diff))
 
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:  # type: ignore[override]
-        return str(excinfo.value) if excinfo.errisinstance(IrMismatch) else str(super().repr_failure(excinfo))
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: object = None) -> str:
+        from qconvert.errors import QConvertError
+
+        if excinfo.errisinstance((IrMismatch, QConvertError)):
+            return f"{self.path}: {excinfo.value}"
+        return "".join(traceback.format_exception(excinfo.value))
 
     def reportinfo(self) -> tuple[Path, None, str]:
         return self.path, None, f"ir: {self.name}"
