@@ -57,7 +57,7 @@ class GGUF:
             fallback=request.fallback,
         )
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else None
-        return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request.pre_tokenizer), limit)
+        return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request), limit)
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path(gguf_general.file_name(source, graph, options.mix.name))
@@ -73,7 +73,7 @@ class GGUF:
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
         passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
         fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
-        return Legal(tuple(passes), options.mix.name, fallbacks, arch.notes, arch.kvs)
+        return Legal(tuple(passes), options.mix.name, fallbacks, (*arch.notes, *options.vocabulary.notes), arch.kvs)
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """Header bytes and entries of every file, from types alone."""
@@ -130,8 +130,7 @@ def sort_key(name: str) -> tuple[int, str]:
 
 def nbytes_of(kind: Type) -> int:
     *lead, k = kind.dims
-    packed = kind.dtype.startswith("gguf.")  # then the shape is [N, row nbytes]
-    return math.prod(lead) * (k if packed else gguf_header.row_nbytes(kind.dtype, k))
+    return math.prod(lead) * gguf_header.row_nbytes(kind.dtype.removeprefix("gguf."), k)
 
 
 Tensor = tuple[str, str, Type, int]
@@ -158,7 +157,7 @@ def shard_path(path: Path, i: int, n: int) -> Path:
 def file_plan(path: Path, kvs: list[KV], tensors: list[Tensor]) -> FilePlan:
     infos, at = [], 0
     for name, _, kind, nbytes in tensors:
-        infos.append((name, kind.dtype.removeprefix("gguf."), logical_shape(kind), at))
+        infos.append((name, kind.dtype.removeprefix("gguf."), kind.dims, at))
         at += nbytes + -nbytes % gguf_header.ALIGNMENT
     header = gguf_header.encode(kvs, infos)
     entries = tuple(
@@ -166,13 +165,6 @@ def file_plan(path: Path, kvs: list[KV], tensors: list[Tensor]) -> FilePlan:
         for (name, value, kind, nbytes), (_, _, shape, offset) in zip(tensors, infos, strict=True)
     )
     return FilePlan(path, header, entries, len(header) + at)
-
-
-def logical_shape(kind: Type) -> tuple[int, ...]:
-    if not kind.dtype.startswith("gguf."):
-        return kind.dims
-    _, block, nbytes = gguf_header.GGML_TYPES[kind.dtype.removeprefix("gguf.")]
-    return (*kind.dims[:-1], kind.dims[-1] // nbytes * block)
 
 
 def parse_nbytes(text: str) -> int:

@@ -23,6 +23,7 @@ from qconvert.graph import Graph
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
+from qconvert.tokenizer import hard_corpus
 from qconvert.weights import Weights, rows_per_block
 
 RUNTIME = "runtime llama.cpp"
@@ -69,8 +70,8 @@ def prove(
     tensors = read_tensors(parts)
     rows = [bytes_row(lowered.plan.entries, tensors, weights, threads)]
     reals = FileReals(tensors, {e.value: e.name for e in lowered.plan.entries})
-    tokenizer = lowered.options.vocabulary.tokenizer
-    prompts = check.prompts_for(tokenizer.encode, tokenizer.corpus(), n_vocab(lowered.graph), context(lowered.legal.header))
+    encode = lowered.options.vocabulary.tokenizer.reference()
+    prompts = check.prompts_for(encode, hard_corpus(), n_vocab(lowered.graph), context(lowered.legal.header))
     attached = Stage("unmerged", source.graph, Weights(source.graph, source.store))
     merged = Stage("merged", lowered.merged, Weights(lowered.merged, source.store))
     reference = check.log_probs(attached.graph, attached.weights, prompts)
@@ -124,7 +125,7 @@ def in_runtime(
         return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
     model = runtime.open(parts[0], max(map(len, prompts)), threads, shards=parts if len(parts) > 1 else ())
     try:
-        rows = gguf_vocabulary_check.rows(model, lowered.options.vocabulary)
+        rows = gguf_vocabulary_check.rows(model, lowered.options.vocabulary.tokenizer)
         rows += kernel_rows(lowered.plan.entries, read_tensors(parts))
         d = check.distance(read, check.runtime_log_probs(model, prompts), prompts)
     finally:

@@ -14,16 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from qconvert.errors import InputError
+from qconvert.formats import gguf_kv
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_layouts import GGML_TYPES
 
 MAGIC = b"GGUF"
-VERSION = 3
 ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 # type id -> numpy spelling
 SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
-TYPE_IDS = {"u16": 2, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": STRING, "u64": 10}
 NAMES_BY_ID = {number: name for name, (number, _, _) in GGML_TYPES.items()}
 
 
@@ -52,31 +51,12 @@ def row_nbytes(dtype: str, k: int) -> int:
 def encode(kvs: Sequence[KV], infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
     """Header bytes, padded to where the data begin. infos: name, dtype, shape [N,K], offset from there."""
     tensors = list(infos)
-    out = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(kvs)))
-    for kv in kvs:
-        out += _string(kv.key) + _value(kv)
+    out = bytearray(gguf_kv.header(kvs, len(tensors)))
     for name, dtype, shape, offset in tensors:
-        dims = shape[::-1]
-        out += _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPES[dtype][0], offset)
+        data, dims = name.encode(), shape[::-1]
+        out += struct.pack("<Q", len(data)) + data
+        out += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPES[dtype][0], offset)
     return bytes(out) + bytes(-len(out) % ALIGNMENT)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _value(kv: KV) -> bytes:
-    if kv.type == "str":
-        return struct.pack("<I", STRING) + _string(str(kv.value))
-    if not kv.type.startswith("arr_"):
-        number = TYPE_IDS[kv.type]
-        return struct.pack("<I", number) + np.asarray(kv.value).astype(SCALARS[number]).tobytes()
-    kind, values = kv.type.removeprefix("arr_"), list(kv.value)  # type: ignore[call-overload]
-    head = struct.pack("<IIQ", ARRAY, TYPE_IDS[kind], len(values))
-    if kind == "str":
-        return head + b"".join(map(_string, values))
-    return head + np.asarray(values).astype(SCALARS[TYPE_IDS[kind]]).tobytes()
 
 
 def read_header(path: Path) -> Header:

@@ -1,13 +1,17 @@
-"""The vocabulary of a GGUF file: the tokenizer that was trained with, as key/values, and how its pre-tokenizer was found."""
+"""The vocabulary of a GGUF file: the tokenizer it was trained with, as key/values, and how its pre-tokenizer was found."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from qconvert.formats import gguf_pretokenizers, gguf_tokenizer
+from qconvert.errors import InputError
+from qconvert.formats import gguf_tokenizer
 from qconvert.formats.gguf_kv import KV
+from qconvert.formats.gguf_pretokenizers import PreTokenizer, find_pre, known_by_structure
+from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.graph import Graph
+from qconvert.request import Request
 from qconvert.target import Source
 from qconvert.tokenizer import Tokenizer, read_tokenizer
 
@@ -15,21 +19,33 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Vocabulary(NamedTuple):
-    tokenizer: Tokenizer
+    """tokenizer is None only in a dry run of a folder without one."""
+
+    tokenizer: Tokenizer | None
+    pre: PreTokenizer
     kvs: tuple[KV, ...]
-    note: str
+    notes: tuple[str, ...]
 
 
-def vocabulary(source: Source, graph: Graph, forced: str | None) -> Vocabulary:
-    folder = tokenizer_folder(source)
-    config = graph.meta["config"]
+def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
+    """Read the tokenizer and find its pre-tokenizer: by trial in llama.cpp, or by its structure in a dry run."""
+    folder, config = tokenizer_folder(source), graph.meta["config"]
     assert isinstance(config, dict) and isinstance(config["vocab"], int)
-    tokenizer = read_tokenizer(folder, config["vocab"])
-    pre = gguf_pretokenizers.detect(tokenizer, forced)
-    return Vocabulary(tokenizer, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), pre.note)
+    try:
+        tokenizer = read_tokenizer(folder, config["vocab"])
+    except InputError:
+        if request.dry_run and not any((folder / f).exists() for f in FILES):
+            return Vocabulary(None, PreTokenizer("", False, "no tokenizer"), (), ("no tokenizer: its header bytes are not counted",))
+        raise
+    if request.dry_run:
+        name = request.pre_tokenizer or known_by_structure(tokenizer) or "default"
+        pre = PreTokenizer(name, False, "by structure")
+    else:
+        pre = find_pre(tokenizer, LlamaCpp(), forced=request.pre_tokenizer)
+    return Vocabulary(tokenizer, pre, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), tuple(gguf_tokenizer.notes(tokenizer)))
 
 
 def tokenizer_folder(source: Source) -> Path:
     """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder."""
-    folders = [source.checkpoint.folder, *(a.folder for a in source.adapters)]
+    folders = [source.checkpoint.folder, *(source.store.roots[a.alias] for a in source.adapters)]
     return next((f for f in reversed(folders) if any((f / name).exists() for name in FILES)), folders[0])

@@ -22,8 +22,6 @@ class Pack:
             if node.op != "quantize":
                 return None
             layout = layout_of(f"{self.format}.{node.type.dtype}")
-            *lead, k = node.type.dims
-            kind = Type(layout.name, (*lead, layout.row_nbytes(k)))
-            return {f"{name}~code": node, name: Node("pack", (f"{name}~code",), kind)}
+            return {f"{name}~code": node, name: Node("pack", (f"{name}~code",), Type(layout.name, node.type.shape))}
 
         return graph.rewrite(rule)

@@ -17,17 +17,16 @@ from types import EllipsisType
 from typing import Any, cast
 
 from qconvert import registry
-from qconvert.adapters import Adapter, read_adapter
+from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UsageError, VerificationError
-from qconvert.graph import Graph
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
-from qconvert.sources import Checkpoint, Store, find_model, read_checkpoint
+from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.target import Format, Lowered, Source
 from qconvert.weights import Weights
 
@@ -53,7 +52,6 @@ def convert(
     *,
     adapters: Sequence[str | AdapterSpec] = (),
     passes: Sequence[Pass | Function | str | EllipsisType] = (...,),
-    dry_run: bool = False,
     progress: Callable[[Plan], Progress] = lambda _: lambda _: None,
     **options: Any,
 ) -> Result:
@@ -70,18 +68,18 @@ def convert(
     request = Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
     store = Store()
     try:
-        return _convert(request, store, dry_run, progress)
+        return _convert(request, store, progress)
     finally:
         store.close()
 
 
-def _convert(request: Request, store: Store, dry_run: bool, progress: Callable[[Plan], Progress]) -> Result:
+def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
     target = cast(type[Format], registry.find("formats", request.to))()
     source = read_source(request, store)
     lowered = lower(request, source, target)
     plan = lowered.plan
     report = describe(request, source, lowered)
-    if dry_run:
+    if request.dry_run:
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
@@ -112,19 +110,24 @@ def read_source(request: Request, store: Store) -> Source:
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:
     """The merged graph, the legal graph of packed weights, and the plan of its files."""
-    own: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
-    given = request.passes if ... in request.passes else (..., *request.passes)
-    at = given.index(...)
-    before, after = (tuple(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
-    optimise = Pipeline((*flatten(before), *own, *flatten(after)))
-    merged = optimise.run(source.graph, request.dump_ir, log.info)
+    merge = merge_source(request, source)
+    merged = merge.run(source.graph, request.dump_ir, log.info)
     options = target.options(request, source, merged)
     legal = target.legalize(merged, options)
     final = Pipeline(legal.passes).run(merged, request.dump_ir, log.info)
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    spec = ",".join(filter(None, (str(optimise), str(Pipeline(legal.passes)))))
+    spec = ",".join(filter(None, (str(merge), str(Pipeline(legal.passes)))))
     return Lowered(merged, final, options, legal, plan, spec)
+
+
+def merge_source(request: Request, source: Source) -> Pipeline:
+    """The merge and the user's passes around it, in the order that they asked for."""
+    own: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
+    given = request.passes if ... in request.passes else (..., *request.passes)
+    at = given.index(...)
+    before, after = (tuple(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    return Pipeline((*flatten(before), *own, *flatten(after)))
 
 
 def check_memory() -> None:
@@ -187,5 +190,3 @@ def judge(report: Report, request: Request) -> None:
         unverified.report = report
         raise unverified
 
-
-__all__ = ["Adapter", "Checkpoint", "Graph", "Result", "convert"]

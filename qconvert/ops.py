@@ -105,7 +105,7 @@ OPS: dict[str, Op] = {
     "scaled": Op(_real, "(w) {scale}: scale * w", True),
     "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
-    "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype", True),
+    "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
     "input": Op(_declared, "token ids i64[B,T]"),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),

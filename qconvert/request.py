@@ -31,6 +31,7 @@ class Request:
     bits: int | None = None
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
+    dry_run: bool = False
     check: bool = True
     require_verified: bool = False
     force: bool = False
