@@ -1,0 +1,53 @@
+"""Token ids, chat template and stop tokens: Hugging Face's against llama.cpp's, from the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qconvert.chat import CONVERSATIONS, render
+from qconvert.errors import InputError
+from qconvert.formats.gguf_pretokenizers import describe, differences
+from qconvert.formats.llama_cpp import Model
+from qconvert.report import Row, judged
+from qconvert.tokenizer import Tokenizer, hard_corpus
+
+
+def rows(model: Model, tokenizer: Tokenizer) -> list[Row]:
+    return [ids_row(model, tokenizer), *chat_rows(model, tokenizer), *stop_rows(model, tokenizer)]
+
+
+def ids_row(model: Model, tokenizer: Tokenizer) -> Row:
+    """The shipped corpus of texts on which tokenizers tend to differ, cut by both."""
+    encode = tokenizer.reference()
+    wanted = {text: encode(text) for text in dict.fromkeys(map(tokenizer.normal_form, hard_corpus()))}
+    wrong = list(differences(wanted, model))
+    reason = describe(wrong[0], tokenizer) if wrong else ""
+    return judged("token ids", f"of {len(wanted)} texts differ", float(len(wrong)), 0.0, reason)
+
+
+def chat_rows(model: Model, tokenizer: Tokenizer) -> Iterator[Row]:
+    """The template as the file holds it, rendered and cut into tokens, against the checkpoint's."""
+    template = tokenizer.chat_template
+    if template is None:
+        return
+    tokens = {f"{name}_token": tokenizer.tokens[i] for name, i in tokenizer.special.items()}
+    carried, encode, wrong, n = model.chat_template(), tokenizer.reference(), [], 0
+    for messages in CONVERSATIONS:
+        try:
+            text = render(template, messages, tokens)
+        except InputError:  # the template refuses this conversation (a system turn, say)
+            continue
+        n += 1
+        if carried is None or render(carried, messages, tokens) != text:
+            wrong.append("the template was not carried over")
+        elif model.tokenize(text, False, True) != encode(text):
+            wrong.append(f"{text[:60]!r} is cut differently")
+    yield judged("chat template", f"of {n} conversations differ", float(len(wrong)), 0.0, wrong[0] if wrong else "")
+
+
+def stop_rows(model: Model, tokenizer: Tokenizer) -> Iterator[Row]:
+    missed = [i for i in tokenizer.stops if not model.is_eog(i)]
+    reason = f"llama.cpp would not stop at {tokenizer.tokens[missed[0]]!r}" if missed else ""
+    yield judged("stop tokens", f"of {len(tokenizer.stops)} missed", float(len(missed)), 0.0, reason)
+    wrong = int(model.add_bos != tokenizer.add_bos)
+    yield judged("BOS", "differs", float(wrong), 0.0, f"llama.cpp adds BOS: {model.add_bos}" if wrong else "")

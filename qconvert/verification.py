@@ -1,0 +1,42 @@
+"""Prove a file that exists, whoever made it, against the model and adapters it was made from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from qconvert import registry
+from qconvert.conversion import merge_source, read_source
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.report import Report
+from qconvert.request import Request, adapters_of, parse_model
+from qconvert.sources import Store
+from qconvert.target import Source
+from qconvert.graph import Graph
+
+log = logging.getLogger("qconvert")
+
+
+class Verifier(Protocol):
+    def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report: ...
+
+
+def verify_file(path: Path, against: str, adapters: Sequence[str] = (), threads: int | None = None) -> Report:
+    """Run every check that needs no plan: the file's values through the graph, and its runtime. Report.exit is 6 on failure."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    if path.suffix != ".gguf":
+        raise UnsupportedError(f"{path}: only GGUF files can be verified", hint="a .gguf file")
+    name, named = parse_model(against)
+    request = Request(name, (*named, *adapters_of(adapters)))
+    store = Store()
+    try:
+        source = read_source(request, store)
+        merged = merge_source(request, source).run(source.graph, None, log.info)
+        target = cast(type[Verifier], registry.find("formats", "gguf"))()
+        return target.verify(path, source, merged, threads or len(os.sched_getaffinity(0)))
+    finally:
+        store.close()
