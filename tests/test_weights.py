@@ -259,7 +259,7 @@ def test_packed_weight_reads_back_as_ggufs_own_reader_reads_it(make: Make, schem
     width = 512 // block * nbytes
     w = make(
         f'%code : {scheme}[6,512] = quantize(%x) {{"solver": "search"}}',
-        f"%out : gguf.{scheme}[6,{width}] = pack(%code)",
+        f"%out : gguf.{scheme}[6,512] = pack(%code)",
         tensors={"x": torch.randn(6, 512)},
     )
     packed = w.encoded("out", 0, 6)
