@@ -193,10 +193,10 @@ class _Reader:
 
     def activation(self) -> str:
         value = self.value("act")
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             message = f"{self.where}: {self.key('act')} = {value!r} is not supported"
             raise UnsupportedError(message, hint=f"there are {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[str(value)]
+        return ACTIVATIONS[value]
 
     def rest(self) -> dict[str, str]:
         """Keys that were not used and why they need not be. An error for the first of which that is not known."""
@@ -291,7 +291,7 @@ def _rope(reader: _Reader, context: int) -> dict[str, Attr]:
     if params.get("type", kind) != kind:
         raise InputError(f"{where}: rope_type is {kind!r}, but type is {params['type']!r}")
     theta = _positive(reader, params.get("rope_theta", 10000.0), "rope_theta")
-    if kind != "default" and kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ("default", *ROPE_SCALINGS):
         raise UnsupportedError(
             f"{where}: rope scaling {kind!r} is not supported", hint=f"there are default, {', '.join(ROPE_SCALINGS)}"
         )
@@ -300,7 +300,7 @@ def _rope(reader: _Reader, context: int) -> dict[str, Attr]:
             raise UnsupportedError(f"{where}: {k} = {value!r} in the rope settings is not supported")
     if kind == "default":
         return {"theta": theta}
-    return {"theta": theta, "scaling": _scaling(reader, str(kind), params, context)}
+    return {"theta": theta, "scaling": _scaling(reader, kind, params, context)}
 
 
 def _scaling(reader: _Reader, kind: str, params: Mapping[str, object], context: int) -> dict[str, Attr]:
