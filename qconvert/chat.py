@@ -1,0 +1,81 @@
+"""Chat templates of a checkpoint, and their rendering as transformers does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+from qconvert.errors import InputError, require
+
+CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": "Hello, who are you?"},),
+    (
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And twice that?\n\n  Say why."},
+    ),
+    ({"role": "system", "content": "You are terse."}, {"role": "user", "content": "Name a prime."}),
+)
+
+
+def read_chat_templates(folder: Path, inline: object) -> dict[str, str]:
+    """Templates by name; "default" is the one in use.
+
+    chat_template.jinja and additional_chat_templates/*.jinja stand before `inline`, the value of "chat_template" in
+    chat_template.json or tokenizer_config.json: one text, or a list of {"name", "template"}.
+    """
+    files = {p.stem: p for p in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    try:
+        if files:
+            return {name: path.read_text("utf-8") for name, path in sorted(files.items())}
+    except ValueError as e:
+        raise InputError(f"{folder}: a chat template is not UTF-8: {e}") from e
+    if isinstance(inline, str):
+        return {"default": inline}
+    if not isinstance(inline, list):
+        return {}
+    try:
+        return {str(entry["name"]): str(entry["template"]) for entry in inline}
+    except (KeyError, TypeError) as e:
+        raise InputError(f"{folder}: chat_template is a list without names and templates") from e
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    tokens: Mapping[str, str],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The text that a template makes of a conversation; `tokens` has bos_token, eos_token ... by name.
+
+    Sandboxed: a template comes from the input and may touch nothing. InputError where it fails or refuses.
+    """
+    require("jinja2", "rendering a chat template")
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
+        )
+    except (TemplateError, TypeError, ValueError) as e:
+        raise InputError(f"the chat template cannot be rendered: {e}") from e
+
+
+def _tojson(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
