@@ -17,7 +17,7 @@ ROWS, COLUMNS = 64, 4
 ARENA_NBYTES = 64 << 20
 # relative error of the product: activations are rounded to 8 bits in blocks of 32 or 256 (0.4 % of the peak each)
 LIMIT = {"f32": 1e-5, "f16": 2e-3, "bf16": 8e-3}
-QUANTIZED_LIMIT = 2e-2
+QUANTIZED_LIMIT = 5e-2  # 0.006 on normal rows, 0.013 on rows with outliers; another layout gives about 1
 
 
 class InitParams(c.Structure):

@@ -19,7 +19,7 @@ def rows(model: Model, tokenizer: Tokenizer) -> list[Row]:
 def ids_row(model: Model, tokenizer: Tokenizer) -> Row:
     """The shipped corpus of texts on which tokenizers tend to differ, cut by both."""
     encode = tokenizer.reference()
-    wanted = {text: encode(text) for text in dict.fromkeys(map(tokenizer.normal_form, hard_corpus()))}
+    wanted = {text: encode(text) for text in dict.fromkeys(map(tokenizer.plain, hard_corpus()))}
     wrong = list(differences(wanted, model))
     reason = describe(wrong[0], tokenizer) if wrong else ""
     return judged("token ids", f"of {len(wanted)} texts differ", float(len(wrong)), 0.0, reason)

@@ -79,8 +79,8 @@ def distance(p: LogProbs, q: LogProbs, prompts: Tokens) -> Distance:
     nexts = torch.tensor(prompts)[:, 1:, None]
     nll_p, nll_q = (-x[:, :-1].gather(-1, nexts).mean().item() for x in (p, q))
     top1 = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    # rounding can leave a sum a hair below zero
-    return Distance(max(0.0, kl.mean().item()), max(0.0, kl.max().item()), top1, nll_q - nll_p)
+    # rounding can leave a mean a hair below zero
+    return Distance(abs(kl.mean().item()), kl.max().item(), top1, nll_q - nll_p)
 
 
 def arithmetic_row(what: str, kind: str, d: Distance) -> Row:

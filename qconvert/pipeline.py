@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
     def __str__(self) -> str:
         nodes = f"nodes {self.nodes_before} -> {self.nodes_after}"
-        return f"{self.name:<17} {self.seconds:6.1f} s   peak {self.peak_rss_nbytes / 1e9:.1f} GB   {nodes}"
+        return f"{self.name:<17} {self.seconds:6.1f} s   peak {self.peak_rss_nbytes / 1e6:4.0f} MB   {nodes}"
 
 
 @dataclass(frozen=True)
