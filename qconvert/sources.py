@@ -43,10 +43,11 @@ class Store:
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
         path = Path(folder)
+        root = path.parent if path.is_file() else path
         with self._lock:
-            if alias in self.roots:
-                raise InputError(f"two sources are called {alias!r}: {self.roots[alias]} and {path}")
-            self.roots[alias] = path.parent if path.is_file() else path
+            if self.roots.get(alias, root) != root:
+                raise InputError(f"two sources are called {alias!r}: {self.roots[alias]} and {root}")
+            self.roots[alias] = root
             if path.is_file():
                 self._single[alias] = path.name
 
@@ -164,9 +165,13 @@ def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint
     has_generation = (folder / "generation_config.json").is_file()
     generation = read_json(inside(folder, "generation_config.json")) if has_generation else {}
     store.add(alias, folder)
+    return Checkpoint(folder, config, generation, store.tensors(alias), revision_of(folder))
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit, where the folder is a snapshot of the Hugging Face cache."""
     real = folder.resolve()
-    revision = real.name if real.parent.name == "snapshots" else None
-    return Checkpoint(folder, config, generation, store.tensors(alias), revision)
+    return real.name if real.parent.name == "snapshots" else None
 
 
 def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
@@ -205,7 +210,11 @@ def inside(folder: Path, name: str, what: str | None = None) -> Path:
         raise InputError(f"{what or folder}: the path {name!r} leads out of the folder", hint="do not trust this input")
     if not name.isprintable() or not pure.name or set(name) & set("\\#"):
         raise InputError(f"{what or folder}: {name!a} is no name for a file of tensors")
-    target = path.resolve()
+    try:
+        target = path.resolve()
+        path.is_file()  # raises for a name that is too long
+    except (OSError, RuntimeError) as e:  # RuntimeError: a link that leads to itself
+        raise InputError(f"{what or folder}: {name[:80]!a} is no name for a file of tensors: {str(e)[:80]}") from e
     allowed = [base, *([base.parent.parent / "blobs"] if base.parent.name == "snapshots" else [])]
     if not any(target.is_relative_to(a) for a in allowed):
         raise InputError(
@@ -247,13 +256,17 @@ def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
 
 def find_model(text: str) -> Path:
     """A folder as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as e:  # a name too long, the home of an unknown user
+        raise InputError(f"{text[:200]}: {e.strerror if isinstance(e, OSError) else e}") from e
+    if exists:
         raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
     repo, _, revision = text.partition("@")
-    if ".." in text or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
+    if ".." in text or len(text) > 200 or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
         raise InputError(f"{text}: no such folder", hint="a folder, or org/name[@revision] in the Hugging Face cache")
     return _cached_snapshot(repo, revision or "main")
 

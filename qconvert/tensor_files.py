@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import threading
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -110,7 +109,6 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         self.tensors = _load_state_dict(path)
         self.types = {n: (_dtype_of(t), tuple(t.shape)) for n, t in self.tensors.items()}
 

@@ -352,6 +352,26 @@ def test_name_that_is_no_model_name_is_no_such_folder(text: str, home: Path) -> 
         find_model(text)
 
 
+@pytest.mark.parametrize("text", ["x" * 5000, "~no-such-user/model", "org/" + "y" * 245])
+def test_text_that_no_disk_can_hold_is_an_input_error(text: str, home: Path) -> None:
+    with pytest.raises(InputError):
+        find_model(text)
+
+
+def test_file_given_as_a_model_names_its_folder(home: Path, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m")
+    with pytest.raises(InputError) as caught:
+        find_model(str(path))
+    assert caught.value.hint == f"give the folder: {tmp_path / 'm'}"
+
+
+def test_alias_that_is_taken_is_refused_for_another_folder_only(tmp_path: Path) -> None:
+    store = stored(tmp_path)
+    store.add("base", tmp_path)
+    with pytest.raises(InputError, match="two sources are called 'base'"):
+        store.add("base", tmp_path / "other")
+
+
 def test_snapshot_link_out_of_its_repository_is_refused(home: Path, tmp_path: Path) -> None:
     snapshot = cache(home)
     secret = write_model(tmp_path / "secret")
