@@ -99,6 +99,15 @@ def save_random(folder: Path, kind: str, options: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are several times faster so, and the other cores are for other tests."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope="module", params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(tmp_path_factory.mktemp("model"), *CASES[request.param])
@@ -214,7 +223,8 @@ def test_every_key_of_transformers_is_known_and_every_default_is_its_own(family:
 
 
 LLAMA2_CONFIG = """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
-"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+"bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+"intermediate_size": 11008,
 "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
 "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 5e5,
 "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true,
@@ -222,7 +232,8 @@ LLAMA2_CONFIG = """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures"
 GPT2_CONFIG = """{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
 "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
 "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
-"resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true, "summary_type": "cls_index",
+"resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1, "summary_proj_to_labels": true,
+"summary_type": "cls_index",
 "summary_use_proj": true, "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
 "vocab_size": 50257}"""
 
@@ -455,7 +466,7 @@ def test_parameters_know_their_role_and_layer(folder: Path) -> None:
 
 def test_config_errors_are_user_errors(llama: Path) -> None:
     """Any single value, however absurd, is refused by a QConvertError or accepted: no traceback."""
-    values = (None, True, -1, 0, 1e400, "x", [], {}, [None], {"a": {}})
+    values: tuple[Any, ...] = (None, True, -1, 0, 1e400, "x", [], {}, [None], {"a": {}})
     found = read_checkpoint(llama, Store())
     yarn = {"rope_type": "yarn", "factor": 4.0}
     for key in [*found.config, "layer_types", "rope_scaling", "rope_theta", "original_max_position_embeddings"]:
