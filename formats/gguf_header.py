@@ -69,7 +69,7 @@ def read_header(path: Path) -> Header:
             try:
                 return _Reader(data, path).header(file_nbytes)
             except (struct.error, UnicodeDecodeError, IndexError, ValueError, OverflowError, MemoryError) as e:
-                raise InputError(f"{path}: the GGUF header is damaged: {e}", hint="download or convert it again") from e
+                raise InputError(f"{path}: damaged GGUF: {e}", hint="download or convert it again") from e
 
 
 class _Reader:

@@ -1,0 +1,122 @@
+"""Files appear whole or not at all, whatever stops the writing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qconvert import emit
+from qconvert.emit import Entry, FilePlan, Plan, in_parallel, preflight, written
+from qconvert.errors import ResourceError, UsageError
+from qconvert.graph import Graph, Node, Type
+from qconvert.sources import Store
+from qconvert.weights import Weights
+
+N, K = 40, 8
+
+
+def subject(folder: Path) -> tuple[Plan, Weights]:
+    values = [float(i) for i in range(N)]
+    graph = Graph({"w": Node("constant", (), Type("f32", (N,)), {"values": values})}, ("w",))
+    entry = Entry("w", "w", "f32", (N,), 4 * N, 8)
+    return Plan((FilePlan(folder / "out.bin", b"HEADER--", (entry,), 8 + 4 * N + 24),)), Weights(graph, Store())
+
+
+def test_header_rows_and_padding_land_where_the_plan_says(tmp_path: Path) -> None:
+    plan, weights = subject(tmp_path)
+    with written(plan, weights, 2) as parts:
+        assert not plan.files[0].path.exists() and parts[0].exists()
+    data = plan.files[0].path.read_bytes()
+    assert data[:8] == b"HEADER--" and data[-24:] == bytes(24)
+    assert np.array_equal(np.frombuffer(data[8:-24], "<f4"), np.arange(N))
+    assert os.listdir(tmp_path) == ["out.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("check"), KeyboardInterrupt()])
+def test_an_error_before_the_rename_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    plan, weights = subject(tmp_path)
+    with pytest.raises(type(error)), written(plan, weights, 2):
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_in_a_worker_stops_all_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, weights = subject(tmp_path)
+    monkeypatch.setattr(Weights, "encoded", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), written(plan, weights, 3):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_each_item_is_worked_on_once() -> None:
+    seen: list[int] = []
+    in_parallel(range(500), seen.append, 4)
+    assert sorted(seen) == list(range(500))
+    assert threading.active_count() < 20
+
+
+def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
+    plan, weights = subject(tmp_path)
+    plan.files[0].path.write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
+        preflight(plan, force=False)
+    preflight(plan, force=True)
+    with written(plan, weights, 1):
+        assert plan.files[0].path.read_text() == "mine"
+    assert plan.files[0].path.read_bytes()[:6] == b"HEADER"
+
+
+def test_a_disk_without_room_is_found_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = subject(tmp_path)
+    monkeypatch.setattr(emit.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(ResourceError, match="GB free"):
+        preflight(plan, force=False)
+    assert os.listdir(tmp_path) == []
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_emit import subject, written
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+from qconvert.errors import ResourceError
+try:
+    with written(*subject(Path({folder!r})), 2):
+        pass
+except ResourceError as e:
+    print(e.message)
+"""
+
+
+def test_a_disk_that_fills_up_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    assert resource.RLIM_INFINITY  # the limit is set in the child alone
+    here = Path(__file__).resolve().parent
+    script = FULL.format(root=str(here.parent), tests=str(here), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout and "out.bin" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:  # root may write anywhere
+        monkeypatch.setattr(emit.os, "access", lambda *_: False)
+    tmp_path.chmod(0o500)
+    plan, _ = subject(tmp_path)
+    with pytest.raises(ResourceError, match="permission denied"):
+        preflight(plan, force=False)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    plan, _ = subject(tmp_path / "file" / "below")
+    with pytest.raises(ResourceError, match="cannot make the folder"):
+        preflight(plan, force=False)
