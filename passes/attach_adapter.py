@@ -1,0 +1,393 @@
+"""attach-adapter: put an adapter beside the linears it was trained on, on activations, exactly as it was trained."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from qconvert.adapter_config import CONFIG, in_modules_to_save
+from qconvert.adapters import Adapter, Factors, Replacement, TokenRows, is_head
+from qconvert.errors import AdapterError, GraphError
+from qconvert.graph import Attr, Graph, Node, Type
+from qconvert.ops import OPS
+from qconvert.passes.untie_head import Site, UntieHead, embedding_of, head_of, is_tied, sites
+from qconvert.sources import TensorInfo
+
+log = logging.getLogger("qconvert")
+
+
+@dataclass(frozen=True)
+class AttachAdapter:
+    """Add low-rank paths beside their linears; put trained weights, biases and rows in place of the base's.
+
+    Weights are altered as W + weight * (W_adapter - W), so several adapters add up. AdapterError where a tensor of
+    the adapter matches nothing (unless allow_unused), does not fit, or one that should be there is missing.
+    """
+
+    name: ClassVar[str] = "attach-adapter"
+    adapter: Adapter
+    allow_unused: bool = False
+
+    def __call__(self, graph: Graph) -> Graph:
+        work = _Attaching(graph, self.adapter)
+        for kind in ("base", "saved"):
+            work.replace([r for r in self.adapter.replacements if r.kind == kind], kind)
+        work.set_rows(self.adapter.rows)
+        work.add_paths()
+        unused = [*self.adapter.unknown, *(_key(t) for t in self.adapter.tensors() if t.ref not in work.used)]
+        _check_unused(graph, self.adapter, unused, bool(work.used), self.allow_unused)
+        _check_missing(work, self.allow_unused)
+        _check_vocabulary(work)
+        return _recorded(work, unused)
+
+
+@dataclass
+class _Attaching:
+    """A graph on its way; `used` has the refs of the tensors that found their place."""
+
+    graph: Graph
+    adapter: Adapter
+    used: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
+    bases: dict[str, str] = field(default_factory=dict)  # weight -> what this adapter was trained on, where it says
+
+    # whole parameters and rows ----------------------------------------------------------------------
+
+    def replace(self, items: Sequence[Replacement], kind: str) -> None:
+        skip = self._settle_tie([(r.parameter, r.tensor) for r in items], kind)
+        changes: dict[str, dict[str, Node]] = {}
+        for r in items:
+            name = self.parameter(r.parameter)
+            if r.tensor.ref in skip:
+                self.used.add(r.tensor.ref)
+            elif name is not None:
+                self._claim(r.parameter, name, changes, r.tensor)
+                changes[name] = self._replaced(name, r)
+        self._apply(changes)
+
+    def _replaced(self, name: str, r: Replacement) -> dict[str, Node]:
+        """The nodes that take the place of parameter `name`."""
+        old = self.graph.nodes[name]
+        new = f"{name}~{self.adapter.alias}.{r.kind}"
+        nodes = _loads(self.graph, name, new, r.tensor)
+        if nodes[new].type.shape == old.type.shape:
+            altered = self._altered(name, "blend", new, {"weight": self.adapter.weight})
+            if r.kind == "base":
+                self.bases[name] = new
+            return {**nodes, **altered}
+        self._check_resize(name, r.tensor)
+        root = self.graph.root(name)
+        return {name: Node("load", (), nodes[new].type, {**root.attrs, "tensor": r.tensor.ref})}
+
+    def _altered(self, name: str, op: str, new: str, attrs: Mapping[str, Attr]) -> dict[str, Node]:
+        """Move the weight down to ~base (or ~a0, ~a1 … where it was altered before) and put `op` over it."""
+        old = self.graph.nodes[name]
+        original = f"{name}~base"
+        below = free_name(self.graph, name)
+        inputs = (below, self.bases.get(name, original), new)
+        return {below: old, name: Node(op, inputs, Type("f32", old.type.shape), attrs)}
+
+    def _check_resize(self, name: str, tensor: TensorInfo) -> None:
+        """A vocabulary of another length can only be taken whole: the base has no rows to blend with."""
+        shape = self.graph.nodes[name].type.shape
+        in_vocabulary = name in (embedding_of(self.graph), self.graph.nodes[head_of(self.graph)].inputs[1])
+        if not in_vocabulary or len(tensor.shape) != 2 or tensor.shape[1] != shape[1]:
+            raise self._misfit(tensor, name)
+        if self.adapter.weight != 1 or free_name(self.graph, name) != f"{name}~base":
+            raise AdapterError(
+                f"{tensor.ref}: an adapter that resized the vocabulary ({tensor.shape[0]}) comes first, with weight 1",
+                hint=f"the base has {shape[0]} rows: there is nothing to blend the others with",
+            )
+
+    def set_rows(self, items: Sequence[TokenRows]) -> None:
+        skip = self._settle_tie([(f"{t.module}.weight", t.tensor) for t in items], "rows")
+        changes: dict[str, dict[str, Node]] = {}
+        for t in items:
+            name = self.parameter(f"{t.module}.weight")
+            if t.tensor.ref in skip:
+                self.used.add(t.tensor.ref)
+            elif name is not None:
+                self._claim(f"{t.module}.weight", name, changes, t.tensor)
+                n, k = self.graph.nodes[name].type.dims
+                if t.tensor.shape[1] != k or max(t.indices, default=0) >= n:
+                    raise self._misfit(t.tensor, name)
+                new = f"{name}~{self.adapter.alias}.rows"
+                attrs: dict[str, Attr] = {"indices": list(t.indices), "weight": self.adapter.weight}
+                changes[name] = {new: _load(t.tensor), **self._altered(name, "set_rows", new, attrs)}
+        self._apply(changes)
+
+    def _settle_tie(self, items: Sequence[tuple[str, TensorInfo]], kind: str) -> set[str]:
+        """Untie the head where only one side is changed; refs of the head's tensors that the embedding's stand for.
+
+        As in PEFT: tied layers share a base weight and trained rows; modules_to_save are trained beside it.
+        """
+        if not items or not is_tied(self.graph):
+            return set()
+        embedding = embedding_of(self.graph)
+        heads = [t.ref for name, t in items if is_head(name)]
+        embeds = [t.ref for name, t in items if not is_head(name) and self.parameter(name) == embedding]
+        if embeds and heads and all(ref in self.adapter.twins for ref in heads):
+            return set(heads)
+        alone = kind != "saved" or self.adapter.ensure_weight_tying
+        if (embeds and heads) or (heads and kind != "base") or (embeds and not alone):
+            self.graph = UntieHead()(self.graph)
+        return set()
+
+    # paths --------------------------------------------------------------------------------------------
+
+    def add_paths(self) -> None:
+        where = sites(self.graph)
+        changes: dict[str, dict[str, Node]] = {}
+        for f in self.adapter.factors:
+            name = self.parameter(f"{f.module}.weight")
+            op = "embed" if f.embedding else "linear"
+            found = where.get((op, name), []) if name is not None else []
+            if name is None or not found:
+                continue
+            if len(found) > 1:
+                raise GraphError(f"{name} is read by {len(found)} {op}s; which of them {f.module} is cannot be told")
+            self._claim(f.module, found[0].result, changes, *(t for t in f[1:] if isinstance(t, TensorInfo)))
+            self._check_factors(f, name)
+            changes[found[0].result] = self._path(f, name, found[0])
+        self._apply(changes)
+
+    def _path(self, f: Factors, weight: str, site: Site) -> dict[str, Node]:
+        """base, what the adapter adds, and their sum, in the place of what consumers read."""
+        base, alias, old = self.graph.nodes[site.base], self.adapter.alias, self.graph.nodes[site.result]
+        loads, (a, b) = self._factor_nodes(f)
+        extra = []
+        for part, info in (("lora_magnitude_vector", f.magnitude), ("lora_B.bias", f.bias)):
+            if info is not None:
+                extra.append(f"{f.module}.{part}~{alias}")
+                loads[extra[-1]] = _load(info)
+        x, scale = base.inputs[0], f.scale
+        if f.magnitude is None:
+            op, inputs = ("lora_embed" if f.embedding else "lora"), (x, a, b, *extra)
+            attrs: dict[str, Attr] = {"scale": self.adapter.weight * scale}
+        else:
+            original = f"{weight}~base" if f"{weight}~base" in self.graph.nodes else weight
+            op = "dora_embed" if f.embedding else "dora_path"
+            inputs = (x, self.bases.get(weight, original), a, b, *extra)
+            attrs = {"scale": scale, "weight": self.adapter.weight}
+        below, path = self._moved(site), f"{site.base.removesuffix('~base')}~{alias}"
+        return {
+            **loads,
+            below: old,
+            path: Node(op, inputs, base.type, attrs),
+            site.result: Node("add", (below, path), base.type),
+        }
+
+    def _moved(self, site: Site) -> str:
+        """Where the value that consumers read goes: ~base, or ~sum0, ~sum1 … above earlier adapters."""
+        if site.base == site.result:
+            return f"{site.base}~base"
+        n = 0
+        while f"{site.result}~sum{n}" in self.graph.nodes:
+            n += 1
+        return f"{site.result}~sum{n}"
+
+    def _factor_nodes(self, f: Factors) -> tuple[dict[str, Node], tuple[str, str]]:
+        """Loads of A and B. A tied head has the embedding's, transposed: the same nodes, so that both merge alike."""
+        alias = self.adapter.alias
+        twin = next((e for e in self.adapter.factors if e.embedding and e.scale == f.scale), None)
+        if twin is not None and f.a.ref in self.adapter.twins and is_tied(self.graph):
+            loads, (a, b) = self._factor_nodes(twin)
+            ta, tb = transposed(a, loads[a]), transposed(b, loads[b])
+            return {**loads, **ta, **tb}, (*tb, *ta)
+        kind = "lora_embedding_" if f.embedding else "lora_"
+        names = f"{f.module}.{kind}A~{alias}", f"{f.module}.{kind}B~{alias}"
+        return {names[0]: _load(f.a), names[1]: _load(f.b)}, names
+
+    def _check_factors(self, f: Factors, name: str) -> None:
+        n, k = self.graph.nodes[name].type.dims
+        if f.embedding:
+            n, k = k, n
+        if f.a.shape[1] != k or f.b.shape[0] != n:
+            raise self._misfit(f.a if f.a.shape[1] != k else f.b, name)
+        for info in (f.magnitude, f.bias):
+            if info is not None and info.shape != (n,):
+                raise self._misfit(info, name)
+
+    # common -------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> str | None:
+        """The graph's name of a parameter that the adapter names; tied, the head's weight is the embedding's."""
+        found = find_parameter(self.graph, name)
+        if found is None and name.endswith("lm_head.weight") and is_tied(self.graph):
+            return embedding_of(self.graph)
+        return found
+
+    def _claim(self, module: str, place: str, taken: Mapping[str, object], *tensors: TensorInfo) -> None:
+        if place in taken:
+            raise AdapterError(f"{tensors[0].ref}: {module} is the adapter's second name for one weight of the model")
+        self.used |= {t.ref for t in tensors}
+        self.modules.add(module.removesuffix(".weight").removesuffix(".bias"))
+
+    def _apply(self, changes: Mapping[str, dict[str, Node]]) -> None:
+        """Put the new nodes in place; DoRA paths of earlier adapters keep reading the base they were trained on."""
+        moved = {name: f"{name}~base" for name, nodes in changes.items() if f"{name}~base" in nodes}
+
+        def rule(name: str, node: Node) -> Mapping[str, Node] | None:
+            if node.op in ("dora_path", "dora_embed") and node.inputs[1] in moved:
+                inputs = (node.inputs[0], moved[node.inputs[1]], *node.inputs[2:])
+                return {name: replace(node, inputs=inputs)}
+            return changes.get(name)
+
+        if changes:
+            self.graph = retyped(self.graph.rewrite(rule))
+
+    def _misfit(self, tensor: TensorInfo, name: str) -> AdapterError:
+        shape = list(self.graph.nodes[name].type.shape)
+        return AdapterError(
+            f"{tensor.ref}: {list(tensor.shape)} does not fit {name}, which is {shape}",
+            hint=_other_base(self.graph, self.adapter),
+        )
+
+
+def _loads(graph: Graph, name: str, new: str, tensor: TensorInfo) -> dict[str, Node]:
+    """A parameter read from another tensor, as the checkpoint stores it: transposed where the base's is."""
+    node = graph.nodes[name]
+    while node.op not in ("load", "transpose"):
+        node = graph.nodes[node.inputs[0]]
+    if node.op == "transpose":
+        stored = f"{new}~stored"
+        return {stored: _load(tensor), new: Node("transpose", (stored,), Type(tensor.dtype, tensor.shape[::-1]))}
+    return {new: _load(tensor)}
+
+
+def _load(tensor: TensorInfo) -> Node:
+    return Node("load", (), Type(tensor.dtype, tensor.shape), {"tensor": tensor.ref})
+
+
+def transposed(name: str, node: Node) -> dict[str, Node]:
+    return {f"{name}~transposed": Node("transpose", (name,), Type(node.type.dtype, node.type.shape[::-1]))}
+
+
+def free_name(graph: Graph, name: str) -> str:
+    """Where the old node of a weight goes when it is altered once more: ~base, then ~a0, ~a1 …"""
+    if f"{name}~base" not in graph.nodes:
+        return f"{name}~base"
+    n = 0
+    while f"{name}~a{n}" in graph.nodes:
+        n += 1
+    return f"{name}~a{n}"
+
+
+def find_parameter(graph: Graph, name: str) -> str | None:
+    """By its own name, or with the model's prefix (model., transformer.) put before it or taken away."""
+    bare = re.sub(r"^(model|transformer)\.", "", name)
+    for candidate in (name, bare, f"model.{name}", f"transformer.{name}"):
+        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", "transpose", "blend", "set_rows"):
+            return candidate
+    return None
+
+
+def retyped(graph: Graph) -> Graph:
+    """The graph with every type inferred anew, after the type of a weight has changed."""
+    types: dict[str, Type] = {}
+    nodes: dict[str, Node] = {}
+    for name, node in graph.nodes.items():
+        got = OPS[node.op].infer(tuple(types[i] for i in node.inputs), dict(node.attrs))
+        types[name] = got or node.type
+        nodes[name] = node if types[name] == node.type else replace(node, type=types[name])
+    return replace(graph, nodes=nodes)
+
+
+# what was left over, and what was wanted ------------------------------------------------------------
+
+
+def _key(tensor: TensorInfo) -> str:
+    return tensor.ref.partition("#")[2]
+
+
+def _check_unused(graph: Graph, adapter: Adapter, unused: Sequence[str], any_used: bool, allowed: bool) -> None:
+    if not unused:
+        return
+    if any_used and allowed:
+        log.warning("%s: left out %d tensors that match no weight, first: %s", adapter.name, len(unused), unused[0])
+        return
+    raise AdapterError(
+        f"{adapter.name}: {len(unused)} adapter tensors match no weight, first: {unused[0]}",
+        hint=_likely_reason(graph, adapter, unused[0]),
+    )
+
+
+def _likely_reason(graph: Graph, adapter: Adapter, key: str) -> str:
+    layer = re.search(r"\.(?:layers|h)\.(\d+)\.", key)
+    n_layers = _layers(graph)
+    if layer and int(layer[1]) >= n_layers:
+        return f"it is for layer {layer[1]}, the model has {n_layers} layers; {_other_base(graph, adapter)}"
+    if layer and (tail := key[layer.start() :].rpartition(".lora_")[0]):
+        known = next((n for n in graph.nodes if n.endswith(tail + ".weight")), None)
+        if known is not None:
+            want, have = known.removesuffix(tail + ".weight"), key.partition(tail)[0]
+            return f"its prefix is {have!r}, where 'base_model.model.{want}' was wanted; rename the adapter's keys"
+    if adapter.unknown and key == adapter.unknown[0]:
+        return "it is no part of a LoRA that is known here; --allow-unused-adapter-keys leaves it out"
+    return _other_base(graph, adapter)
+
+
+def _layers(graph: Graph) -> int:
+    return 1 + max((v for n in graph.nodes.values() if isinstance(v := n.attrs.get("layer"), int)), default=-1)
+
+
+def _other_base(graph: Graph, adapter: Adapter) -> str:
+    config = graph.meta.get("config")
+    width = config.get("width") if isinstance(config, dict) else "?"
+    this = f"this is a {graph.meta.get('family', 'model')} of {_layers(graph)} layers, width {width}"
+    return f'was it trained on another model? {CONFIG} says "{adapter.base}", {this}'
+
+
+def _check_missing(work: _Attaching, allowed: bool) -> None:
+    """Modules that the config names and the model has, but the file does not."""
+    adapter, graph = work.adapter, work.graph
+    replaced = [r.parameter for r in adapter.replacements if r.kind == "saved"]
+    have = {work.parameter(f"{f.module}.weight") for f in adapter.factors} | {work.parameter(p) for p in replaced}
+    have |= {work.parameter(f"{t.module}.weight") for t in adapter.rows}
+    for op, weight in sites(graph):
+        module = weight.removesuffix(".weight")
+        targeted = any(module == t or module.endswith(f".{t}") for t in adapter.targets)
+        saved = in_modules_to_save(adapter.modules_to_save, weight)
+        if (targeted or saved) and weight not in have:
+            what = f"{adapter.name}: {CONFIG} names {module} ({op}), but the file has nothing for it"
+            if not allowed:
+                raise AdapterError(what, hint=f"the file is incomplete, or {_other_base(graph, adapter)}")
+            log.warning("%s", what)
+
+
+def _check_vocabulary(work: _Attaching) -> None:
+    graph = work.graph
+    embedding, head = embedding_of(graph), graph.nodes[head_of(graph)].inputs[1]
+    n = graph.nodes[embedding].type.dims[0] if embedding else None
+    if n is not None and graph.nodes[head].type.dims[0] != n:
+        raise AdapterError(
+            f"{work.adapter.name}: the embedding has {n} rows, the head {graph.nodes[head].type.dims[0]}",
+            hint="the vocabulary was resized, but only one of them was saved; train with save_embedding_layers=True",
+        )
+
+
+def _recorded(work: _Attaching, unused: Sequence[str]) -> Graph:
+    """What was attached, in meta: provenance, and the fate of each tensor that is not in the graph."""
+    graph, adapter = work.graph, work.adapter
+    entry: dict[str, Attr] = {
+        "name": adapter.name, "weight": adapter.weight, "kind": adapter.kind, "modules": len(work.modules),
+        "unused": list(unused), "base": adapter.base, "revision": adapter.revision,
+    }  # fmt: skip
+    listed, dropped, config = graph.meta.get("adapters", []), graph.meta.get("dropped", []), graph.meta.get("config")
+    assert isinstance(listed, list) and isinstance(dropped, list)
+    reasons = {**adapter.dropped, **dict.fromkeys(unused, "matches no weight; allowed by --allow-unused-adapter-keys")}
+    reasons |= {_key(t): "the same as the embedding's, to which the head is tied" for t in _tied_copies(work)}
+    gone: list[Attr] = [{"tensor": key, "reason": reason} for key, reason in reasons.items()]
+    embedding = embedding_of(graph)
+    if isinstance(config, dict) and embedding is not None and "vocab" in config:
+        graph = graph.with_meta(config={**config, "vocab": graph.nodes[embedding].type.dims[0]})
+    more: dict[str, Attr] = {"dropped": [*dropped, *gone]} if gone else {}
+    return graph.with_meta(adapters=[*listed, entry], **more)
+
+
+def _tied_copies(work: _Attaching) -> list[TensorInfo]:
+    loaded = {node.attrs.get("tensor") for node in work.graph.nodes.values()}
+    return [t for t in work.adapter.tensors() if t.ref in work.adapter.twins and t.ref not in loaded]
