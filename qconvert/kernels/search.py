@@ -1,41 +1,65 @@
-"""Stand-in until the compiled kernels are in: calls ggml in the xllamacpp wheel."""
+"""ggml's reference quantizers, byte for byte: the same float32 operations in the same order, many blocks at a time."""
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from qconvert.errors import require
-from qconvert.scheme import F32, Bytes
-
-IDS = {
-    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq4_xs": 23,
-}  # fmt: skip
+from qconvert.errors import UnsupportedError
+from qconvert.kernels.lanes import Lanes, choose
+from qconvert.scheme import F32, SCHEMES, Bytes
 
 
-@cache
-def _ggml() -> ctypes.CDLL:
-    spec = find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        require("xllamacpp", "search", "xllamacpp")
-        raise AssertionError
-    lib = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
-    lib.ggml_quantize_chunk.restype = lib.ggml_row_size.restype = ctypes.c_size_t
-    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    lib.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
-    for i in IDS.values():
-        lib.ggml_quantize_init(i)
-    return lib
+class Kernel(NamedTuple):
+    """Where a scheme's kernel stands, the bytes of its block, and the lanes that measured best."""
+
+    module: str
+    nbytes: int
+    on_avx2: int
+    on_avx512: int
 
 
-def search(scheme: str, x: F32) -> Bytes:
-    """x f32[N,K] -> u8[N, row nbytes], ggml's reference quantizer."""
+KERNELS: dict[str, Kernel] = {
+    "q8_0": Kernel("block_quants", 34, 16, 16),
+    "q4_0": Kernel("block_quants", 18, 16, 16),
+    "q4_1": Kernel("block_quants", 20, 16, 16),
+    "q5_0": Kernel("block_quants", 22, 16, 16),
+    "q5_1": Kernel("block_quants", 24, 16, 16),
+    "q2_k": Kernel("min_quants", 84, 16, 32),
+    "q4_k": Kernel("min_quants", 144, 16, 32),
+    "q5_k": Kernel("min_quants", 176, 16, 32),
+    "q3_k": Kernel("scale_quants", 110, 16, 32),
+    "q6_k": Kernel("scale_quants", 210, 16, 32),
+    "iq4_nl": Kernel("iq4_quants", 18, 16, 32),
+    "iq4_xs": Kernel("iq4_quants", 136, 16, 32),
+}
+
+
+def search(scheme: str, x: F32, lanes: int | None = None) -> Bytes:
+    """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes without an importance matrix.
+
+    K is a multiple of the scheme's block. `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code;
+    the bytes are the same. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache.
+    Stock means built without contraction of a*b+c: a ggml built with -march=native writes other bytes.
+    """
+    if scheme not in KERNELS:
+        raise UnsupportedError(f"no search quantizer for {scheme!r}", hint=f"there are {', '.join(KERNELS)}")
+    where, (n, k), block = KERNELS[scheme], x.shape, SCHEMES[scheme].block
+    if k % block:
+        raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
+    if find_spec(f"qconvert.kernels.{where.module}") is None:
+        from qconvert.kernels.ggml_standin import search as standin
+
+        return standin(scheme, x)
+    kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{where.module}"), scheme)
     x = np.ascontiguousarray(x, np.float32)
-    out = np.empty((x.shape[0], _ggml().ggml_row_size(IDS[scheme], x.shape[1])), np.uint8)
-    _ggml().ggml_quantize_chunk(IDS[scheme], x.ctypes.data, out.ctypes.data, 0, *x.shape, None)
+    out = np.empty((n, k // block * where.nbytes), np.uint8)
+    if x.size:
+        wide = choose(where.on_avx2, where.on_avx512, lanes)
+        row = Lanes(min(wide.n, 16), wide.wide)
+        kernel(wide, row, x.reshape(-1), out.reshape(-1))
     return out

@@ -1,0 +1,50 @@
+"""f16 in integer arithmetic: the same on machines with and without F16C, and no library call from compiled code."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+U = np.uint32
+EXPONENT_OF_HALF = U(0x38000000)  # the difference between the exponents' biases, 127 - 15, in place
+
+
+@njit(forceinline=True)
+def to_half(x):  # type: ignore[no-untyped-def]
+    """f32 -> the bits of the nearest f16, ties to even; beyond 65520 infinity."""
+    bits = np.float32(x).view(U)
+    size = U(bits & U(0x7FFFFFFF))
+    rebased = U(size - EXPONENT_OF_HALF)
+    odd = (rebased >> U(13)) & U(1)
+    normal = U(rebased + U(0xFFF) + odd) >> U(13)
+    # below the least normal f16 the ulp of 0.5 is f16's own, so the addition rounds
+    subnormal = np.float32(size.view(np.float32) + np.float32(0.5)).view(U) - U(0x3F000000)
+    half = U(subnormal if size < U(0x38800000) else normal)
+    special = U(0x7E00 if size > U(0x7F800000) else 0x7C00)
+    return U((special if size >= U(0x47800000) else half) | ((bits >> U(16)) & U(0x8000)))
+
+
+@njit(forceinline=True)
+def from_half(half):  # type: ignore[no-untyped-def]
+    """The bits of an f16 -> f32, exact."""
+    size = U((half & U(0x7FFF)) << U(13))
+    scaled = np.float32(size.view(np.float32) * np.float32(2.0**112)).view(U)
+    if size >= U(0x0F800000):  # infinity and NaN keep the exponent of all ones
+        scaled = U(size | U(0x7F800000))
+    return U(scaled | ((half & U(0x8000)) << U(16))).view(np.float32)
+
+
+@njit(forceinline=True)
+def put_half(out, at, x):  # type: ignore[no-untyped-def]
+    """Write f32 x as f16 into out[at : at + 2], little-endian; returns the value that was written."""
+    half = to_half(x)
+    out[at] = np.uint8(half & U(255))
+    out[at + 1] = np.uint8(half >> U(8))
+    return from_half(half)
+
+
+@njit(forceinline=True)
+def nearest_int(x):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even. Beyond 2**22 and for NaN it gives what ggml's nearest_int gives, as bytes need that."""
+    bits = np.float32(np.float32(x) + np.float32(12582912)).view(np.int32)
+    return np.int32((bits & 0x7FFFFF) - 0x400000)

@@ -1,0 +1,240 @@
+"""ggml's super-blocks of 256 weights with sixteen scales and no minima: q3_k, q6_k.
+
+One sub-block of 16 per lane searches its scale; then each super-block rounds its scales, and the codes follow from the
+rounded ones. Kernels take x f32[n * 256] and out u8[n * block nbytes].
+Source: ggml/src/ggml-quants.c, make_qx_quants, make_q3_quants and quantize_row_q{3,6}_K_ref.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from qconvert.kernels.half import nearest_int, put_half
+from qconvert.kernels.lanes import (
+    absolute,
+    any_lane,
+    bits_of,
+    count,
+    load,
+    maximum,
+    minimum,
+    nearest,
+    select,
+    splat,
+    store,
+    to_float,
+    to_int,
+    transpose,
+)
+
+F = np.float32
+U8 = np.uint8
+TINY = F(1e-15)  # ggml takes smaller values for zero
+
+# the code ranges that the search for q6_k tries, computed in float32 as C does
+RANGES_6 = -(F(32) + F(0.1) * np.array([i for i in range(-9, 10) if i], F))
+
+
+@njit(forceinline=True)
+def _peak(lanes, X):  # type: ignore[no-untyped-def]
+    """Of each lane's 16 values the first with the greatest magnitude, and that magnitude."""
+    n = count(lanes)
+    peak = size = splat(lanes, F(0))
+    for i in range(16):
+        x = load(lanes, X, i * n)
+        larger = absolute(x) > size
+        size, peak = select(larger, absolute(x), size), select(larger, x, peak)
+    return peak, size
+
+
+@njit(forceinline=True)
+def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
+    """Scale of each lane's sub-block by least squares, weights x * x, over candidate roundings to -32..31.
+
+    X f32[16 * n]; W and WX are scratch of that shape. Written to `fit` from `at`, `stride` apart: the scale, the factor
+    whose codes won, and what the stored code of a zero is (0 in a sub-block that counts as all zero, else 32).
+    """
+    n = count(lanes)
+    zero = splat(lanes, F(0))
+    peak, size = _peak(lanes, X)
+    best_factor = F(-32) / peak
+    sum_lx = sum_l2 = zero
+    for i in range(16):
+        x = load(lanes, X, i * n)
+        w = x * x
+        wx = w * x
+        store(W, i * n, w)
+        store(WX, i * n, wx)
+        code = minimum(maximum(nearest(best_factor * x), F(-32)), F(31))
+        sum_lx = sum_lx + wx * code
+        sum_l2 = sum_l2 + w * code * code
+    scale = select(sum_l2 != F(0), sum_lx / sum_l2, zero)
+    best = scale * sum_lx
+    for step in range(RANGES_6.size):
+        factor = RANGES_6[step] / peak
+        sum_lx = sum_l2 = zero
+        for i in range(16):
+            code = minimum(maximum(nearest(factor * load(lanes, X, i * n)), F(-32)), F(31))
+            sum_lx = sum_lx + load(lanes, WX, i * n) * code
+            sum_l2 = sum_l2 + load(lanes, W, i * n) * code * code
+        better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
+        best_factor = select(better, factor, best_factor)
+        scale = select(better, sum_lx / sum_l2, scale)
+        best = select(better, scale * sum_lx, best)
+    none = size < TINY
+    store(fit, at, select(none, zero, scale))
+    store(fit, at + stride, select(none, zero, best_factor))
+    store(fit, at + 2 * stride, select(none, zero, splat(lanes, F(32))))
+
+
+@njit(forceinline=True)
+def _greatest(fit, at):  # type: ignore[no-untyped-def]
+    """Of 16 scales the first with the greatest magnitude."""
+    greatest = F(0)
+    for j in range(at, at + 16):
+        greatest = fit[j] if abs(fit[j]) > abs(greatest) else greatest
+    return greatest
+
+
+@njit(forceinline=True)
+def _clamped(v, low, high):  # type: ignore[no-untyped-def]
+    """ggml's nearest_int of any float, within low..high."""
+    rounded = (bits_of(v + F(12582912)) & 0x7FFFFF) - 0x400000
+    return minimum(maximum(rounded, low), high)
+
+
+@njit(forceinline=True)
+def _codes_6(row, x, at, d, factor, offset, L):  # type: ignore[no-untyped-def]
+    """Stored codes of one sub-block into L u8[256]: by the rounded scale d; where d is 0, those of the search."""
+    for i in range(0, 16, count(row)):
+        v = load(row, x, at + i)
+        scaled = v / d if d != F(0) else factor * v
+        store(L, at % 256 + i, _clamped(scaled, -32, 31) + (32 if d != F(0) else np.int32(offset)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def q6_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
+    n = count(lanes)
+    stride = max(n, 16)
+    X, W, WX = np.empty(16 * n, F), np.empty(16 * n, F), np.empty(16 * n, F)
+    fit, L = np.empty(3 * stride, F), np.empty(256, U8)
+    for first in range(0, x.size // 16, stride):
+        for lane in range(0, stride, n):
+            transpose(lanes, x, first + lane, 16, X)
+            _fit_6(lanes, X, W, WX, fit, lane, stride)
+        for block in range(first // 16, min(first + stride, x.size // 16) // 16):
+            _finish_6(row, x, out, block * 210, block, fit, block * 16 - first, stride, L)
+
+
+@njit(forceinline=True)
+def _finish_6(row, x, out, o, block, fit, at, stride, L):  # type: ignore[no-untyped-def]
+    """Round the scales of one super-block and write its 210 bytes; L is scratch."""
+    greatest = _greatest(fit, at)
+    if abs(greatest) < TINY:
+        out[o : o + 210] = U8(0)
+        return
+    to_scale = F(-128) / greatest
+    d = put_half(out, o + 208, F(1) / to_scale)
+    for j in range(16):
+        ls = np.int8(min(nearest_int(to_scale * fit[at + j]), 127))
+        out[o + 192 + j] = U8(ls)
+        _codes_6(row, x, block * 256 + j * 16, d * F(ls), fit[at + stride + j], fit[at + 2 * stride + j], L)
+    for half in range(2):
+        for i in range(0, 32, count(row)):
+            a, b = load(row, L, half * 128 + i), load(row, L, half * 128 + 32 + i)
+            c, e = load(row, L, half * 128 + 64 + i), load(row, L, half * 128 + 96 + i)
+            store(out, o + half * 64 + i, (a & 15) | c << 4)
+            store(out, o + half * 64 + 32 + i, (b & 15) | e << 4)
+            store(out, o + 128 + half * 32 + i, a >> 4 | b >> 4 << 2 | c >> 4 << 4 | e >> 4 << 6)
+
+
+@njit(forceinline=True)
+def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
+    """Scale of each lane's sub-block by coordinate descent over its codes -4..3, weights x * x.
+
+    X f32[16 * n]; the codes go to C of that shape, as stored (0..7), the scale to `fit` at `at`.
+    A lane that a sweep leaves as it was stays so: all lanes sweep until none changes, at most five times.
+    """
+    n = count(lanes)
+    zero = splat(lanes, F(0))
+    peak, size = _peak(lanes, X)
+    factor = F(-4) / peak
+    sum_lx = sum_l2 = zero
+    for i in range(16):
+        x = load(lanes, X, i * n)
+        code = to_float(_clamped(factor * x, -4, 3))
+        store(C, i * n, code)
+        w = x * x
+        sum_lx = sum_lx + w * x * code
+        sum_l2 = sum_l2 + w * code * code
+    for _ in range(5):
+        moved = False
+        for i in range(16):
+            x, code = load(lanes, X, i * n), load(lanes, C, i * n)
+            w = x * x
+            wx = w * x
+            lx, l2 = sum_lx - wx * code, sum_l2 - w * code * code
+            new = to_float(_clamped(x * l2 / lx, -4, 3))
+            new_lx, new_l2 = lx + wx * new, l2 + w * new * new
+            better = (lx > F(0)) & (new != code) & (new_l2 > F(0))
+            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            if any_lane(better):
+                store(C, i * n, select(better, new, code))
+                sum_lx, sum_l2 = select(better, new_lx, sum_lx), select(better, new_l2, sum_l2)
+                moved = True
+        if not moved:
+            break
+    none = size < TINY
+    store(fit, at, select((sum_l2 > F(0)) & (size >= TINY), sum_lx / sum_l2, zero))
+    for i in range(16):
+        store(C, i * n, select(none, zero, load(lanes, C, i * n) + F(4)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def q3_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
+    n = count(lanes)
+    stride = max(n, 16)
+    X, C = np.empty(16 * n, F), np.empty(16 * stride, F)
+    fit, L = np.empty(stride, F), np.empty(256, U8)
+    for first in range(0, x.size // 16, stride):
+        for lane in range(0, stride, n):
+            transpose(lanes, x, first + lane, 16, X)
+            _fit_3(lanes, X, C[16 * lane :], fit, lane)
+        for block in range(first // 16, min(first + stride, x.size // 16) // 16):
+            _finish_3(lanes, row, x, out, block * 110, block, fit, C, block * 16 - first, L)
+
+
+@njit(forceinline=True)
+def _finish_3(lanes, row, x, out, o, block, fit, C, at, L):  # type: ignore[no-untyped-def]
+    """Round the scales of one super-block and write its 110 bytes; L is scratch."""
+    n = count(lanes)
+    greatest = _greatest(fit, at)
+    to_scale = F(-32) / greatest if greatest != F(0) else F(0)
+    d = put_half(out, o + 108, F(1) / to_scale if greatest != F(0) else F(0))
+    for j in range(12):
+        out[o + 96 + j] = U8(0)
+    for j in range(16):
+        ls = min(max(np.int8(nearest_int(to_scale * fit[at + j])), -32), 31) + 32 if greatest != F(0) else 0
+        out[o + 96 + j % 8] |= U8((ls & 15) << (j // 8 * 4))
+        out[o + 104 + j % 4] |= U8(ls >> 4 << (j // 4 * 2))
+        scale = d * F(ls - 32)
+        if scale != F(0):
+            for i in range(0, 16, count(row)):
+                v = load(row, x, block * 256 + j * 16 + i)
+                store(L, j * 16 + i, _clamped(v / scale, -4, 3) + 4)
+        else:  # the codes of the search
+            start = (at + j) // n * 16 * n + (at + j) % n
+            for i in range(16):
+                L[j * 16 + i] = U8(C[start + i * n])
+    for i in range(0, 32, count(row)):
+        high = load(row, L, i) >> 2
+        for j in range(1, 8):
+            high = high | load(row, L, 32 * j + i) >> 2 << j
+        store(out, o + i, high)
+    for half in range(2):
+        for i in range(0, 32, count(row)):
+            low = load(row, L, half * 128 + i) & 3
+            for j in range(1, 4):
+                low = low | (load(row, L, half * 128 + 32 * j + i) & 3) << 2 * j
+            store(out, o + 32 + half * 32 + i, low)
