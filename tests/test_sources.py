@@ -220,7 +220,7 @@ def test_index_of_70b_shapes_is_read_within_a_second(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     start = time.perf_counter()
     assert len(stored(tmp_path).tensors("base")) == n_layers * 9
-    assert time.perf_counter() - start < 1  # measured 0.02 s; the whole dry run has 2 s
+    assert time.perf_counter() - start < 1  # measured 0.014 s on 2 cores; the whole dry run has 2 s
 
 
 @pytest.mark.parametrize("zipped", [True, False])
