@@ -24,7 +24,6 @@ from qconvert.kernels.lanes import (
     splat,
     store,
     to_float,
-    to_int,
     transpose,
 )
 

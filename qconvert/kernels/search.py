@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -51,10 +50,6 @@ def search(scheme: str, x: F32, lanes: int | None = None) -> Bytes:
     where, (n, k), block = KERNELS[scheme], x.shape, SCHEMES[scheme].block
     if k % block:
         raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
-    if find_spec(f"qconvert.kernels.{where.module}") is None:
-        from qconvert.kernels.ggml_standin import search as standin
-
-        return standin(scheme, x)
     kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{where.module}"), scheme)
     x = np.ascontiguousarray(x, np.float32)
     out = np.empty((n, k // block * where.nbytes), np.uint8)
