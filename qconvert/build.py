@@ -229,10 +229,13 @@ class _Builder:
         layer = re.search(r"\.(\d+)\.", name)
         if name == f"{self.family.module('output', None)}.weight":
             return "config.json says that the head is not tied to the embedding; was the model saved without its head?"
+        if name.endswith(".bias") and self.stored(name).removesuffix("bias") + "weight" in self.checkpoint.tensors:
+            return "config.json, or the family, says that this map has a bias (attention_bias, mlp_bias)"
         if layer and not any(f".{layer[1]}." in f".{tensor}" for tensor in self.checkpoint.tensors):
             key = self.family.config["layers"].spellings[0]
             return f"nothing of layer {layer[1]} is there, but config.json says {key} = {self.settings.layers}"
-        nearby = [t for t in self.checkpoint.tensors if t.startswith(self.stored(name).removesuffix(".weight"))]
+        module = self.stored(name).removesuffix("weight")
+        nearby = [t for t in self.checkpoint.tensors if t.startswith(module) and not t.endswith(".bias")]
         return f"there is {nearby[0]}; is it quantized?" if nearby else "the checkpoint is not complete; fetch it again"
 
     def why_unread(self, name: str) -> str:

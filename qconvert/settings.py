@@ -28,7 +28,6 @@ def _reasons(**keys: str) -> dict[str, str]:
 
 # Keys of transformers' configuration classes (4.x and 5.23) and of fine-tuning tools that change no logits.
 HARMLESS: Mapping[str, str] = _reasons(
-    names_the_family="architectures model_type",
     for_training_only="initializer_range attention_dropout hidden_dropout activation_dropout dropout "
     "classifier_dropout attn_pdrop resid_pdrop embd_pdrop summary_first_dropout gradient_checkpointing",
     says_which_program_wrote_it="transformers_version _name_or_path name_or_path _commit_hash unsloth_version "
@@ -63,6 +62,7 @@ NEUTRAL: Mapping[str, tuple[Attr, ...]] = {
     "partial_rotary_factor": (1,),
     "use_sliding_window": (False,),
 }
+MAX_LAYERS = 10_000  # more is a damaged file, not a model
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 # What each scaling needs, and what else it reads. Source: transformers 5.23, modeling_rope_utils.py
@@ -115,6 +115,8 @@ def read_settings(family: Family, config: Mapping[str, object], where: str) -> S
     """InputError for a key that is missing, malformed or unknown; UnsupportedError for a value that no graph has."""
     reader = _Reader(family, config, where)
     layers, width, heads = (reader.count(name) for name in ("layers", "width", "heads"))
+    if layers > MAX_LAYERS:
+        raise reader.wrong(reader.key("layers"), f"at most {MAX_LAYERS}")
     kv_heads = reader.count("kv_heads", heads)
     head_dim = reader.count("head_dim", 0) or _quotient(width, heads, where)
     if heads % kv_heads:
@@ -144,7 +146,7 @@ class _Reader:
 
     def __init__(self, family: Family, config: Mapping[str, object], where: str) -> None:
         self.family, self.config, self.where = family, config, where
-        self.used: set[str] = set()
+        self.used: set[str] = {"architectures", "model_type"} & config.keys()
 
     def value(self, name: str) -> object:
         """The setting `name`, its default where config.json has none, None where the family has none."""
