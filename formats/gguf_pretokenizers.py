@@ -17,6 +17,7 @@ from qconvert.errors import UnsupportedError, VerificationError
 from qconvert.formats.gguf_kv import KV, encode, header
 from qconvert.formats.gguf_tokenizer import metadata
 from qconvert.tokenizer import Tokenizer, hard_corpus
+from qconvert.tokenizer_json import pre_tokenizers
 
 PRE_KEY = "tokenizer.ggml.pre"
 UNREAD = "default"  # what is written for SentencePiece and Unigram, where llama.cpp reads no name
@@ -62,11 +63,12 @@ CANDIDATES = (
 
 
 class Difference(NamedTuple):
-    """A text that the two cut differently."""
+    """A text that Hugging Face (wanted) and llama.cpp (got) cut differently; `as_sentencepiece`: llama.cpp is right."""
 
     text: str
     wanted: list[int]
     got: list[int]
+    as_sentencepiece: bool
 
 
 class PreTokenizer(NamedTuple):
@@ -117,24 +119,19 @@ def known_by_structure(tokenizer: Tokenizer) -> str | None:
 
 def structure(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The steps of tokenizer.json's pre-tokenizer: a split by its expression, others by their kind."""
-    return tuple(_steps(tokenizer.document.get("pre_tokenizer")))
+    return tuple(step for step in map(_name, pre_tokenizers(tokenizer.document)) if step is not None)
 
 
-def _steps(step: Mapping[str, Any] | None) -> Iterator[str]:
-    match (step or {}).get("type"):
-        case "Sequence":
-            for part in (step or {})["pretokenizers"]:
-                yield from _steps(part)
+def _name(step: Mapping[str, Any]) -> str | None:
+    match step["type"]:
         case "Split":
-            pattern = (step or {})["pattern"]
-            yield pattern.get("Regex") or pattern.get("String")
-        case "ByteLevel":
-            if (step or {}).get("use_regex", True):
-                yield "ByteLevel"
-        case "Digits":
-            yield "Digits 1" if (step or {}).get("individual_digits") else "Digits"
-        case str(name):
-            yield name
+            return str(step["pattern"].get("Regex") or step["pattern"].get("String"))
+        case "ByteLevel" if not step.get("use_regex", True):
+            return None  # it only writes the bytes
+        case "Digits" if step.get("individual_digits"):
+            return "Digits 1"
+        case kind:
+            return str(kind)
 
 
 def _first_equal(tokenizer: Tokenizer, trial: _Trial) -> PreTokenizer:
@@ -150,9 +147,10 @@ def _first_equal(tokenizer: Tokenizer, trial: _Trial) -> PreTokenizer:
     if not tried:
         raise UnsupportedError("llama.cpp loads this vocabulary under no pre-tokenizer")
     nearest = min(tried, key=lambda t: len(t.differences))
+    difference = next(d for d in nearest.differences if not d.as_sentencepiece)
     raise UnsupportedError(
         f"llama.cpp cannot cut text like this tokenizer. Nearest is its pre-tokenizer {nearest.name!r}: "
-        f"{nearest.reason}; {describe(nearest.differences[0], tokenizer)}",
+        f"{nearest.reason}; {describe(difference, tokenizer)}",
         hint=f"--pre-tokenizer {nearest.name} takes it all the same",
     )
 
@@ -176,7 +174,8 @@ class _Trial:
         encode_text = tokenizer.reference()
         texts = [text for text in dict.fromkeys(map(tokenizer.plain, hard_corpus())) if text]
         self._wanted = {text: encode_text(text) for text in texts}
-        self._ids: Sequence[int] = range(len(tokenizer.tokens))
+        self._tokenizer = tokenizer
+        self._ids: Sequence[int] | None = None
         if tokenizer.kind == "bpe":
             tokenizer, self._ids = cut_down(tokenizer, texts)
         kvs = [kv for kv in metadata(tokenizer, UNREAD) if kv.key != PRE_KEY]
@@ -193,11 +192,13 @@ class _Trial:
             file.truncate()
         model = self._runtime.open_vocab(self._path)
         try:
-            found = tuple(differences(self._wanted, model, self._ids))
+            found = tuple(differences(self._tokenizer, self._wanted, model, self._ids))
         finally:
             model.close()
         reason = f"{len(self._wanted) - len(found)} of {len(self._wanted)} texts are cut alike"
-        return PreTokenizer(name, not found, reason, found)
+        if as_sentencepiece := sum(d.as_sentencepiece for d in found):
+            reason += f", {as_sentencepiece} as SentencePiece cuts them and Hugging Face does not"
+        return PreTokenizer(name, as_sentencepiece == len(found), reason, found)
 
 
 def cut_down(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tokenizer, list[int]]:
@@ -231,12 +232,12 @@ def byte_alphabet() -> list[str]:
 
 
 def differences(
-    wanted: Mapping[str, Sequence[int]], model: Vocabulary, ids: Sequence[int] | None = None
+    tokenizer: Tokenizer, wanted: Mapping[str, Sequence[int]], model: Vocabulary, ids: Sequence[int] | None = None
 ) -> Iterator[Difference]:
-    """The texts whose ids in llama.cpp are not the wanted ones; `ids` renames the ids of a vocabulary cut down."""
+    """The texts whose ids in llama.cpp are not Hugging Face's; `ids` renames the ids of a vocabulary cut down."""
     for text, tokens in wanted.items():
         got = model.tokenize(text, False, True)
         if ids is not None:
             got = [ids[i] for i in got]
         if got != list(tokens):
-            yield Difference(text, list(tokens), got)
+            yield Difference(text, list(tokens), got, got == tokenizer.sentencepiece(text))

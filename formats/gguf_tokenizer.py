@@ -97,11 +97,10 @@ def _extra_stops(tokenizer: Tokenizer) -> list[int]:
 
 
 def _harmless_eos(tokenizer: Tokenizer) -> int | None:
-    """A token never generated: without the key llama.cpp would end at its default, an ordinary token."""
-    for wanted in ("unused", "control"):
-        if wanted in tokenizer.types:
-            return tokenizer.types.index(wanted)
-    return None
+    """A token that ends a generation anyway or never comes: without the key llama.cpp would end at an ordinary one."""
+    ending = (i for i, text in enumerate(tokenizer.tokens) if text in ENDS_BY_TEXT)
+    never = (tokenizer.types.index(type_) for type_ in ("unused", "control") if type_ in tokenizer.types)
+    return next(ending, next(never, None))
 
 
 def _merge(left: str, right: str) -> str:
