@@ -23,7 +23,7 @@ from qconvert.passes.permute_rope import PermuteRope
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.rope_factors import RopeFactors
 from qconvert.pipeline import Function, Pass
-from qconvert.report import Row
+from qconvert.report import Report, Row
 from qconvert.request import Request
 from qconvert.target import Legal, Lowered, Source
 from qconvert.weights import Weights
@@ -98,6 +98,12 @@ class GGUF:
         from qconvert.formats import gguf_check  # loads torch
 
         return gguf_check.prove(source, lowered, weights, parts, threads)
+
+    def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
+        """Every check that a file made elsewhere can be put to; see gguf_verify."""
+        from qconvert.formats import gguf_verify  # loads torch
+
+        return gguf_verify.verify(path, source, merged, threads)
 
     def header_kvs(self, options: Options, legal: Legal) -> list[KV]:
         return [

@@ -5,7 +5,7 @@ file readers:  gguf-py (independent of ours)      runtime: llama.cpp's own kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,7 +23,7 @@ from qconvert.graph import Graph
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
-from qconvert.tokenizer import hard_corpus
+from qconvert.tokenizer import Tokenizer, hard_corpus
 from qconvert.weights import Weights, rows_per_block
 
 RUNTIME = "runtime llama.cpp"
@@ -82,8 +82,9 @@ def prove(
     read = check.log_probs(lowered.graph, reals, prompts)
     rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
     del reference, quantized
-    runtime_rows, runtime = in_runtime(parts, lowered, read, prompts, threads)
-    return rows + runtime_rows, runtime
+    types = {e.dtype.removeprefix("gguf.") for e in lowered.plan.entries}
+    answers, runtime = in_runtime(parts, lowered.options.vocabulary.tokenizer, types, tensors, read, prompts, threads)
+    return rows + answers, runtime
 
 
 def merge_rows(rows: list[Row], attached: Stage, merged: Stage, reference: LogProbs, prompts: Tokens) -> LogProbs:
@@ -117,26 +118,27 @@ def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: 
 
 
 def in_runtime(
-    parts: Sequence[Path], lowered: Lowered, read: LogProbs, prompts: Tokens, threads: int
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    types: Set[str],
+    tensors: Mapping[str, Tensor],
+    read: LogProbs,
+    prompts: Tokens,
+    threads: int,
 ) -> tuple[list[Row], dict[str, str] | None]:
-    """llama.cpp loads the file: kernels, token ids, chat template, stop tokens and logits against what the file says."""
+    """llama.cpp loads the file: token ids, chat template, stop tokens, kernels, and logits against what the file says."""
     runtime = LlamaCpp()
     if reason := runtime.missing():
         return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
-    model = runtime.open(parts[0], max(map(len, prompts)), threads, shards=parts if len(parts) > 1 else ())
+    model = runtime.open(paths[0], max(map(len, prompts)), threads, shards=paths if len(paths) > 1 else ())
     try:
-        rows = gguf_vocabulary_check.rows(model, lowered.options.vocabulary.tokenizer)
-        rows += kernel_rows(lowered.plan.entries, read_tensors(parts))
+        rows = gguf_vocabulary_check.rows(model, tokenizer)
+        rows += kernel_rows(tensors)
         d = check.distance(read, check.runtime_log_probs(model, prompts), prompts)
     finally:
         model.close()
-    rows.append(check.arithmetic_row(RUNTIME, runtime_kind(e.dtype for e in lowered.plan.entries), d))
-    return rows, {"name": runtime.name, "version": runtime.version()}
-
-
-def runtime_kind(dtypes: Iterator[str]) -> str:
-    kinds = set(dtypes)
-    return "runtime quantized" if any("." in k for k in kinds) else "runtime f16" if kinds - {"f32"} else "runtime f32"
+    kind = "runtime quantized" if types - {"f32", "f16", "bf16"} else "runtime f16" if types - {"f32"} else "runtime f32"
+    return [*rows, check.arithmetic_row(RUNTIME, kind, d)], {"name": runtime.name, "version": runtime.version()}
 
 
 def context(header: Sequence[Any]) -> int:

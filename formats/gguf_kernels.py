@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes as c
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qconvert.emit import Entry
 from qconvert.formats.gguf_layouts import GGML_TYPES
 from qconvert.formats.llama_cpp import library
 from qconvert.report import Row, judged
@@ -26,19 +25,23 @@ class InitParams(c.Structure):
     _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
 
 
-def kernel_rows(entries: Sequence[Entry], tensors: Mapping[str, Any]) -> list[Row]:
-    """Relative error of ggml_mul_mat against f64 over gguf-py's values, for the first tensor of each (type, K)."""
-    firsts = {(e.dtype, e.shape[-1]): e for e in reversed(entries) if len(e.shape) == 2}
+def kernel_rows(tensors: Mapping[str, Any]) -> list[Row]:
+    """Relative error of ggml_mul_mat against f64 over gguf-py's values, for the first tensor of each (type, K).
+
+    tensors: name -> (data [N, row], ggml type), matrices and vectors.
+    """
+    firsts: dict[tuple[str, int], str] = {}
+    for name, tensor in tensors.items():
+        dtype = tensor.type.name.lower()
+        if tensor.data.ndim == 2 and dtype in GGML_TYPES:
+            _, block, nbytes = GGML_TYPES[dtype]
+            firsts.setdefault((dtype, tensor.data.shape[1] * tensor.data.itemsize // nbytes * block), name)
     rows = []
-    for (dtype, k), entry in sorted(firsts.items()):
-        plain = dtype.removeprefix("gguf.")
-        error = product_error(tensors[entry.name], plain, k)
-        rows.append(judged(f"kernel {plain} x {k}", "relative error", error, LIMIT.get(plain, QUANTIZED_LIMIT), ""))
-    return [r if r.verdict == "pass" else r._replace(reason=firsts_name(firsts, r)) for r in rows]
-
-
-def firsts_name(firsts: Mapping[tuple[str, int], Entry], row: Row) -> str:
-    return next(e.name for (d, k), e in firsts.items() if row.what == f"kernel {d.removeprefix('gguf.')} x {k}")
+    for (dtype, k), name in sorted(firsts.items()):
+        error = product_error(tensors[name], dtype, k)
+        row = judged(f"kernel {dtype} x {k}", "relative error", error, LIMIT.get(dtype, QUANTIZED_LIMIT))
+        rows.append(row if row.verdict == "pass" else row._replace(reason=f"on {name}"))
+    return rows
 
 
 def product_error(tensor: Any, dtype: str, k: int) -> float:

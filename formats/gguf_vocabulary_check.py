@@ -17,11 +17,17 @@ def rows(model: Model, tokenizer: Tokenizer) -> list[Row]:
 
 
 def ids_row(model: Model, tokenizer: Tokenizer) -> Row:
-    """The shipped corpus of texts on which tokenizers tend to differ, cut by both."""
+    """The shipped corpus of texts on which tokenizers tend to differ, cut by both.
+
+    Where llama.cpp cuts as SentencePiece itself does, tokenizer.json is the one that differs: said, but no failure.
+    """
     encode = tokenizer.reference()
     wanted = {text: encode(text) for text in dict.fromkeys(map(tokenizer.plain, hard_corpus()))}
-    wrong = list(differences(wanted, model))
+    found = list(differences(tokenizer, wanted, model))
+    wrong = [d for d in found if not d.as_sentencepiece]
     reason = describe(wrong[0], tokenizer) if wrong else ""
+    if found and not wrong:
+        reason = f"{len(found)} as SentencePiece has them, tokenizer.json has not"
     return judged("token ids", f"of {len(wanted)} texts differ", float(len(wrong)), 0.0, reason)
 
 

@@ -109,15 +109,25 @@ def _parse_pass(spec: str) -> Pass:
         key, eq, value = item.partition("=")
         if key not in known or not eq:
             raise UsageError(f"{m[1]}: no option {item!r}; it has {', '.join(known) or 'none'}")
-        options[key] = _convert(value, str(known[key].type))
+        options[key] = _convert(value, str(known[key].type), f"{m[1]}: option {key}")
     made: Pass = cls(**options)
     return made
 
 
-def _convert(value: str, annotation: str) -> object:
-    if annotation == "bool":
-        return value.lower() in ("true", "1", "yes")
-    return int(value) if annotation == "int" else float(value) if annotation == "float" else value
+def _convert(value: str, annotation: str, what: str) -> object:
+    """The text of an option as the field's type says. UsageError where it is none."""
+    bools = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        match annotation:
+            case "bool":
+                return bools[value.lower()]
+            case "int":
+                return int(value)
+            case "float":
+                return float(value)
+    except (KeyError, ValueError):
+        raise UsageError(f"{what} is {annotation}, not {value!r}") from None
+    return value
 
 
 def flatten(passes: Iterable[Pass | Function | str]) -> tuple[Pass | Function, ...]:

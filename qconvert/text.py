@@ -28,12 +28,12 @@ def parse(text: str) -> Graph:
     nodes: dict[str, Node] = {}
     outputs: tuple[str, ...] = ()
     meta: dict[str, Attr] = {}
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(text.split("\n"), 1):
         line = raw.strip()
         if not line or line.startswith("//"):
             continue
         if line.startswith("meta "):
-            meta = json.loads(line[5:])
+            meta = _attrs(line[5:], number)
         elif line.startswith("return "):
             outputs = tuple(o.strip()[1:] for o in line[7:].split(","))
         elif m := LINE.match(line):
@@ -41,10 +41,20 @@ def parse(text: str) -> Graph:
             if name in nodes:
                 raise GraphError(f"line {number}: %{name} is defined twice")
             inputs = tuple(a.strip()[1:] for a in args.split(",") if a.strip())
-            nodes[name] = Node(op, inputs, Type.parse(type_), json.loads(attrs or "{}"))
+            nodes[name] = Node(op, inputs, Type.parse(type_), _attrs(attrs or "{}", number))
         else:
             raise GraphError(f"line {number}: cannot parse {line!r}", hint="%name : type = op(%a, %b) {json}")
     return Graph(nodes, outputs, meta)
+
+
+def _attrs(text: str, number: int) -> dict[str, Attr]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise GraphError(f"line {number}: attributes are not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise GraphError(f"line {number}: attributes are not a JSON object: {text}")
+    return value
 
 
 def _json(value: object) -> str:

@@ -74,6 +74,7 @@ class Weights:
             raise GraphError(f"%{name} is quantized but not packed: {node.type}")
         if node.op == "pack":
             return cast(Bytes, value).reshape(-1)
+        _must_be_finite(name, value)
         match node.type.dtype:
             case "f32":
                 out: Array = np.ascontiguousarray(value, np.float32)
@@ -86,19 +87,24 @@ class Weights:
         return out.view(np.uint8).reshape(-1)
 
 
+def _must_be_finite(name: str, value: Array) -> None:
+    if not kernels.all_finite(value):
+        raise InputError(f"{name} overflows: the weights and adapters are finite, what they add up to is not")
+
+
 def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     raw = w.store.read(str(node.attrs["tensor"]), begin, end)
-    return _checked(w, name, node, begin, raw)
+    return _checked(w, node, (begin, 0), raw)
 
 
-def _checked(w: Weights, name: str, node: Node, begin: int, raw: Array) -> Array:
-    """Source bits as real numbers; a NaN or an infinity is an error that names tensor and row."""
+def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Array:
+    """Source bits as real numbers; a NaN or an infinity is an error that names tensor and place."""
     if node.type.dtype in ("i64", "i32", "u8", "bool"):
         return raw
     value: Array = kernels.widen_bf16(raw) if node.type.dtype == "bf16" else raw
     if not kernels.all_finite(value):
         at = np.argwhere(~np.isfinite(value))[0]
-        place = [int(at[0]) + begin, *map(int, at[1:])]
+        place = [int(i) + o for i, o in zip(at, (*origin, 0, 0), strict=False)]
         raise InputError(
             f"{node.attrs['tensor']}: {value[tuple(at)]} at {place}",
             hint="the checkpoint is damaged or its training diverged; nothing can be converted from it",
@@ -114,7 +120,7 @@ def _transpose(w: Weights, name: str, node: Node, begin: int, end: int) -> Array
     source = w.graph.nodes[node.inputs[0]]
     if source.op == "load":
         raw = w.store.read_columns(str(source.attrs["tensor"]), begin, end)
-        return np.ascontiguousarray(_checked(w, node.inputs[0], source, 0, raw).T)
+        return np.ascontiguousarray(_checked(w, source, (0, begin), raw).T)
     return np.ascontiguousarray(w.whole(node.inputs[0]).T[begin:end])
 
 
@@ -214,6 +220,7 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
     if node.attrs.get("solver") != "search":
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="solvers: search")
     value = w.real(node.inputs[0], begin, end)
+    _must_be_finite(node.inputs[0], value)
     return kernels.search(node.type.dtype, np.ascontiguousarray(value, np.float32))
 
 

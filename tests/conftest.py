@@ -7,6 +7,7 @@ An .ir file: `// run: pass{option=value},pass`, a graph, a line `// ----`, the g
 from __future__ import annotations
 
 import difflib
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 BAR = "// ----\n"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and as many workers as cores
 
 
 @pytest.fixture(scope="session")

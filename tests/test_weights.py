@@ -312,7 +312,6 @@ def test_nan_in_a_vector_names_its_index(make: Make) -> None:
         make(tensors={"b": t}).real("b", 4, 9)
 
 
-@pytest.mark.xfail(reason="weights._transpose does not add the first column")
 def test_nan_in_a_weight_stored_transposed_names_its_place_in_the_file(make: Make) -> None:
     t = torch.ones(8, 20)
     t[2, 15] = float("nan")
@@ -329,7 +328,6 @@ def test_nan_in_an_adapter_is_found_through_the_merge(make: Make) -> None:
         w.encoded("out", 0, N)
 
 
-@pytest.mark.xfail(reason="weights.encoded does not look for values that overflowed on the way")
 def test_merge_that_overflows_is_an_error_and_not_an_infinite_weight(make: Make) -> None:
     huge = {**TENSORS, "A": TENSORS["A"] * 1e30, "B": TENSORS["B"] * 1e30}
     w = make(f'%out : {WNK} = merge(%w, %A, %B) {{"scale": 1}}', tensors=huge)
