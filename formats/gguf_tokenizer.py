@@ -79,6 +79,8 @@ def notes(tokenizer: Tokenizer) -> list[str]:
         found.append(f"llama.cpp does not bring text into the normal form {forms} first, as the tokenizer does")
     if tokenizer.keeps_first_space:
         found.append("llama.cpp puts a space before text that already begins with one; Hugging Face does not")
+    if tokenizer.prefixes_only_first:
+        found.append("llama.cpp puts a space before text behind a special token, the tokenizer only at the beginning")
     if stripping := [t.text for t in tokenizer.added if (t.lstrip or t.rstrip) and not t.text.isspace()]:
         found.append(
             f"llama.cpp keeps white space beside {len(stripping)} added tokens that drop it ({stripping[0]!r})"

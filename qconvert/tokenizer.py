@@ -81,6 +81,12 @@ class Tokenizer:
         metaspace = any(step["type"] == "Metaspace" for step in tj.pre_tokenizers(self.document))
         return metaspace and self.add_space_prefix and not self.remove_extra_whitespaces
 
+    @property
+    def prefixes_only_first(self) -> bool:
+        """Whether text behind an added token gets no space in front, where the text's beginning does."""
+        steps = tj.pre_tokenizers(self.document)
+        return any(step["type"] == "Metaspace" and step.get("prepend_scheme") == "first" for step in steps)
+
     def plain(self, text: str) -> str:
         """The text as a runtime without Unicode normal forms, that puts a space before any text, must be asked it."""
         for form in self.unicode_forms:
@@ -139,21 +145,24 @@ def hard_corpus() -> tuple[str, ...]:
     )
 
 
-def read_tokenizer(folder: Path, vocab_rows: int) -> Tokenizer:
-    """Read the tokenizer of a checkpoint whose embedding has `vocab_rows` rows.
+def read_tokenizer(folder: Path, vocab_rows: int, *, model_folder: Path | None = None) -> Tokenizer:
+    """Read the tokenizer in a folder, for an embedding of `vocab_rows` rows.
 
     From tokenizer.json, else tokenizer.model (SentencePiece), else vocab.json and merges.txt. Rows beyond the
-    vocabulary become unused tokens "[PADi]".
+    vocabulary become unused tokens "[PADi]". config.json and generation_config.json are the model folder's, where the
+    tokenizer lies elsewhere (beside an adapter).
     Errors: InputError for missing, unreadable or contradicting files, and for ids beyond the embedding;
     UnsupportedError for models other than BPE and Unigram.
     """
+    model_folder = model_folder or folder
     config = read_json(folder / "tokenizer_config.json")
     inline = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     document = tj.read_document(folder)
     kind = _kind(folder, document)
     added = tj.added_tokens(folder, document, config)
     by_id = _by_id(folder, document, added, vocab_rows)
-    special = _special_ids(folder, config, document, {text: i for i, text in by_id.items()})
+    model = read_json(model_folder / "config.json")
+    special = _special_ids(folder, config, model, document, {text: i for i, text in by_id.items()})
     for i in (special[name] for name in ("bos", "eos") if name in special):
         added.setdefault(i, AddedToken(i, by_id[i], True, False, False, False, False))
     add_bos, add_eos = _around(document, config, special)
@@ -169,7 +178,7 @@ def read_tokenizer(folder: Path, vocab_rows: int) -> Tokenizer:
         merges=tj.merges(document),
         added=tuple(added[i] for i in sorted(added)),
         special=special,
-        stops=_stops(folder, special),
+        stops=tuple(i for i in _stops(model_folder, special) if i in by_id),
         add_bos=add_bos,
         add_eos=add_eos,
         add_space_prefix=tj.adds_space_prefix(document),
@@ -264,11 +273,15 @@ def _scores(kind: Kind, folder: Path, document: Mapping[str, Any], tokens: Seque
 
 
 def _special_ids(
-    folder: Path, config: Mapping[str, Any], document: Mapping[str, Any], ids: Mapping[str, int]
+    folder: Path,
+    config: Mapping[str, Any],
+    model: Mapping[str, Any],
+    document: Mapping[str, Any],
+    ids: Mapping[str, int],
 ) -> dict[str, int]:
     """bos, eos, unk ... by text from tokenizer_config.json or special_tokens_map.json, else by id from config.json,
     else from the SentencePiece model, else from what the post-processor puts around a text."""
-    by_text, model = read_json(folder / "special_tokens_map.json"), read_json(folder / "config.json")
+    by_text = read_json(folder / "special_tokens_map.json")
     special: dict[str, int] = {}
     for name in SPECIAL:
         entry = config.get(f"{name}_token") or by_text.get(f"{name}_token")
