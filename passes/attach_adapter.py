@@ -37,7 +37,7 @@ class AttachAdapter:
             work.replace([r for r in self.adapter.replacements if r.kind == kind], kind)
         work.set_rows(self.adapter.rows)
         work.add_paths()
-        unused = [*self.adapter.unknown, *(_key(t) for t in self.adapter.tensors() if t.ref not in work.used)]
+        unused = [*self.adapter.unknown, *(t.ref for t in self.adapter.tensors() if t.ref not in work.used)]
         _check_unused(graph, self.adapter, unused, bool(work.used), self.allow_unused)
         _check_missing(work, self.allow_unused)
         _check_vocabulary(work)
@@ -195,8 +195,10 @@ class _Attaching:
         twin = next((e for e in self.adapter.factors if e.embedding and e.scale == f.scale), None)
         if twin is not None and f.a.ref in self.adapter.twins and is_tied(self.graph):
             loads, (a, b) = self._factor_nodes(twin)
-            ta, tb = transposed(a, loads[a]), transposed(b, loads[b])
-            return {**loads, **ta, **tb}, (*tb, *ta)
+            for name in (a, b):
+                t = loads[name].type
+                loads[f"{name}~transposed"] = Node("transpose", (name,), Type(t.dtype, t.shape[::-1]))
+            return loads, (f"{b}~transposed", f"{a}~transposed")
         kind = "lora_embedding_" if f.embedding else "lora_"
         names = f"{f.module}.{kind}A~{alias}", f"{f.module}.{kind}B~{alias}"
         return {names[0]: _load(f.a), names[1]: _load(f.b)}, names
@@ -262,10 +264,6 @@ def _load(tensor: TensorInfo) -> Node:
     return Node("load", (), Type(tensor.dtype, tensor.shape), {"tensor": tensor.ref})
 
 
-def transposed(name: str, node: Node) -> dict[str, Node]:
-    return {f"{name}~transposed": Node("transpose", (name,), Type(node.type.dtype, node.type.shape[::-1]))}
-
-
 def free_name(graph: Graph, name: str) -> str:
     """Where the old node of a weight goes when it is altered once more: ~base, then ~a0, ~a1 …"""
     if f"{name}~base" not in graph.nodes:
@@ -299,23 +297,25 @@ def retyped(graph: Graph) -> Graph:
 # what was left over, and what was wanted ------------------------------------------------------------
 
 
-def _key(tensor: TensorInfo) -> str:
-    return tensor.ref.partition("#")[2]
+def _key(ref: str) -> str:
+    return ref.partition("#")[2]
 
 
 def _check_unused(graph: Graph, adapter: Adapter, unused: Sequence[str], any_used: bool, allowed: bool) -> None:
     if not unused:
         return
     if any_used and allowed:
-        log.warning("%s: left out %d tensors that match no weight, first: %s", adapter.name, len(unused), unused[0])
+        first = _key(unused[0])
+        log.warning("%s: left out %d tensors that match no weight, first: %s", adapter.name, len(unused), first)
         return
     raise AdapterError(
-        f"{adapter.name}: {len(unused)} adapter tensors match no weight, first: {unused[0]}",
+        f"{adapter.name}: {len(unused)} adapter tensors match no weight, first: {_key(unused[0])}",
         hint=_likely_reason(graph, adapter, unused[0]),
     )
 
 
-def _likely_reason(graph: Graph, adapter: Adapter, key: str) -> str:
+def _likely_reason(graph: Graph, adapter: Adapter, ref: str) -> str:
+    key = _key(ref)
     layer = re.search(r"\.(?:layers|h)\.(\d+)\.", key)
     n_layers = _layers(graph)
     if layer and int(layer[1]) >= n_layers:
@@ -325,7 +325,7 @@ def _likely_reason(graph: Graph, adapter: Adapter, key: str) -> str:
         if known is not None:
             want, have = known.removesuffix(tail + ".weight"), key.partition(tail)[0]
             return f"its prefix is {have!r}, where 'base_model.model.{want}' was wanted; rename the adapter's keys"
-    if adapter.unknown and key == adapter.unknown[0]:
+    if ref in adapter.unknown:
         return "it is no part of a LoRA that is known here; --allow-unused-adapter-keys leaves it out"
     return _other_base(graph, adapter)
 
@@ -374,13 +374,16 @@ def _recorded(work: _Attaching, unused: Sequence[str]) -> Graph:
     graph, adapter = work.graph, work.adapter
     entry: dict[str, Attr] = {
         "name": adapter.name, "weight": adapter.weight, "kind": adapter.kind, "modules": len(work.modules),
-        "unused": list(unused), "base": adapter.base, "revision": adapter.revision,
+        "unused": [_key(ref) for ref in unused], "base": adapter.base, "revision": adapter.revision,
     }  # fmt: skip
     listed, dropped, config = graph.meta.get("adapters", []), graph.meta.get("dropped", []), graph.meta.get("config")
     assert isinstance(listed, list) and isinstance(dropped, list)
     reasons = {**adapter.dropped, **dict.fromkeys(unused, "matches no weight; allowed by --allow-unused-adapter-keys")}
-    reasons |= {_key(t): "the same as the embedding's, to which the head is tied" for t in _tied_copies(work)}
-    gone: list[Attr] = [{"tensor": key, "reason": reason} for key, reason in reasons.items()]
+    reasons |= {t.ref: "the same as the embedding's, to which the head is tied" for t in _tied_copies(work)}
+    saved = {r.parameter for r in adapter.replacements if r.kind == "saved"}
+    covered = (r.tensor.ref for r in adapter.replacements if r.kind == "base" and r.parameter in saved)
+    reasons |= dict.fromkeys(covered, "the copy that was trained takes its place")
+    gone: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in reasons.items()]
     embedding = embedding_of(graph)
     if isinstance(config, dict) and embedding is not None and "vocab" in config:
         graph = graph.with_meta(config={**config, "vocab": graph.nodes[embedding].type.dims[0]})

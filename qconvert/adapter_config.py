@@ -45,7 +45,7 @@ MUTATING_INITS = {
     "olora": "trained on a base from which the adapter's initial part had been subtracted",
     "corda": "trained on a base from which the adapter's initial part had been subtracted",
     "lora_ga": "trained on a base from which the adapter's initial part had been subtracted",
-    "eva": "started from the base's activations, and nothing here says that its base was left as it was (PEFT's EVA does)",
+    "eva": "started from the base's activations; nothing here says that its base was left as it was (PEFT leaves it)",
 }
 
 

@@ -79,8 +79,8 @@ class Adapter:
     factors: tuple[Factors, ...] = ()
     replacements: tuple[Replacement, ...] = ()
     rows: tuple[TokenRows, ...] = ()
-    unknown: tuple[str, ...] = ()  # keys that name nothing an adapter has
-    dropped: Mapping[str, str] = field(default_factory=dict)  # keys left out -> why
+    unknown: tuple[str, ...] = ()  # refs of tensors that are no part of a LoRA
+    dropped: Mapping[str, str] = field(default_factory=dict)  # refs of tensors left out -> why
     twins: frozenset[str] = frozenset()  # refs of the head's tensors that equal the embedding's
     ensure_weight_tying: bool = False
     modules_to_save: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ class _Found:
     rows: dict[str, TensorInfo] = field(default_factory=dict)
     base: dict[str, TensorInfo] = field(default_factory=dict)  # parameter -> tensor
     saved: dict[str, TensorInfo] = field(default_factory=dict)
-    copies: dict[str, tuple[str, TensorInfo]] = field(default_factory=dict)
+    copies: dict[str, TensorInfo] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
 
@@ -149,7 +149,7 @@ class _Found:
         name = key.removeprefix(PREFIX)
         m = PART.match(name)
         if m is None:
-            self._take_parameter(key, name, info)
+            self._take_parameter(name, info)
             return
         module, part, rest = m["module"], m["part"], m["rest"] or ""
         tail = rest.rpartition(".")[2]
@@ -160,20 +160,20 @@ class _Found:
         elif part.endswith("trainable_tokens_delta"):
             self._put(self.rows, module, info)
         elif part == "modules_to_save":
-            self.copies[f"{module}.{rest.removeprefix('default.')}"] = (key, info)
+            self.copies[f"{module}.{rest.removeprefix('default.')}"] = info
         elif part.endswith("base_layer") or part == "original_module":
             self._put(self.base, f"{module}.{rest}", info)
         elif part in IGNORED:
-            self.dropped[key] = IGNORED[part]
+            self.dropped[info.ref] = IGNORED[part]
         else:
-            self.unknown.append(key)
+            self.unknown.append(info.ref)
 
-    def _take_parameter(self, key: str, name: str, info: TensorInfo) -> None:
+    def _take_parameter(self, name: str, info: TensorInfo) -> None:
         if name.rpartition(".")[2] not in ("weight", "bias"):
-            self.unknown.append(key)
+            self.unknown.append(info.ref)
         else:
             names = names_of(self.config, "modules_to_save")
-            tied = is_head(name) and names and self.config.get("ensure_weight_tying")  # then PEFT lists the embedding only
+            tied = is_head(name) and names and self.config.get("ensure_weight_tying")  # PEFT then lists the embedding
             saved = tied or in_modules_to_save(names, name)
             self._put(self.saved if saved else self.base, name, info)
 
@@ -230,9 +230,9 @@ class _Found:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def replacements(self) -> Iterator[Replacement]:
-        for name, (key, info) in self.copies.items():
+        for name, info in self.copies.items():
             if name in self.saved:
-                self.dropped[key] = "a second copy; PEFT reads the other"
+                self.dropped[info.ref] = "a second copy; PEFT reads the other"
             else:
                 self.saved[name] = info
         for name, info in self.base.items():
