@@ -102,7 +102,7 @@ def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Arr
     if node.type.dtype in ("i64", "i32", "u8", "bool"):
         return raw
     value: Array = kernels.widen_bf16(raw) if node.type.dtype == "bf16" else raw
-    if not kernels.all_finite(value):
+    if not kernels.all_finite(raw):
         at = np.argwhere(~np.isfinite(value))[0]
         place = [int(i) + o for i, o in zip(at, (*origin, 0, 0), strict=False)]
         raise InputError(

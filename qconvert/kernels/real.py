@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from qconvert.kernels.lanes import any_lane, choose, count, load, splat, store
 from qconvert.scheme import F32, Array
 
 U16 = npt.NDArray[np.uint16]
@@ -35,18 +36,20 @@ def add_low_rank(w: F32, a: F32, b: F32, scale: float) -> F32:
     One element is w + scale * (((b0*a0) + b1*a1) + ...): the same bits on every machine and for every split of rows.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
-    _add_low_rank(w, a, b, np.float32(scale))
+    _add_low_rank(choose(8, 16), w, a, b, np.float32(scale))
     return w
 
 
 def all_finite(x: Array) -> bool:
-    """No NaN and no infinity in f16, f32 or f64[...]."""
-    if x.dtype not in (np.dtype(np.float32), np.dtype(np.float16)):
-        return bool(np.isfinite(cast("npt.NDArray[np.float64]", x)).all())
-    bits = np.ascontiguousarray(x).reshape(-1)
-    if x.dtype == np.dtype(np.float16):
-        return bool(_all_below(bits.view(np.uint16), np.uint16(0x7C00)))
-    return bool(_all_below(bits.view(np.uint32), np.uint32(0x7F800000)))
+    """No NaN and no infinity in f16, f32 or f64[...], or in the bits u16[...] of bf16."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    if flat.dtype == np.dtype(np.float32):
+        return bool(_all_below(choose(16, 32), flat.view(np.int32), np.int32(0x7F800000)))
+    if flat.dtype == np.dtype(np.uint16) and flat.size % 2 == 0:
+        pairs, lanes = flat.view(np.int32), choose(16, 32)
+        return bool(_all_below(lanes, pairs, np.int32(0x7F800000)) and _all_below(lanes, pairs, np.int32(0x7F80)))
+    real = widen_bf16(cast(U16, flat)) if flat.dtype == np.dtype(np.uint16) else flat
+    return bool(np.isfinite(cast("npt.NDArray[np.float64]", real)).all())
 
 
 @njit(cache=True, nogil=True)
@@ -65,25 +68,59 @@ def _narrow(bits, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _all_below(bits, exponent):  # type: ignore[no-untyped-def]
-    for start in range(0, bits.size, 4096):
-        bad = 0
-        for i in range(start, min(bits.size, start + 4096)):
-            bad |= (bits[i] & exponent) == exponent
-        if bad:
+def _all_below(lanes, bits, exponent):  # type: ignore[no-untyped-def]
+    """No i32 has all bits of `exponent` set; stops at the first 4096 that hold one."""
+    width = count(lanes)
+    whole = bits.size // width * width
+    for start in range(0, whole, 4096):
+        bad = splat(lanes, np.int32(0)) != np.int32(0)
+        for i in range(start, min(whole, start + 4096), width):
+            bad = bad | ((load(lanes, bits, i) & exponent) == exponent)
+        if any_lane(bad):
+            return False
+    for i in range(whole, bits.size):
+        if bits[i] & exponent == exponent:
             return False
     return True
 
 
+ROWS = 4  # of w that share each load of a
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_low_rank(lanes, w, a, b, scale):  # type: ignore[no-untyped-def]
+    width, (n, k), r = count(lanes), w.shape, a.shape[0]
+    flat_w, flat_a, factor = w.reshape(-1), a.reshape(-1), splat(lanes, scale)
+    whole = k // (2 * width) * (2 * width)
+    for start in range(0, n - ROWS + 1, ROWS):
+        b0, b1, b2, b3 = b[start], b[start + 1], b[start + 2], b[start + 3]
+        for i in range(0, whole, 2 * width):
+            x0 = y0 = x1 = y1 = x2 = y2 = x3 = y3 = splat(lanes, np.float32(0))
+            for j in range(r):
+                x, y = load(lanes, flat_a, j * k + i), load(lanes, flat_a, j * k + i + width)
+                x0, y0 = x0 + b0[j] * x, y0 + b0[j] * y
+                x1, y1 = x1 + b1[j] * x, y1 + b1[j] * y
+                x2, y2 = x2 + b2[j] * x, y2 + b2[j] * y
+                x3, y3 = x3 + b3[j] * x, y3 + b3[j] * y
+            _add_scaled(lanes, flat_w, start * k + i, factor, x0, y0)
+            _add_scaled(lanes, flat_w, (start + 1) * k + i, factor, x1, y1)
+            _add_scaled(lanes, flat_w, (start + 2) * k + i, factor, x2, y2)
+            _add_scaled(lanes, flat_w, (start + 3) * k + i, factor, x3, y3)
+        _add_columns(w, a, b, scale, start, start + ROWS, whole)
+    _add_columns(w, a, b, scale, n // ROWS * ROWS, n, 0)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _add_scaled(lanes, flat, at, factor, x, y):  # type: ignore[no-untyped-def]
+    store(flat, at, load(lanes, flat, at) + factor * x)
+    store(flat, at + count(lanes), load(lanes, flat, at + count(lanes)) + factor * y)
+
+
 @njit(cache=True, nogil=True)
-def _add_low_rank(w, a, b, scale):  # type: ignore[no-untyped-def]
-    delta = np.empty(1024, np.float32)
-    for n in range(w.shape[0]):
-        for start in range(0, w.shape[1], 1024):
-            m = min(1024, w.shape[1] - start)
-            delta[:m] = np.float32(0)
+def _add_columns(w, a, b, scale, begin, end, first):  # type: ignore[no-untyped-def]
+    for n in range(begin, end):
+        for i in range(first, w.shape[1]):
+            delta = np.float32(0)
             for j in range(a.shape[0]):
-                for i in range(m):
-                    delta[i] += b[n, j] * a[j, start + i]
-            for i in range(m):
-                w[n, start + i] += scale * delta[i]
+                delta += b[n, j] * a[j, i]
+            w[n, i] += scale * delta
