@@ -46,7 +46,10 @@ class GGUF:
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
         if request.bits is not None and request.bits not in gguf_mix.BITS:
-            raise UsageError(f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}", hint="or name a type: --quant Q4_K_M")
+            raise UsageError(
+                f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}",
+                hint="or name a type: --quant Q4_K_M",
+            )
         mix = gguf_mix.file_type(request.quant or gguf_mix.BITS[request.bits or 4])
         choice = gguf_mix.Options(
             pure=request.pure,
@@ -87,7 +90,11 @@ class GGUF:
             return Plan((file_plan(path, kvs, shards[0]),))
         files = []
         for i, shard in enumerate(shards):
-            position = [KV("split.no", "u16", i), KV("split.count", "u16", len(shards)), KV("split.tensors.count", "i32", len(tensors))]
+            position = [
+                KV("split.no", "u16", i),
+                KV("split.count", "u16", len(shards)),
+                KV("split.tensors.count", "i32", len(tensors)),
+            ]
             files.append(file_plan(shard_path(path, i, len(shards)), [*(kvs if i == 0 else []), *position], shard))
         return Plan(tuple(files))
 

@@ -111,7 +111,9 @@ def rope_keys(config: Config) -> tuple[list[tuple[str, str, object]], tuple[floa
             theta, head_dim = _float(rope, "theta"), _int(config, "head_dim")
             return values, tuple(llama3_factors(scaling, theta, head_dim))
         case other:
-            raise UnsupportedError(f"llama.cpp has no rope scaling {other!r}", hint="linear, yarn, llama3 and dynamic are carried")
+            raise UnsupportedError(
+                f"llama.cpp has no rope scaling {other!r}", hint="linear, yarn, llama3 and dynamic are carried"
+            )
     return values, ()
 
 

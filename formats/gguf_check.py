@@ -149,4 +149,3 @@ def n_vocab(graph: Graph) -> int:
     value = graph.nodes[graph.outputs[0]].type.shape[-1]
     assert isinstance(value, int)
     return value
-

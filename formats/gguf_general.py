@@ -35,7 +35,7 @@ def describe(source: Source, graph: Graph) -> tuple[KV, ...]:
             kvs.append(KV(f"general.base_model.{i}.repo_url", "str", f"https://huggingface.co/{repo}"))
     for i, a in enumerate(adapters):
         kvs.append(KV(f"qconvert.adapter.{i}.kind", "str", str(a.get("kind", ""))))
-        kvs.append(KV(f"qconvert.adapter.{i}.weight", "f32", a.get("weight", 1.0)))
+        kvs.append(KV(f"qconvert.adapter.{i}.weight", "f32", cast(float, a.get("weight", 1.0))))
     return tuple(kvs)
 
 

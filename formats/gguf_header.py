@@ -22,7 +22,19 @@ MAGIC = b"GGUF"
 ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 # type id -> numpy spelling
-SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 NAMES_BY_ID = {number: name for name, (number, _, _) in GGML_TYPES.items()}
 
 
@@ -92,7 +104,9 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-self.at // alignment) * alignment
-        return Header(kv, tuple(self.checked(i._replace(offset=start + i.offset), file_nbytes) for i in raw), start, file_nbytes)
+        return Header(
+            kv, tuple(self.checked(i._replace(offset=start + i.offset), file_nbytes) for i in raw), start, file_nbytes
+        )
 
     def unpack(self, form: str) -> tuple[int, ...]:
         values = struct.unpack_from(form, self.data, self.at)

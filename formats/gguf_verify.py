@@ -129,4 +129,3 @@ def rounded(want: Array, dtype: str) -> Array:
         case _ if dtype in SCHEMES:
             return layout_of(f"gguf.{dtype}").unpack(kernels.search(dtype, value)).dequantize()
     raise UnsupportedError(f"tensors of type {dtype} cannot be judged yet", hint=f"these can: {', '.join(SCHEMES)}")
-

@@ -35,14 +35,18 @@ def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
         tokenizer = read_tokenizer(folder, config["vocab"])
     except InputError:
         if request.dry_run and not any((folder / f).exists() for f in FILES):
-            return Vocabulary(None, PreTokenizer("", False, "no tokenizer"), (), ("no tokenizer: its header bytes are not counted",))
+            return Vocabulary(
+                None, PreTokenizer("", False, "no tokenizer"), (), ("no tokenizer: its header bytes are not counted",)
+            )
         raise
     if request.dry_run:
         name = request.pre_tokenizer or known_by_structure(tokenizer) or "default"
         pre = PreTokenizer(name, False, "by structure")
     else:
         pre = find_pre(tokenizer, LlamaCpp(), forced=request.pre_tokenizer)
-    return Vocabulary(tokenizer, pre, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), tuple(gguf_tokenizer.notes(tokenizer)))
+    return Vocabulary(
+        tokenizer, pre, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), tuple(gguf_tokenizer.notes(tokenizer))
+    )
 
 
 def tokenizer_folder(source: Source) -> Path:

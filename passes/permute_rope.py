@@ -25,7 +25,10 @@ class PermuteRope:
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
             if name in heads:
                 real = f"{name}~halves"
-                return {real: node, name: Node("permute_rope", (real,), Type("f32", node.type.shape), {"heads": heads[name]})}
+                return {
+                    real: node,
+                    name: Node("permute_rope", (real,), Type("f32", node.type.shape), {"heads": heads[name]}),
+                }
             if node.op == "rope":
                 return {name: Node("rope", node.inputs, node.type, {**node.attrs, "interleaved": True})}
             return None

@@ -33,7 +33,9 @@ class Quantize:
             if dtype not in SCHEMES:
                 return {real: node, name: Node("cast", (real,), kind)}
             if node.type.dims[-1] % SCHEMES[dtype].block:
-                raise GraphError(f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {SCHEMES[dtype].block}")
+                raise GraphError(
+                    f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {SCHEMES[dtype].block}"
+                )
             return {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
 
         return graph.rewrite(rule)

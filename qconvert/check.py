@@ -47,11 +47,17 @@ class Runtime(Protocol):
 
 # what -> (limit, the measurement it came from)
 LIMITS: dict[str, tuple[float, str]] = {
-    "merge": (1e-6, "f32 noise: the shipped adapters merge at KL 1e-12 to 1e-10; a dropped or misscaled delta is > 1e-3"),
+    "merge": (
+        1e-6,
+        "f32 noise: the shipped adapters merge at KL 1e-12 to 1e-10; a dropped or misscaled delta is > 1e-3",
+    ),
     "file": (1e-9, "the same codes through gguf-py: equal values, so equal logits but for the order of sums"),
     "runtime f32": (1e-5, "llama.cpp against the interpreter, f32 files: KL <= 6e-7"),
     "runtime f16": (1e-4, "f16 and bf16 files: KL <= 2.5e-6; every known mismatch of conversion is > 1.7e-3"),
-    "runtime quantized": (2e-3, "llama.cpp rounds activations to 8 bits beside quantized weights: KL 1e-5 to 5e-4 seen"),
+    "runtime quantized": (
+        2e-3,
+        "llama.cpp rounds activations to 8 bits beside quantized weights: KL 1e-5 to 5e-4 seen",
+    ),
 }
 
 

@@ -31,7 +31,11 @@ class DefaultGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [a for a in args if not a.startswith("-")]
-        if args and not (words and words[0] in self.commands and args[0] == words[0]) and args[0] not in ("--version", "--help", "-h"):
+        if (
+            args
+            and not (words and words[0] in self.commands and args[0] == words[0])
+            and args[0] not in ("--version", "--help", "-h")
+        ):
             args = ["convert", *args]
         return super().parse_args(ctx, args)
 
@@ -102,7 +106,14 @@ def convert(model: str | None, listing: str | None, **options: Any) -> None:
 
 
 def run_convert(
-    model: str, json_file: str | None, quiet: bool, verbose: bool, no_check: bool, passes: str, dry_run: bool, **options: Any
+    model: str,
+    json_file: str | None,
+    quiet: bool,
+    verbose: bool,
+    no_check: bool,
+    passes: str,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     from qconvert.conversion import convert as run
     from qconvert.printing import plan_text, report_text
@@ -149,7 +160,13 @@ def inspect(file: str, ir: bool, json_file: str | None) -> None:
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]")
 @report_options
 def verify(
-    file: Path, against: str, adapters: tuple[str, ...], json_file: str | None, quiet: bool, verbose: bool, threads: int | None
+    file: Path,
+    against: str,
+    adapters: tuple[str, ...],
+    json_file: str | None,
+    quiet: bool,
+    verbose: bool,
+    threads: int | None,
 ) -> None:
     """Prove a GGUF that exists, whoever made it, against the model and adapters it came from."""
     from qconvert.printing import report_text
@@ -191,7 +208,8 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
             drawn, seconds = now, max(now - start, 1e-6)
             rate = done / seconds
             left = f"   {(total - done) / rate:4.0f} s left" if done < total else ""
-            line = f"write {name}  {100 * done / total:3.0f} %  {done / 1e6:.1f} of {total / 1e6:.1f} MB  {rate / 1e6:.0f} MB/s  {seconds:.1f} s{left}"
+            amount = f"{done / 1e6:.1f} of {total / 1e6:.1f} MB  {rate / 1e6:.0f} MB/s"
+            line = f"write {name}  {100 * done / total:3.0f} %  {amount}  {seconds:.1f} s{left}"
             click.echo(f"\r\033[K{line}" if terminal else line, err=True, nl=not terminal or done >= total)
 
     return progress
@@ -219,7 +237,13 @@ def fail(error: QConvertError, args: list[str]) -> int:
 
         click.echo(report_text(report), err=True)
         for i, arg in enumerate(args):
-            target = arg.partition("=")[2] if arg.startswith("--json=") else args[i + 1] if arg == "--json" and i + 1 < len(args) else None
+            target = (
+                arg.partition("=")[2]
+                if arg.startswith("--json=")
+                else args[i + 1]
+                if arg == "--json" and i + 1 < len(args)
+                else None
+            )
             if target:
                 dump({**report.data(), "exit": error.exit_code}, target)
     click.echo(f"error: {error.message}", err=True)

@@ -1,9 +1,9 @@
 """The whole conversion as one readable function.
 
-    read:   checkpoint -> graph, adapters attached as they were trained
-    lower:  merge, the user's passes, what the format needs -> graph of packed weights
-    write:  plan -> preflight -> streamed into files that have no final name yet
-    prove:  unmerged, merged, quantized, file, runtime: each against the one before -> names, report
+read:   checkpoint -> graph, adapters attached as they were trained
+lower:  merge, the user's passes, what the format needs -> graph of packed weights
+write:  plan -> preflight -> streamed into files that have no final name yet
+prove:  unmerged, merged, quantized, file, runtime: each against the one before -> names, report
 """
 
 from __future__ import annotations
@@ -150,12 +150,23 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, plan, refs)
     outputs = [
-        {"path": str(f.path), "format": request.to, "quant": lowered.legal.quant, "nbytes": f.nbytes, "bpw": bpw._asdict()}
+        {
+            "path": str(f.path),
+            "format": request.to,
+            "quant": lowered.legal.quant,
+            "nbytes": f.nbytes,
+            "bpw": bpw._asdict(),
+        }
         for f in plan.files
     ]
     accounting = {
         "size": {**size._asdict(), "total": size.total},
-        "tensors": {"used": fate.used, "folded": fate.folded, "dropped": [{"tensor": t, "reason": r} for t, r in fate.dropped]},
+        "tensors": {
+            "used": fate.used,
+            "folded": fate.folded,
+            "dropped": [{"tensor": t, "reason": r} for t, r in fate.dropped],
+        },
+        "config_keys": source.graph.meta.get("config_keys", {}),
         "placement": {"any": plan.nbytes},
     }
     return Report(
@@ -189,4 +200,3 @@ def judge(report: Report, request: Request) -> None:
         unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
         unverified.report = report
         raise unverified
-

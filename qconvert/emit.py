@@ -151,7 +151,7 @@ def write_block(block: Block, weights: Weights, progress: Progress) -> None:
     row_nbytes = entry.nbytes // entry.shape[0]
     if data.nbytes != (end - begin) * row_nbytes:
         raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {begin}..{end}, planned {(end - begin) * row_nbytes}")
-    write_all(fd, memoryview(data), entry.offset + begin * row_nbytes)
+    write_all(fd, data.data, entry.offset + begin * row_nbytes)
     progress(data.nbytes)
 
 
@@ -198,5 +198,3 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-

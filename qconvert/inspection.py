@@ -25,7 +25,7 @@ class Item(NamedTuple):
 
 def inspect_file(text: str) -> dict[str, Any]:
     """Facts about a .gguf file, a .safetensors or .bin file, or a checkpoint or adapter folder."""
-    path = find_model(text)
+    path = Path(text) if Path(text).is_file() else find_model(text)
     if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
         header = read_header(path)
         items = [Item(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
@@ -61,7 +61,8 @@ def facts(path: str, kind: str, items: list[Item], file_nbytes: int, kv: dict[st
         "weights": sum(math.prod(i.shape) for i in items),
         "bpw": bits_per_weight(items, file_nbytes),
         "types": dict(Counter(i.dtype for i in items)),
-        "metadata": {k: v for k, v in kv.items() if not isinstance(v, list)} | {k: f"[{len(v)} entries]" for k, v in kv.items() if isinstance(v, list)},
+        "metadata": {k: v for k, v in kv.items() if not isinstance(v, list)}
+        | {k: f"[{len(v)} entries]" for k, v in kv.items() if isinstance(v, list)},
         "tensors": [i._asdict() for i in items],
     }
 
@@ -107,5 +108,3 @@ def graph_text(model: str) -> str:
         return format(read_source(Request(name, adapters), store).graph)
     finally:
         store.close()
-
-

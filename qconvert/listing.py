@@ -9,7 +9,9 @@ from qconvert.report import table
 def lines(group: str) -> list[str]:
     if group == "types":
         return types()
-    return table([(name, target, origin) for name, (target, origin) in sorted(registry.entries(group).items())], "").splitlines()
+    return table(
+        [(name, target, origin) for name, (target, origin) in sorted(registry.entries(group).items())], ""
+    ).splitlines()
 
 
 def types() -> list[str]:
@@ -19,5 +21,7 @@ def types() -> list[str]:
 
     by_bits = {name: f"--bits {bits}" for bits, name in BITS.items()}
     mixes = [(name, f"mostly {t.default}", by_bits.get(name, "")) for name, t in FILE_TYPES.items()]
-    tensors = [(s.name, f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}") for s in SCHEMES.values()]
+    tensors = [
+        (s.name, f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}") for s in SCHEMES.values()
+    ]
     return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines()]

@@ -88,19 +88,30 @@ def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     return Type(i[0].dtype, (*i[0].shape[:-1], end - begin))
 
 
-
 OPS: dict[str, Op] = {
     # weights -------------------------------------------------------------------------------------
-    "load": Op(_declared, 'a tensor of the sources: {"tensor": "base/model.safetensors#name"}; parameters add role, layer', True),
+    "load": Op(
+        _declared,
+        'a tensor of the sources: {"tensor": "base/model.safetensors#name"}; parameters add role, layer',
+        True,
+    ),
     "constant": Op(_declared, 'numbers small enough to print: {"values": [...]}', True),
     "transpose": Op(_transpose, "w.T", True),
     "cast": Op(_declared, "w rounded to the node's dtype", True),
     "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
-    "dora": Op(_merge, "(w, w0, A, B, m[, norm[K]]) {scale, weight}: w + weight * (m * V / |V| - w0), V = w0 + scale * B @ A; "
-               "|V| by row, m[N]; with norm by column, m[K]", True),
-    "column_norm": Op(lambda i, _: Type("f32", i[0].shape[1:]), "(w0, A, B) {scale}: norms of the columns of w0 + scale * B @ A", True),
+    "dora": Op(
+        _merge,
+        "(w, w0, A, B, m[, norm[K]]) {scale, weight}: w + weight * (m * V / |V| - w0), V = w0 + scale * B @ A; "
+        "|V| by row, m[N]; with norm by column, m[K]",
+        True,
+    ),
+    "column_norm": Op(
+        lambda i, _: Type("f32", i[0].shape[1:]), "(w0, A, B) {scale}: norms of the columns of w0 + scale * B @ A", True
+    ),
     "blend": Op(_real, "(w, w0, new) {weight}: w + weight * (new - w0)", True),
-    "set_rows": Op(_real, "(w, w0, new[n,K]) {indices, weight}: w with row indices[j] += weight * (new[j] - w0[indices[j]])", True),
+    "set_rows": Op(
+        _real, "(w, w0, new[n,K]) {indices, weight}: w with row indices[j] += weight * (new[j] - w0[indices[j]])", True
+    ),
     "add_scaled": Op(_real, "(w, d) {scale}: w + scale * d", True),
     "scaled": Op(_real, "(w) {scale}: scale * w", True),
     "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
@@ -113,8 +124,13 @@ OPS: dict[str, Op] = {
     "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),
     "lora": Op(_lora, "(x, A, B[, bias]) {scale}: scale * ((x @ A.T) @ B.T + bias)"),
     "lora_embed": Op(_lora_embed, "(ids, A[r,V], B[D,r]) {scale}: scale * A.T[ids] @ B.T"),
-    "dora_path": Op(_dora_path, "(x, w, A, B, m) {scale, weight}: weight * ((g-1) * x@w.T + g * scale * x@A.T@B.T), g = m / |w + scale * B@A| by row"),
-    "dora_embed": Op(_dora_embed, "(ids, w[V,D], A[r,V], B[D,r], m[D]) {scale, weight}: the same for embeddings, |·| by column"),
+    "dora_path": Op(
+        _dora_path,
+        "(x, w, A, B, m) {scale, weight}: weight * ((g-1) * x@w.T + g * scale * x@A.T@B.T), g = m / |w + scale * B@A| by row",
+    ),
+    "dora_embed": Op(
+        _dora_embed, "(ids, w[V,D], A[r,V], B[D,r], m[D]) {scale, weight}: the same for embeddings, |·| by column"
+    ),
     "add": Op(_elementwise, "x + y"),
     "mul": Op(_elementwise, "x * y"),
     "silu": Op(_same, "x * sigmoid(x)"),
@@ -124,8 +140,14 @@ OPS: dict[str, Op] = {
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),
-    "rope": Op(_same, "(x[, factors]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head by position; factors divide the frequencies"),
-    "attention": Op(_same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"),
+    "rope": Op(
+        _same,
+        "(x[, factors[head_dim/2]]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head "
+        "by position; factors divide the frequencies",
+    ),
+    "attention": Op(
+        _same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"
+    ),
 }
 
 

@@ -6,7 +6,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -80,14 +80,18 @@ def write_dump(folder: Path | None, number: int, name: str, graph: Graph) -> Non
 
 
 def name_of(p: Pass | Function) -> str:
-    return getattr(p, "name", None) or getattr(p, "__name__", type(p).__name__)
+    return str(getattr(p, "name", None) or getattr(p, "__name__", type(p).__name__))
 
 
 def spec_of(p: Pass | Function) -> str:
     """The text that parses back to the pass: `quantize{solver=search}`; defaults are left out."""
-    if not hasattr(p, "__dataclass_fields__"):
+    if not is_dataclass(p) or isinstance(p, type):
         return name_of(p)
-    given = [f"{f.name}={getattr(p, f.name)}" for f in fields(p) if f.init and getattr(p, f.name) != f.default and not callable(f.default_factory)]
+    given = [
+        f"{f.name}={getattr(p, f.name)}"
+        for f in fields(p)
+        if f.init and getattr(p, f.name) != f.default and not callable(f.default_factory)
+    ]
     return name_of(p) + (f"{{{' '.join(given)}}}" if given else "")
 
 
@@ -103,7 +107,7 @@ def _parse_pass(spec: str) -> Pass:
     cls = registry.find("passes", m[1])
     if not isinstance(cls, type):
         return cls  # type: ignore[return-value]  # a plain function Graph -> Graph
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(cls)}
     options: dict[str, object] = {}
     for item in (m[2] or "").split():
         key, eq, value = item.partition("=")

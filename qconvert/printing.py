@@ -32,6 +32,7 @@ def size_text(report: Report) -> str:
     parts = " + ".join(f"{nbytes_text(v)} {k}" for k, v in size.items() if k != "total" and v)
     tensors = report.accounting.get("tensors", {})
     lines = [
+        f"type    {report.quant}",
         f"size    {nbytes_text(size.get('total', 0))} = {parts}",
         f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)",
     ]
@@ -62,4 +63,4 @@ def plan_text(result: Result) -> str:
     if report.fallbacks:
         lines.append(fallback_text(report))
     lines += [f"note: {n}" for n in report.notes]
-    return "\n".join([*lines, f"type    {report.quant}", size_text(report)])
+    return "\n".join([*lines, size_text(report)])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
+Real = npt.NDArray[np.floating[Any]]
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
@@ -72,7 +73,9 @@ class QTensor(NamedTuple):
             for v, g in finer:
                 factor, group = np.repeat(factor, group // g, axis=1) * v, g
             grouped, factor = out.reshape(n, k // group, group), factor[:, :, None]
-            out = (grouped * factor if role == "scale" else grouped + factor if role == "offset" else grouped - factor).reshape(n, k)
+            out = (grouped * factor if role == "scale" else grouped + factor if role == "offset" else grouped - factor).reshape(
+                n, k
+            )
         return out
 
 
@@ -105,10 +108,22 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("q4_1", 4, (Level("scale", "f16", 32), Level("offset", "f16", 32))),
         Scheme("q5_0", 5, (Level("scale", "f16", 32),)),
         Scheme("q5_1", 5, (Level("scale", "f16", 32), Level("offset", "f16", 32))),
-        Scheme("q2_k", 2, (Level("scale", "f16", 256), Level("scale", "u4", 16), Level("min", "f16", 256), Level("min", "u4", 16))),
+        Scheme(
+            "q2_k",
+            2,
+            (Level("scale", "f16", 256), Level("scale", "u4", 16), Level("min", "f16", 256), Level("min", "u4", 16)),
+        ),
         Scheme("q3_k", 3, (Level("scale", "f16", 256), Level("scale", "i6", 16))),
-        Scheme("q4_k", 4, (Level("scale", "f16", 256), Level("scale", "u6", 32), Level("min", "f16", 256), Level("min", "u6", 32))),
-        Scheme("q5_k", 5, (Level("scale", "f16", 256), Level("scale", "u6", 32), Level("min", "f16", 256), Level("min", "u6", 32))),
+        Scheme(
+            "q4_k",
+            4,
+            (Level("scale", "f16", 256), Level("scale", "u6", 32), Level("min", "f16", 256), Level("min", "u6", 32)),
+        ),
+        Scheme(
+            "q5_k",
+            5,
+            (Level("scale", "f16", 256), Level("scale", "u6", 32), Level("min", "f16", 256), Level("min", "u6", 32)),
+        ),
         Scheme("q6_k", 6, (Level("scale", "f16", 256), Level("scale", "i8", 16))),
         Scheme("iq4_nl", 4, (Level("scale", "f16", 32),), IQ4_TABLE),
         Scheme("iq4_xs", 4, (Level("scale", "f16", 256), Level("scale", "i6", 32)), IQ4_TABLE),

@@ -11,11 +11,11 @@ from typing import Protocol, cast
 from qconvert import registry
 from qconvert.conversion import merge_source, read_source
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.graph import Graph
 from qconvert.report import Report
 from qconvert.request import Request, adapters_of, parse_model
 from qconvert.sources import Store
 from qconvert.target import Source
-from qconvert.graph import Graph
 
 log = logging.getLogger("qconvert")
 

@@ -131,7 +131,9 @@ def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
             half = value.astype(np.float16)
         if not np.isfinite(half).all():
             peak = float(np.abs(value).max())
-            raise InputError(f"{name}: {peak:g} does not fit f16 (65504)", hint="keep this tensor as bf16 or f32: --tensor-type")
+            raise InputError(
+                f"{name}: {peak:g} does not fit f16 (65504)", hint="keep this tensor as bf16 or f32: --tensor-type"
+            )
         return half.astype(w.dtype)
     if node.type.dtype == "bf16":
         return kernels.widen_bf16(kernels.narrow_bf16(value.astype(np.float32))).astype(w.dtype, copy=False)
@@ -143,7 +145,7 @@ def _merge(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     out = w.real(base, begin, end)
     scale = _number(node, "scale")
     if w.dtype is np.float64:
-        return cast(Array, out + scale * (w.real(b, begin, end) @ w.whole(a)))
+        return out + scale * (w.real(b, begin, end) @ w.whole(a))
     return kernels.add_low_rank(np.array(out, np.float32), w.whole(a), w.whole(b)[begin:end], scale)
 
 
@@ -151,7 +153,9 @@ def _dora(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     base, base0, a, b, m = node.inputs[:5]
     weight = _number(node, "weight")
     v0 = w.real(base0, begin, end)
-    v = v0.astype(np.float64) + _number(node, "scale") * (w.whole(b)[begin:end].astype(np.float64) @ w.whole(a).astype(np.float64))
+    v = v0.astype(np.float64) + _number(node, "scale") * (
+        w.whole(b)[begin:end].astype(np.float64) @ w.whole(a).astype(np.float64)
+    )
     magnitude = w.whole(m).astype(np.float64)
     if len(node.inputs) == 6:
         v *= magnitude / w.whole(node.inputs[5])
@@ -189,7 +193,9 @@ def _set_rows(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     for j, index in enumerate(cast(list[int], node.attrs["indices"])):
         if begin <= index < end:
             exact = weight == 1 and value == base
-            out[index - begin] = rows[j] if exact else out[index - begin] + weight * (rows[j] - w.real(base, index, index + 1)[0])
+            out[index - begin] = (
+                rows[j] if exact else out[index - begin] + weight * (rows[j] - w.real(base, index, index + 1)[0])
+            )
     return out
 
 

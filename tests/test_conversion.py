@@ -213,7 +213,9 @@ def test_values_that_do_not_fit_f16_are_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.tensor(1e5)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"up_proj\.weight: 99\d+ does not fit f16|100\d+ does not fit f16|1e\+05 does not fit"):
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight: 99\d+ does not fit f16|100\d+ does not fit f16|1e\+05 does not fit"
+    ):
         convert(folder, quant="F16", output=tmp_path / "a.gguf")
 
 

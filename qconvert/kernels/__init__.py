@@ -10,6 +10,14 @@ all_finite(x) -> bool
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qconvert.kernels.real import add_low_rank as add_low_rank
+    from qconvert.kernels.real import all_finite as all_finite
+    from qconvert.kernels.real import narrow_bf16 as narrow_bf16
+    from qconvert.kernels.real import widen_bf16 as widen_bf16
+    from qconvert.kernels.search import search as search
 
 _WHERE = {"search": "search", "widen_bf16": "real", "narrow_bf16": "real", "add_low_rank": "real", "all_finite": "real"}
 
