@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from qconvert.adapter_config import CONFIG, in_modules_to_save
 from qconvert.adapters import Adapter, Factors, Replacement, TokenRows, is_head
 from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import OPS
+from qconvert.passes.adapter_fit import check_missing, check_unused, check_vocabulary, key_of, other_base
 from qconvert.passes.untie_head import Site, UntieHead, embedding_of, head_of, is_tied, sites
 from qconvert.sources import TensorInfo
-
-log = logging.getLogger("qconvert")
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,9 @@ class AttachAdapter:
         work.set_rows(self.adapter.rows)
         work.add_paths()
         unused = [*self.adapter.unknown, *(t.ref for t in self.adapter.tensors() if t.ref not in work.used)]
-        _check_unused(graph, self.adapter, unused, bool(work.used), self.allow_unused)
-        _check_missing(work, self.allow_unused)
-        _check_vocabulary(work)
+        check_unused(graph, self.adapter, unused, bool(work.used), self.allow_unused)
+        check_missing(work.graph, self.adapter, work.changed(), self.allow_unused)
+        check_vocabulary(work.graph, self.adapter)
         return _recorded(work, unused)
 
 
@@ -222,6 +219,12 @@ class _Attaching:
             return embedding_of(self.graph)
         return found
 
+    def changed(self) -> set[str | None]:
+        """Weights that the adapter has something for, by the graph's names."""
+        saved = [r.parameter for r in self.adapter.replacements if r.kind == "saved"]
+        modules = [*(f.module for f in self.adapter.factors), *(t.module for t in self.adapter.rows)]
+        return {self.parameter(name) for name in (*saved, *(f"{m}.weight" for m in modules))}
+
     def _claim(self, module: str, place: str, taken: Mapping[str, object], *tensors: TensorInfo) -> None:
         if place in taken:
             raise AdapterError(f"{tensors[0].ref}: {module} is the adapter's second name for one weight of the model")
@@ -245,7 +248,7 @@ class _Attaching:
         shape = list(self.graph.nodes[name].type.shape)
         return AdapterError(
             f"{tensor.ref}: {list(tensor.shape)} does not fit {name}, which is {shape}",
-            hint=_other_base(self.graph, self.adapter),
+            hint=other_base(self.graph, self.adapter),
         )
 
 
@@ -294,87 +297,13 @@ def retyped(graph: Graph) -> Graph:
     return replace(graph, nodes=nodes)
 
 
-# what was left over, and what was wanted ------------------------------------------------------------
-
-
-def _key(ref: str) -> str:
-    return ref.partition("#")[2]
-
-
-def _check_unused(graph: Graph, adapter: Adapter, unused: Sequence[str], any_used: bool, allowed: bool) -> None:
-    if not unused:
-        return
-    if any_used and allowed:
-        first = _key(unused[0])
-        log.warning("%s: left out %d tensors that match no weight, first: %s", adapter.name, len(unused), first)
-        return
-    raise AdapterError(
-        f"{adapter.name}: {len(unused)} adapter tensors match no weight, first: {_key(unused[0])}",
-        hint=_likely_reason(graph, adapter, unused[0]),
-    )
-
-
-def _likely_reason(graph: Graph, adapter: Adapter, ref: str) -> str:
-    key = _key(ref)
-    layer = re.search(r"\.(?:layers|h)\.(\d+)\.", key)
-    n_layers = _layers(graph)
-    if layer and int(layer[1]) >= n_layers:
-        return f"it is for layer {layer[1]}, the model has {n_layers} layers; {_other_base(graph, adapter)}"
-    if layer and (tail := key[layer.start() :].rpartition(".lora_")[0]):
-        known = next((n for n in graph.nodes if n.endswith(tail + ".weight")), None)
-        if known is not None:
-            want, have = known.removesuffix(tail + ".weight"), key.partition(tail)[0]
-            return f"its prefix is {have!r}, where 'base_model.model.{want}' was wanted; rename the adapter's keys"
-    if ref in adapter.unknown:
-        return "it is no part of a LoRA that is known here; --allow-unused-adapter-keys leaves it out"
-    return _other_base(graph, adapter)
-
-
-def _layers(graph: Graph) -> int:
-    return 1 + max((v for n in graph.nodes.values() if isinstance(v := n.attrs.get("layer"), int)), default=-1)
-
-
-def _other_base(graph: Graph, adapter: Adapter) -> str:
-    config = graph.meta.get("config")
-    width = config.get("width") if isinstance(config, dict) else "?"
-    this = f"this is a {graph.meta.get('family', 'model')} of {_layers(graph)} layers, width {width}"
-    return f'was it trained on another model? {CONFIG} says "{adapter.base}", {this}'
-
-
-def _check_missing(work: _Attaching, allowed: bool) -> None:
-    """Modules that the config names and the model has, but the file does not."""
-    adapter, graph = work.adapter, work.graph
-    replaced = [r.parameter for r in adapter.replacements if r.kind == "saved"]
-    have = {work.parameter(f"{f.module}.weight") for f in adapter.factors} | {work.parameter(p) for p in replaced}
-    have |= {work.parameter(f"{t.module}.weight") for t in adapter.rows}
-    for op, weight in sites(graph):
-        module = weight.removesuffix(".weight")
-        targeted = any(module == t or module.endswith(f".{t}") for t in adapter.targets)
-        saved = in_modules_to_save(adapter.modules_to_save, weight)
-        if (targeted or saved) and weight not in have:
-            what = f"{adapter.name}: {CONFIG} names {module} ({op}), but the file has nothing for it"
-            if not allowed:
-                raise AdapterError(what, hint=f"the file is incomplete, or {_other_base(graph, adapter)}")
-            log.warning("%s", what)
-
-
-def _check_vocabulary(work: _Attaching) -> None:
-    graph = work.graph
-    embedding, head = embedding_of(graph), graph.nodes[head_of(graph)].inputs[1]
-    n = graph.nodes[embedding].type.dims[0] if embedding else None
-    if n is not None and graph.nodes[head].type.dims[0] != n:
-        raise AdapterError(
-            f"{work.adapter.name}: the embedding has {n} rows, the head {graph.nodes[head].type.dims[0]}",
-            hint="the vocabulary was resized, but only one of them was saved; train with save_embedding_layers=True",
-        )
-
-
 def _recorded(work: _Attaching, unused: Sequence[str]) -> Graph:
     """What was attached, in meta: provenance, and the fate of each tensor that is not in the graph."""
     graph, adapter = work.graph, work.adapter
     entry: dict[str, Attr] = {
         "name": adapter.name, "weight": adapter.weight, "kind": adapter.kind, "modules": len(work.modules),
-        "unused": [_key(ref) for ref in unused], "base": adapter.base, "revision": adapter.revision,
+        "unused": [key_of(ref) for ref in unused], "base": adapter.base,
+        "base_revision": adapter.base_revision, "revision": adapter.revision,
     }  # fmt: skip
     listed, dropped, config = graph.meta.get("adapters", []), graph.meta.get("dropped", []), graph.meta.get("config")
     assert isinstance(listed, list) and isinstance(dropped, list)

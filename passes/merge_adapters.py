@@ -28,7 +28,7 @@ class MergeAdapters:
     def __call__(self, graph: Graph) -> Graph:
         reasons: list[str] = []
         plan = _plan(graph, reasons)
-        if any(w == embedding_of(graph) and len(_different(s)) > 1 for w, s in plan.items()) and is_tied(graph):
+        if len(_different(plan.get(embedding_of(graph) or "", []))) > 1 and is_tied(graph):
             log.info("merge-adapters: untied the head: its weight is not changed as the embedding's is")
             graph, reasons = UntieHead()(graph), []
             plan = _plan(graph, reasons)

@@ -74,8 +74,9 @@ class Adapter:
     alias: str
     weight: float
     kind: str  # "lora", "rslora", "dora", "dora+rslora"
-    base: str | None  # base_model_name_or_path, as recorded
-    revision: str | None
+    base: str | None  # base_model_name_or_path and its revision, as recorded
+    base_revision: str | None
+    revision: str | None  # the adapter's own commit, where the folder is a snapshot of the Hugging Face cache
     factors: tuple[Factors, ...] = ()
     replacements: tuple[Replacement, ...] = ()
     rows: tuple[TokenRows, ...] = ()
@@ -114,11 +115,12 @@ def read_adapter(folder: Path, store: Store, alias: str, weight: float = 1.0) ->
     replacements = tuple(found.replacements())
     if not (factors or rows or replacements):
         raise AdapterError(f"{folder}: has no adapter tensor", hint=_some_keys(store.tensors(alias)))
+    name, revision = _named(folder)
     targets = config.get("target_modules")
     partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     return Adapter(
-        name=Path(folder).resolve().name, alias=alias, weight=weight, kind=kind_of(config),
-        base=text_of(config, "base_model_name_or_path"), revision=text_of(config, "revision"),
+        name=name, alias=alias, weight=weight, kind=kind_of(config), base=text_of(config, "base_model_name_or_path"),
+        base_revision=text_of(config, "revision"), revision=revision,
         factors=factors, replacements=replacements, rows=rows, unknown=tuple(found.unknown), dropped=found.dropped,
         twins=_twins(store, factors, replacements, rows), ensure_weight_tying=bool(config.get("ensure_weight_tying")),
         modules_to_save=names_of(config, "modules_to_save"),
@@ -253,6 +255,14 @@ class _Found:
                 hint="one row for each token, each token once",
             )
         return TokenRows(module, info, indices)
+
+
+def _named(folder: Path) -> tuple[str, str | None]:
+    """What to call an adapter, and its commit: the repository's name for models--org--name/snapshots/COMMIT."""
+    real = Path(folder).resolve()
+    if real.parent.name == "snapshots":
+        return real.parent.parent.name.rpartition("--")[2], real.name
+    return real.name, None
 
 
 def _some_keys(tensors: Mapping[str, TensorInfo]) -> str:

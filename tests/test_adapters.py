@@ -322,12 +322,13 @@ def test_an_adapter_in_bf16_is_widened_and_not_rounded_again(
 
 
 def test_what_was_attached_is_recorded(bases: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
-    tiny_adapter(bases["llama", False], tmp_path / "mine", **Q, use_dora=True, revision="abc")
-    edit_config(tmp_path / "mine", base_model_name_or_path="someone/model")
-    merged = Converted(bases["llama", False], (tmp_path / "mine", 0.5)).merged
+    folder = tmp_path / "models--me--mine" / "snapshots" / "c0ffee"
+    tiny_adapter(bases["llama", False], folder, **Q, use_dora=True, revision="abc")
+    edit_config(folder, base_model_name_or_path="someone/model")
+    merged = Converted(bases["llama", False], (folder, 0.5)).merged
     assert merged.meta["adapters"] == [{
         "name": "mine", "weight": 0.5, "kind": "dora", "modules": 2, "unused": [], "base": "someone/model",
-        "revision": "abc",
+        "base_revision": "abc", "revision": "c0ffee",
     }]  # fmt: skip
 
 
