@@ -20,29 +20,13 @@ from qconvert.kernels.lanes import (
     mask_bits,
     maximum,
     minimum,
+    peak_of,
     store,
     to_int,
 )
 
 F = np.float32
 U = np.uint64
-
-
-@njit(forceinline=True)
-def _peak(lanes, x, at):  # type: ignore[no-untyped-def]
-    """The first of the 32 values with the greatest magnitude, +0 where all are zero."""
-    n = count(lanes)
-    size = absolute(load(lanes, x, at))
-    for i in range(n, 32, n):
-        size = maximum(absolute(load(lanes, x, at + i)), size)
-    peak = highest(size)
-    plus = minus = U(0)
-    for i in range(0, 32, n):
-        v = load(lanes, x, at + i)
-        plus |= mask_bits(v == peak) << U(i)
-        minus |= mask_bits(v == -peak) << U(i)
-    first_plus, first_minus = plus & (U(0) - plus), minus & (U(0) - minus)
-    return -peak if first_minus - U(1) < first_plus - U(1) else peak
 
 
 @njit(forceinline=True)
@@ -93,7 +77,7 @@ def q4_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(row)
     for b in range(x.size // 32):
         at, o = b * 32, b * 18
-        d = _peak(row, x, at) / F(-8)  # the peak maps to -8, the only code without a mirror
+        d = peak_of(row, x, at, 32) / F(-8)  # the peak maps to -8, the only code without a mirror
         inverse, bias = _inverse(d, F(8.5))
         put_half(out, o, d)
         for i in range(0, 16, n):
@@ -137,7 +121,7 @@ def q5_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
     codes = np.empty(32, np.int32)
     for b in range(x.size // 32):
         at, o = b * 32, b * 22
-        d = _peak(row, x, at) / F(-16)
+        d = peak_of(row, x, at, 32) / F(-16)
         inverse, bias = _inverse(d, F(16.5))
         put_half(out, o, d)
         for i in range(0, 32, n):

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.half import nearest_int, put_half
-from qconvert.kernels.lanes import absolute, count, load, pick8, select, splat, store, transpose
+from qconvert.kernels.lanes import absolute, count, load, pick8, scratch, select, splat, store, transpose
 from qconvert.scheme import F32, IQ4_TABLE
 
 F = np.float32
@@ -117,7 +117,7 @@ def _put_codes(row, x, at, inverse, out, o):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq4_nl(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
-    X, scales = np.empty(32 * n, F), np.empty(n, F)
+    X, scales = scratch(32 * n), scratch(n)
     for first in range(0, x.size // 32, n):
         transpose(lanes, x, first, 32, X)
         _fit(lanes, X, scales, 0)
@@ -132,7 +132,7 @@ def iq4_nl(lanes, row, x, out):  # type: ignore[no-untyped-def]
 def iq4_xs(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 8)
-    X, scales = np.empty(32 * n, F), np.empty(stride, F)
+    X, scales = scratch(32 * n), scratch(stride)
     for first in range(0, x.size // 32, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 32, X)

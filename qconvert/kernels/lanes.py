@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils, config
@@ -93,6 +94,7 @@ _LLVM = {
     types.float32: ir.FloatType(), types.int32: ir.IntType(32), types.uint8: ir.IntType(8), types.boolean: ir.IntType(1),
 }  # fmt: skip
 I32 = ir.IntType(32)
+U64 = np.uint64
 register_model(LanesType)(models.OpaqueModel)
 
 
@@ -339,14 +341,21 @@ def copy_sign(typingctx, magnitude, v):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def nearest(typingctx, v):  # type: ignore[no-untyped-def]
-    """Round to the nearest integer, ties to even, for |v| < 2**22: ggml's nearest_int, kept as a float."""
+def nearest(typingctx, v, low, high):  # type: ignore[no-untyped-def]
+    """The nearest integer within low..high (ints), ties to even, as a float; exact for |v| < 2**22.
+
+    Adding 1.5 * 2**23 leaves the integer in the low bits, where it is clamped: integer units are idle in these kernels.
+    """
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        magic = _constant(v, 12582912.0)
-        return builder.fsub(builder.fadd(args[0], magic), magic)
+        integers, magic = v.of(types.int32), _constant(v, 12582912.0)
+        bits = builder.bitcast(builder.fadd(args[0], magic), integers.llvm())
+        for sign, typ, limit in ((">", sig.args[1], args[1]), ("<", sig.args[2], args[2])):
+            raw = builder.add(_widen(context, builder, typ, limit, integers), _constant(integers, 0x4B400000))
+            bits = builder.select(builder.icmp_signed(sign, bits, raw), bits, raw)
+        return builder.fsub(builder.bitcast(bits, v.llvm()), magic)
 
-    return v(v), emit
+    return v(v, low, high), emit
 
 
 def _across(sign: str) -> Any:
@@ -372,12 +381,63 @@ lowest, highest = _across("<"), _across(">")
 
 @njit(forceinline=True)
 def transpose(lanes, x, first, size, X):  # type: ignore[no-untyped-def]
-    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last block."""
-    n, last = count(lanes), x.size // size - 1
-    for j in range(n):
-        start = min(first + j, last) * size
-        for i in range(size):
-            X[i * n + j] = x[start + i]
+    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last."""
+    tile = tile_of(lanes)
+    for j in range(0, count(lanes), tile):
+        for i in range(0, size, tile):
+            _transpose_tile(lanes, x, first + j, x.size // size - 1, size, i, X, i * count(lanes) + j)
+
+
+@intrinsic
+def tile_of(typingctx, lanes):  # type: ignore[no-untyped-def]
+    """The lanes of one register: the side of the squares that `transpose` turns."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return context.get_constant(types.intp, _tile(lanes))
+
+    return types.intp(lanes), emit
+
+
+def _tile(lanes: LanesType) -> int:
+    return 1 if lanes.n == 1 else 16 if lanes.wide else 8
+
+
+@intrinsic
+def _transpose_tile(typingctx, lanes, x, first, last, size, column, X, at):  # type: ignore[no-untyped-def]
+    tile = _tile(lanes)
+    row = Vector(types.float32, tile).llvm()
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, source, start, end, length, offset, target, to = args
+        rows = []
+        for j in range(tile):
+            block = builder.add(start, start.type(j))
+            block = builder.select(builder.icmp_signed("<", block, end), block, end)
+            index = builder.add(builder.mul(block, length), offset)
+            rows.append(builder.load(_pointer(context, builder, x, source, index, row)))
+            rows[-1].align = 4
+        for i, v in enumerate(_transposed(builder, rows)):
+            index = builder.add(to, to.type(i * lanes.n))
+            builder.store(v, _pointer(context, builder, X, target, index, row)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(lanes, x, *[types.intp] * 4, X, types.intp), emit
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """A square of values turned over its diagonal: halves of it swapped, then quarters within them, and so on."""
+    n = len(rows)
+    distance = n // 2
+    while distance:
+        turned = list(rows)
+        for i in (i for i in range(n) if not i & distance):
+            a, b = rows[i], rows[i + distance]
+            low = [k if not k & distance else n + k - distance for k in range(n)]
+            high = [k + distance if not k & distance else n + k for k in range(n)]
+            for place, lanes in ((i, low), (i + distance, high)):
+                turned[place] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, n), lanes))
+        rows, distance = turned, distance // 2
+    return rows
 
 
 @intrinsic
@@ -388,6 +448,37 @@ def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
         return builder.zext(builder.bitcast(args[0], ir.IntType(mask.n)), ir.IntType(64))
 
     return types.uint64(mask), emit
+
+
+@njit(forceinline=True)
+def scratch(n):  # type: ignore[no-untyped-def]
+    """f32[n] on a cache line's boundary: a vector that straddles two lines takes twice as long to load."""
+    array = np.empty(n + 16, np.float32)
+    start = (64 - array.ctypes.data % 64) % 64 // 4
+    return array[start : start + n]
+
+
+@njit(forceinline=True)
+def peak_of(lanes, x, at, size):  # type: ignore[no-untyped-def]
+    """The first of x[at : at + size] with the greatest magnitude, +0 where all are zero; size at most 64."""
+    n = count(lanes)
+    largest = splat(lanes, np.float32(0))
+    for i in range(0, size, n):
+        largest = maximum(absolute(load(lanes, x, at + i)), largest)
+    peak = highest(largest)
+    plus = minus = U64(0)
+    for i in range(0, size, n):
+        v = load(lanes, x, at + i)
+        plus |= mask_bits(v == peak) << U64(i)
+        minus |= mask_bits(v == -peak) << U64(i)
+    first_plus, first_minus = plus & (U64(0) - plus), minus & (U64(0) - minus)
+    return -peak if first_minus - U64(1) < first_plus - U64(1) else peak
+
+
+@njit(forceinline=True)
+def nearest_any(v):  # type: ignore[no-untyped-def]
+    """ggml's nearest_int of any float, as an int32: beyond 2**22 and for NaN its bytes need the same nonsense."""
+    return (bits_of(v + np.float32(12582912)) & 0x7FFFFF) - 0x400000
 
 
 @intrinsic

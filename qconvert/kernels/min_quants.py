@@ -18,10 +18,13 @@ from qconvert.kernels.lanes import (
     maximum,
     minimum,
     nearest,
+    nearest_any,
+    scratch,
     select,
     splat,
     square_root,
     store,
+    to_float,
     to_int,
     transpose,
 )
@@ -68,7 +71,7 @@ def _fit(lanes, X, W, L, size, top, steps, squared, fit, at, stride):  # type: i
     best_error = zero
     for i in range(size):
         x = load(lanes, X, i * n)
-        code = minimum(maximum(nearest(best_factor * (x - low)), F(0)), F(top))
+        code = nearest(best_factor * (x - low), 0, top)
         difference = scale * code + low - x
         best_error = best_error + load(lanes, W, i * n) * (difference * difference if squared else absolute(difference))
     for step in range(steps.size):
@@ -77,7 +80,7 @@ def _fit(lanes, X, W, L, size, top, steps, squared, fit, at, stride):  # type: i
         sum_l = sum_l2 = sum_xl = zero
         for i in range(size):
             x, w = load(lanes, X, i * n), load(lanes, W, i * n)
-            code = minimum(maximum(nearest(factor * (x - best_min)), F(0)), F(top))
+            code = nearest(factor * (x - best_min), 0, top)
             store(L, i * n, code)
             weighted = w * code
             sum_l = sum_l + weighted
@@ -111,7 +114,7 @@ def _codes(row, x, at, size, d, dm, factor, low, top, L):  # type: ignore[no-unt
     for i in range(0, size, count(row)):
         v = load(row, x, at + i)
         scaled = (v + dm) / d if d != F(0) else factor * (v - low)
-        store(L, at % 256 + i, to_int(minimum(maximum(nearest(scaled), F(0)), F(top))))
+        store(L, at % 256 + i, to_int(nearest(scaled, 0, top)))
 
 
 @njit(forceinline=True)
@@ -172,8 +175,8 @@ def _put_nibbles(row, out, o, L):  # type: ignore[no-untyped-def]
 def q4_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 8)
-    X, W, codes = np.empty(32 * n, F), np.empty(32 * n, F), np.empty(32 * n, F)
-    fit, L = np.empty(4 * stride, F), np.empty(256, U8)
+    X, W, codes = scratch(32 * n), scratch(32 * n), scratch(32 * n)
+    fit, L = scratch(4 * stride), np.empty(256, U8)
     for first in range(0, x.size // 32, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 32, X)
@@ -189,8 +192,8 @@ def q4_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
 def q5_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n, m = count(lanes), count(row)
     stride = max(n, 8)
-    X, W, codes = np.empty(32 * n, F), np.empty(32 * n, F), np.empty(32 * n, F)
-    fit, L = np.empty(4 * stride, F), np.empty(256, U8)
+    X, W, codes = scratch(32 * n), scratch(32 * n), scratch(32 * n)
+    fit, L = scratch(4 * stride), np.empty(256, U8)
     for first in range(0, x.size // 32, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 32, X)
@@ -208,27 +211,29 @@ def q5_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _finish_four_bits(row, x, out, o, block, fit, at, stride, L):  # type: ignore[no-untyped-def]
+def _finish_four_bits(row, x, out, o, block, fit, at, stride, scales, L):  # type: ignore[no-untyped-def]
     """Sixteen bytes of 4-bit scales and minima to out[o : o + 16], d and dmin to out[o + 80 : o + 84]; the codes to L."""
     greatest, deepest = _greatest(fit, at, stride, 16)
     to_scale = F(15) / greatest if greatest > F(0) else F(0)
     to_min = F(15) / deepest if deepest > F(0) else F(0)
     d, dmin = put_half(out, o + 80, greatest / F(15)), put_half(out, o + 82, deepest / F(15))
+    for j in range(0, 16, count(row)):
+        ls = nearest_any(load(row, fit, at + j) * to_scale)
+        lm = nearest_any(load(row, fit, at + stride + j) * -to_min)
+        store(out, o + j, ls | lm << 4)
+        store(scales, j, to_float(ls & 15) * d)
+        store(scales, 16 + j, to_float((ls >> 4 | lm) & 15) * dmin)
     for j in range(16):
-        ls = nearest_int(to_scale * fit[at + j])
-        lm = nearest_int(to_min * -fit[at + stride + j])
-        both = (ls | lm << 4) & 255
-        out[o + j] = U8(both)
         factor, low = fit[at + 2 * stride + j], fit[at + 3 * stride + j]
-        _codes(row, x, block * 256 + j * 16, 16, d * F(both & 15), dmin * F(both >> 4), factor, low, 3, L)
+        _codes(row, x, block * 256 + j * 16, 16, scales[j], scales[16 + j], factor, low, 3, L)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def q2_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n, m = count(lanes), count(row)
     stride = max(n, 16)
-    X, W, codes = np.empty(16 * n, F), np.empty(16 * n, F), np.empty(16 * n, F)
-    fit, L = np.empty(4 * stride, F), np.empty(256, U8)
+    X, W, codes = scratch(16 * n), scratch(16 * n), scratch(16 * n)
+    fit, scales, L = scratch(4 * stride), scratch(32), np.empty(256, U8)
     for first in range(0, x.size // 16, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 16, X)
@@ -237,7 +242,7 @@ def q2_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
             _fit(lanes, X, W, codes, 16, 3, STEPS_2, False, fit, lane, stride)
         for block in range(first // 16, min(first + stride, x.size // 16) // 16):
             o = block * 84
-            _finish_four_bits(row, x, out, o, block, fit, block * 16 - first, stride, L)
+            _finish_four_bits(row, x, out, o, block, fit, block * 16 - first, stride, scales, L)
             for half in range(2):
                 for i in range(0, 32, m):
                     packed = load(row, L, half * 128 + i)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.half import nearest_int, put_half
+from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     absolute,
     any_lane,
-    bits_of,
     count,
     load,
     maximum,
     minimum,
     nearest,
+    nearest_any,
+    peak_of,
+    scratch,
     select,
     splat,
     store,
@@ -65,7 +67,7 @@ def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
         wx = w * x
         store(W, i * n, w)
         store(WX, i * n, wx)
-        code = minimum(maximum(nearest(best_factor * x), F(-32)), F(31))
+        code = nearest(best_factor * x, -32, 31)
         sum_lx = sum_lx + wx * code
         sum_l2 = sum_l2 + w * code * code
     scale = select(sum_l2 != F(0), sum_lx / sum_l2, zero)
@@ -74,7 +76,7 @@ def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
         factor = RANGES_6[step] / peak
         sum_lx = sum_l2 = zero
         for i in range(16):
-            code = minimum(maximum(nearest(factor * load(lanes, X, i * n)), F(-32)), F(31))
+            code = nearest(factor * load(lanes, X, i * n), -32, 31)
             sum_lx = sum_lx + load(lanes, WX, i * n) * code
             sum_l2 = sum_l2 + load(lanes, W, i * n) * code * code
         better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
@@ -88,57 +90,43 @@ def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _greatest(fit, at):  # type: ignore[no-untyped-def]
-    """Of 16 scales the first with the greatest magnitude."""
-    greatest = F(0)
-    for j in range(at, at + 16):
-        greatest = fit[j] if abs(fit[j]) > abs(greatest) else greatest
-    return greatest
-
-
-@njit(forceinline=True)
-def _clamped(v, low, high):  # type: ignore[no-untyped-def]
-    """ggml's nearest_int of any float, within low..high."""
-    rounded = (bits_of(v + F(12582912)) & 0x7FFFFF) - 0x400000
-    return minimum(maximum(rounded, low), high)
-
-
-@njit(forceinline=True)
 def _codes_6(row, x, at, d, factor, offset, L):  # type: ignore[no-untyped-def]
     """Stored codes of one sub-block into L u8[256]: by the rounded scale d; where d is 0, those of the search."""
     for i in range(0, 16, count(row)):
         v = load(row, x, at + i)
         scaled = v / d if d != F(0) else factor * v
-        store(L, at % 256 + i, _clamped(scaled, -32, 31) + (32 if d != F(0) else np.int32(offset)))
+        store(L, at % 256 + i, minimum(maximum(nearest_any(scaled), -32), 31) + (32 if d != F(0) else np.int32(offset)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def q6_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 16)
-    X, W, WX = np.empty(16 * n, F), np.empty(16 * n, F), np.empty(16 * n, F)
-    fit, L = np.empty(3 * stride, F), np.empty(256, U8)
+    X, W, WX = scratch(16 * n), scratch(16 * n), scratch(16 * n)
+    fit, scales, L = scratch(3 * stride), scratch(16), np.empty(256, U8)
     for first in range(0, x.size // 16, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 16, X)
             _fit_6(lanes, X, W, WX, fit, lane, stride)
         for block in range(first // 16, min(first + stride, x.size // 16) // 16):
-            _finish_6(row, x, out, block * 210, block, fit, block * 16 - first, stride, L)
+            _finish_6(row, x, out, block * 210, block, fit, block * 16 - first, stride, scales, L)
 
 
 @njit(forceinline=True)
-def _finish_6(row, x, out, o, block, fit, at, stride, L):  # type: ignore[no-untyped-def]
-    """Round the scales of one super-block and write its 210 bytes; L is scratch."""
-    greatest = _greatest(fit, at)
+def _finish_6(row, x, out, o, block, fit, at, stride, scales, L):  # type: ignore[no-untyped-def]
+    """Round the scales of one super-block and write its 210 bytes; scales and L are scratch."""
+    greatest = peak_of(row, fit, at, 16)
     if abs(greatest) < TINY:
         out[o : o + 210] = U8(0)
         return
     to_scale = F(-128) / greatest
     d = put_half(out, o + 208, F(1) / to_scale)
+    for j in range(0, 16, count(row)):
+        ls = minimum(nearest_any(load(row, fit, at + j) * to_scale), 127)
+        store(out, o + 192 + j, ls)
+        store(scales, j, to_float(ls) * d)
     for j in range(16):
-        ls = np.int8(min(nearest_int(to_scale * fit[at + j]), 127))
-        out[o + 192 + j] = U8(ls)
-        _codes_6(row, x, block * 256 + j * 16, d * F(ls), fit[at + stride + j], fit[at + 2 * stride + j], L)
+        _codes_6(row, x, block * 256 + j * 16, scales[j], fit[at + stride + j], fit[at + 2 * stride + j], L)
     for half in range(2):
         for i in range(0, 32, count(row)):
             a, b = load(row, L, half * 128 + i), load(row, L, half * 128 + 32 + i)
@@ -162,7 +150,7 @@ def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
     sum_lx = sum_l2 = zero
     for i in range(16):
         x = load(lanes, X, i * n)
-        code = to_float(_clamped(factor * x, -4, 3))
+        code = nearest(factor * x, -4, 3)
         store(C, i * n, code)
         w = x * x
         sum_lx = sum_lx + w * x * code
@@ -174,7 +162,7 @@ def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
             w = x * x
             wx = w * x
             lx, l2 = sum_lx - wx * code, sum_l2 - w * code * code
-            new = to_float(_clamped(x * l2 / lx, -4, 3))
+            new = to_float(minimum(maximum(nearest_any(x * l2 / lx), -4), 3))
             new_lx, new_l2 = lx + wx * new, l2 + w * new * new
             better = (lx > F(0)) & (new != code) & (new_l2 > F(0))
             better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
@@ -194,34 +182,37 @@ def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
 def q3_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 16)
-    X, C = np.empty(16 * n, F), np.empty(16 * stride, F)
-    fit, L = np.empty(stride, F), np.empty(256, U8)
+    X, C = scratch(16 * n), scratch(16 * stride)
+    fit, scales, L = scratch(stride), scratch(16), np.empty(256, U8)
     for first in range(0, x.size // 16, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 16, X)
             _fit_3(lanes, X, C[16 * lane :], fit, lane)
         for block in range(first // 16, min(first + stride, x.size // 16) // 16):
-            _finish_3(lanes, row, x, out, block * 110, block, fit, C, block * 16 - first, L)
+            _finish_3(lanes, row, x, out, block * 110, block, fit, C, block * 16 - first, scales, L)
 
 
 @njit(forceinline=True)
-def _finish_3(lanes, row, x, out, o, block, fit, C, at, L):  # type: ignore[no-untyped-def]
-    """Round the scales of one super-block and write its 110 bytes; L is scratch."""
+def _finish_3(lanes, row, x, out, o, block, fit, C, at, scales, L):  # type: ignore[no-untyped-def]
+    """Round the scales of one super-block and write its 110 bytes; scales and L are scratch."""
     n = count(lanes)
-    greatest = _greatest(fit, at)
+    greatest = peak_of(row, fit, at, 16)
     to_scale = F(-32) / greatest if greatest != F(0) else F(0)
     d = put_half(out, o + 108, F(1) / to_scale if greatest != F(0) else F(0))
-    for j in range(12):
-        out[o + 96 + j] = U8(0)
+    for j in range(0, 16, count(row)):
+        ls = minimum(maximum(nearest_any(load(row, fit, at + j) * to_scale), -32), 31)
+        store(L, j, ls + 32 if greatest != F(0) else ls)
+        store(scales, j, to_float(ls) * d)
+    for j in range(8):
+        out[o + 96 + j] = (L[j] & U8(15)) | (L[j + 8] & U8(15)) << U8(4)
+    for j in range(4):
+        out[o + 104 + j] = L[j] >> 4 | L[j + 4] >> 4 << 2 | L[j + 8] >> 4 << 4 | L[j + 12] >> 4 << 6
     for j in range(16):
-        ls = min(max(np.int8(nearest_int(to_scale * fit[at + j])), -32), 31) + 32 if greatest != F(0) else 0
-        out[o + 96 + j % 8] |= U8((ls & 15) << (j // 8 * 4))
-        out[o + 104 + j % 4] |= U8(ls >> 4 << (j // 4 * 2))
-        scale = d * F(ls - 32)
+        scale = scales[j]
         if scale != F(0):
             for i in range(0, 16, count(row)):
                 v = load(row, x, block * 256 + j * 16 + i)
-                store(L, j * 16 + i, _clamped(v / scale, -4, 3) + 4)
+                store(L, j * 16 + i, minimum(maximum(nearest_any(v / scale), -4), 3) + 4)
         else:  # the codes of the search
             start = (at + j) // n * 16 * n + (at + j) % n
             for i in range(16):
