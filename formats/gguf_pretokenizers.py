@@ -30,9 +30,7 @@ CASED = (
 )
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + TAIL
 QWEN2 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + TAIL
-QWEN35 = (
-    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN35 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -105,7 +103,7 @@ def find_pre(tokenizer: Tokenizer, runtime: Runtime, *, forced: str | None = Non
             )
         return PreTokenizer(name, False, f"not verified: {missing}")
     with TemporaryDirectory(prefix="qconvert-") as folder:
-        trial = _Trial(tokenizer, runtime, Path(folder) / "vocab.gguf")
+        trial = Trial(tokenizer, runtime, Path(folder) / "vocab.gguf")
         return trial.of(forced) if forced is not None else _first_equal(tokenizer, trial)
 
 
@@ -134,7 +132,7 @@ def _name(step: Mapping[str, Any]) -> str | None:
             return str(kind)
 
 
-def _first_equal(tokenizer: Tokenizer, trial: _Trial) -> PreTokenizer:
+def _first_equal(tokenizer: Tokenizer, trial: Trial) -> PreTokenizer:
     known = known_by_structure(tokenizer)
     tried: list[PreTokenizer] = []
     for name in dict.fromkeys([*([known] if known else []), *(CANDIDATES if tokenizer.kind == "bpe" else ())]):
@@ -167,7 +165,7 @@ def describe(difference: Difference, tokenizer: Tokenizer) -> str:
     )
 
 
-class _Trial:
+class Trial:
     """A vocabulary-only file whose last key, the pre-tokenizer's name, is rewritten for each candidate."""
 
     def __init__(self, tokenizer: Tokenizer, runtime: Runtime, path: Path) -> None:

@@ -140,8 +140,7 @@ def hard_corpus() -> tuple[str, ...]:
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
     lines = (Path(__file__).parent / "hard_corpus.txt").read_text("utf-8").split("\n")[:-1]
     return tuple(
-        re.sub(r"\\(u[0-9a-f]{4}|[nrt\\])", lambda m: escapes.get(m[1]) or chr(int(m[1][1:], 16)), line)
-        for line in lines
+        re.sub(r"\\(u[0-9a-f]{4}|[nrt\\])", lambda m: escapes.get(m[1]) or chr(int(m[1][1:], 16)), line) for line in lines
     )
 
 
@@ -166,7 +165,8 @@ def read_tokenizer(folder: Path, vocab_rows: int, *, model_folder: Path | None =
     for i in (special[name] for name in ("bos", "eos") if name in special):
         added.setdefault(i, AddedToken(i, by_id[i], True, False, False, False, False))
     add_bos, add_eos = _around(document, config, special)
-    types = _types(kind, document, added.values(), by_id, vocab_rows)
+    unknown = special.get("unk") if special.get("unk") not in (special.get("bos"), special.get("eos")) else None
+    types = _types(kind, unknown, added.values(), by_id, vocab_rows)
     tokens = _padded(by_id, vocab_rows)
     steps = tj.normalizers(document)
     charsmap = next((s["precompiled_charsmap"] for s in steps if s["type"] == "Precompiled"), None)
@@ -195,9 +195,7 @@ def _kind(folder: Path, document: Mapping[str, Any]) -> Kind:
     if model["type"] == "Unigram":
         return "unigram"
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UnsupportedError(
-            f"{folder}: a {model['type']} tokenizer; known are byte-level BPE, SentencePiece, Unigram"
-        )
+        raise UnsupportedError(f"{folder}: a {model['type']} tokenizer; known are byte-level BPE, SentencePiece, Unigram")
     if any(step["type"] == "ByteLevel" for step in tj.pre_tokenizers(document)):
         return "bpe"
     if model.get("byte_fallback"):
@@ -205,9 +203,7 @@ def _kind(folder: Path, document: Mapping[str, Any]) -> Kind:
     raise UnsupportedError(f"{folder}: a BPE tokenizer that is neither byte-level nor falls back to bytes")
 
 
-def _by_id(
-    folder: Path, document: Mapping[str, Any], added: Mapping[int, AddedToken], vocab_rows: int
-) -> dict[int, str]:
+def _by_id(folder: Path, document: Mapping[str, Any], added: Mapping[int, AddedToken], vocab_rows: int) -> dict[int, str]:
     """id -> text of the vocabulary and the added tokens; the ids fit the embedding and no text stands twice."""
     by_id = {i: text for text, i in tj.vocabulary(document)}
     by_id |= {i: token.text for i, token in added.items()}
@@ -239,7 +235,7 @@ def _padding(i: int, taken: set[str]) -> str:
 
 
 def _types(
-    kind: Kind, document: Mapping[str, Any], added: Iterable[AddedToken], by_id: Mapping[int, str], vocab_rows: int
+    kind: Kind, unknown: int | None, added: Iterable[AddedToken], by_id: Mapping[int, str], vocab_rows: int
 ) -> tuple[TokenType, ...]:
     types: list[TokenType] = ["normal" if i in by_id else "unused" for i in range(vocab_rows)]
     if kind != "bpe":
@@ -248,10 +244,8 @@ def _types(
                 types[i] = "byte"
     for token in added:
         types[token.id] = "control" if token.special else "user"
-    model = document["model"]
-    for i, text in by_id.items():
-        if i == model.get("unk_id") or (kind != "unigram" and text == model.get("unk_token")):
-            types[i] = "unknown"
+    if kind != "bpe" and unknown is not None:  # byte-level BPE knows every byte, its "unk" is some other token
+        types[unknown] = "unknown"
     return tuple(types)
 
 
@@ -295,6 +289,10 @@ def _special_ids(
         pieces = read_sentencepiece(folder / "tokenizer.model")
         stored = {name: pieces.pieces[i].text for name, i in pieces.special.items()}
         special = {name: ids[text] for name, text in stored.items() if text in ids} | special
+    unknown = document["model"].get("unk_id")  # Unigram's, by id; BPE's by text
+    unknown = ids.get(document["model"].get("unk_token") or "") if unknown is None else unknown
+    if unknown is not None:
+        special.setdefault("unk", unknown)
     first, last = tj.around(document)
     return {**({} if first is None else {"bos": first}), **({} if last is None else {"eos": last}), **special}
 
