@@ -118,3 +118,7 @@ class Converted:
 
     def logits(self, graph: Graph, vocab: int = VOCAB) -> torch.Tensor:
         return run(graph, Weights(graph, self.store, np.float32), tokens(vocab))["logits"]
+
+    def exact(self, graph: Graph) -> torch.Tensor:
+        """Logits in f64."""
+        return run(graph, Weights(graph, self.store, np.float64), tokens(), dtype=torch.float64)["logits"]

@@ -103,7 +103,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Pa
 
 class Case(NamedTuple):
     base: Path
-    adapter: Path
+    ours: Converted
     vocab: int
     want: torch.Tensor  # PEFT's logits, the adapter beside the linears
 
@@ -115,7 +115,7 @@ def made(bases: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempPathF
         family, tied, resized, config = CASES[name]
         folder, vocab = tmp_path_factory.mktemp("adapter"), resized or VOCAB
         model = tiny_adapter(bases[family, tied], folder, resized, **config)
-        return Case(bases[family, tied], folder, vocab, logits_of(model, vocab))
+        return Case(bases[family, tied], Converted(bases[family, tied], folder), vocab, logits_of(model, vocab))
 
     return make
 
@@ -123,15 +123,22 @@ def made(bases: dict[tuple[str, bool], Path], tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("name", CASES)
 def test_attached_and_merged_graphs_equal_peft_unmerged(name: str, made: Callable[[str], Case]) -> None:
     case = made(name)
-    ours = Converted(case.base, case.adapter)
+    ours = case.ours
     assert float((case.want[..., :VOCAB] - logits_of(load(case.base))).abs().max()) > 0.05  # the adapter matters
     torch.testing.assert_close(ours.logits(ours.attached, case.vocab), case.want, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(ours.logits(ours.merged, case.vocab), case.want, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_merging_is_algebra_the_difference_is_rounding_alone(name: str, made: Callable[[str], Case]) -> None:
+    ours = made(name).ours
+    merged, attached = ours.exact(ours.merged), ours.exact(ours.attached)
+    torch.testing.assert_close(merged, attached, rtol=0, atol=1e-12)  # f64; measured 1e-14
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_merged_graphs_hold_plain_parameters_with_their_roles(name: str, made: Callable[[str], Case]) -> None:
-    ours = Converted(made(name).base, made(name).adapter)
+    ours = made(name).ours
     assert not [n for n in ours.merged.nodes.values() if n.op in PATHS]
     settings = ours.merged.meta["config"]
     assert isinstance(settings, dict) and settings["vocab"] == made(name).vocab
@@ -144,7 +151,7 @@ def test_merged_graphs_hold_plain_parameters_with_their_roles(name: str, made: C
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_of_an_adapter_is_used_or_dropped_with_a_reason(name: str, made: Callable[[str], Case]) -> None:
-    ours = Converted(made(name).base, made(name).adapter)
+    ours = made(name).ours
     loaded = {n.attrs["tensor"] for n in ours.merged.nodes.values() if n.op == "load"}
     listed = ours.merged.meta.get("dropped", [])
     assert isinstance(listed, list)
