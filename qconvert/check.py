@@ -127,7 +127,7 @@ def prompts_for(
     encode: Callable[[str], list[int]], corpus: Sequence[str], n_vocab: int, context: int, texts: Sequence[str] = ()
 ) -> Tokens:
     """Four prompts of one length: two of the mixed-script corpus, one of `texts` or plain English, one of random ids."""
-    length = max(2, min(96, context, (1 << 25) // n_vocab))
+    length = max(2, min(96, context, max(16, (1 << 23) // n_vocab)))
     rng = np.random.default_rng(0)
     cut = len(corpus) // 2
     sources = ["\n".join(corpus[:cut]), "\n".join(corpus[cut:]), "\n".join(texts) or " ".join(corpus[:6])]

@@ -142,28 +142,30 @@ def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 def _merge(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     base, a, b = node.inputs
-    out = w.real(base, begin, end)
-    scale = _number(node, "scale")
-    if w.dtype is np.float64:
-        return out + scale * (w.real(b, begin, end) @ w.whole(a))
-    return kernels.add_low_rank(np.array(out, np.float32), w.whole(a), w.whole(b)[begin:end], scale)
+    return _low_rank_sum(w, w.real(base, begin, end), a, b, begin, end, _number(node, "scale"))
 
 
 def _dora(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     base, base0, a, b, m = node.inputs[:5]
-    weight = _number(node, "weight")
+    weight, magnitude = _number(node, "weight"), w.whole(m).astype(np.float64)
     v0 = w.real(base0, begin, end)
-    v = v0.astype(np.float64) + _number(node, "scale") * (
-        w.whole(b)[begin:end].astype(np.float64) @ w.whole(a).astype(np.float64)
-    )
-    magnitude = w.whole(m).astype(np.float64)
+    v = _low_rank_sum(w, v0, a, b, begin, end, _number(node, "scale"))
     if len(node.inputs) == 6:
-        v *= magnitude / w.whole(node.inputs[5])
+        factor = (magnitude / w.whole(node.inputs[5]))[None]
     else:
-        v *= (magnitude[begin:end] / np.linalg.norm(v, axis=1))[:, None]
+        norms = np.linalg.norm(v, axis=1) if w.dtype is np.float64 else kernels.row_norms(v)
+        factor = (magnitude[begin:end] / norms)[:, None]
+    out = v * factor
     if weight != 1 or base != base0:
-        v = w.real(base, begin, end) + weight * (v - v0)
-    return v.astype(w.dtype)
+        out = w.real(base, begin, end) + weight * (out - v0)
+    return out.astype(w.dtype)
+
+
+def _low_rank_sum(w: Weights, value: Array, a: str, b: str, begin: int, end: int, scale: float) -> Array:
+    """value + scale * B[begin:end] @ A, without changing value; in f32 the same bits on every machine."""
+    if w.dtype is np.float64:
+        return value + scale * (w.real(b, begin, end) @ w.whole(a))
+    return kernels.add_low_rank(np.array(value, np.float32), w.whole(a), w.whole(b)[begin:end], scale)
 
 
 def _column_norm(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
@@ -173,8 +175,8 @@ def _column_norm(w: Weights, name: str, node: Node, begin: int, end: int) -> Arr
     step = rows_per_block(k)
     for i in range(0, n, step):
         j = min(n, i + step)
-        v = w.real(base, i, j) + _number(node, "scale") * (w.whole(b)[i:j].astype(np.float64) @ w.whole(a).astype(np.float64))
-        total += np.square(v).sum(0)
+        v = _low_rank_sum(w, w.real(base, i, j), a, b, i, j, _number(node, "scale"))
+        total += np.square(v.astype(np.float64)).sum(0)
     return np.sqrt(total)[begin:end].astype(w.dtype)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
+import pkgutil
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import attacks
 import gguf
 import numpy as np
 import pytest
@@ -180,7 +183,7 @@ def test_options_that_do_not_exist_are_usage_errors(tmp_path: Path) -> None:
         convert(TINY, bit=4)
     with pytest.raises(UsageError, match="bits 7"):
         convert(TINY, bits=7)
-    with pytest.raises(UsageError, match="Q4_K_M"):
+    with pytest.raises(UsageError, match="did you mean Q4_K"):
         convert(TINY, quant="Q4_K_N")
     with pytest.raises(UnsupportedError, match="no format is called 'gguff'"):
         convert(TINY, to="gguff")
@@ -237,3 +240,12 @@ def test_json_has_the_promised_fields(tmp_path: Path) -> None:
     assert {"what", "metric", "value", "limit", "verdict", "reason"} == data["checks"][0].keys()
     assert all(math.isfinite(v) for v in data["outputs"][0]["bpw"].values())
     assert qconvert.__version__
+
+
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(attacks.__path__)))
+def test_hostile_checkpoints_end_in_a_users_error_and_leave_no_file(tmp_path: Path, name: str) -> None:
+    importlib.import_module(f"attacks.{name}").make(tmp_path / "model")
+    with pytest.raises(QConvertError) as caught:
+        convert(tmp_path / "model", bits=4, output=tmp_path / "out" / "a.gguf")
+    assert caught.value.exit_code in (3, 5)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "executed").exists()

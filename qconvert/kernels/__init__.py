@@ -4,6 +4,7 @@ search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer,
 widen_bf16(u16[...]) -> f32[...]                     exact
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
+row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
 """
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
+    from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_bf16 as widen_bf16
     from qconvert.kernels.search import search as search
 
-_WHERE = {"search": "search", "widen_bf16": "real", "narrow_bf16": "real", "add_low_rank": "real", "all_finite": "real"}
+_WHERE = {name: "real" for name in ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")} | {"search": "search"}
 
 
 def __getattr__(name: str) -> object:

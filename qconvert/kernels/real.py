@@ -12,6 +12,7 @@ from qconvert.kernels.lanes import any_lane, choose, count, load, splat, store
 from qconvert.scheme import F32, Array
 
 U16 = npt.NDArray[np.uint16]
+F64 = npt.NDArray[np.float64]
 
 
 def widen_bf16(bits: U16) -> F32:
@@ -40,6 +41,13 @@ def add_low_rank(w: F32, a: F32, b: F32, scale: float) -> F32:
     return w
 
 
+def row_norms(x: F32) -> F64:
+    """f32[N,K] -> f64[N]: Euclidean norms, summed from left to right in f64: the same bits on every machine."""
+    out = np.empty(len(x), np.float64)
+    _row_norms(np.ascontiguousarray(x, np.float32), out)
+    return out
+
+
 def all_finite(x: Array) -> bool:
     """No NaN and no infinity in f16, f32 or f64[...], or in the bits u16[...] of bf16."""
     flat = np.ascontiguousarray(x).reshape(-1)
@@ -50,6 +58,15 @@ def all_finite(x: Array) -> bool:
         return bool(_all_below(lanes, pairs, np.int32(0x7F800000)) and _all_below(lanes, pairs, np.int32(0x7F80)))
     real = widen_bf16(cast(U16, flat)) if flat.dtype == np.dtype(np.uint16) else flat
     return bool(np.isfinite(cast("npt.NDArray[np.float64]", real)).all())
+
+
+@njit(cache=True, nogil=True)
+def _row_norms(x, out):  # type: ignore[no-untyped-def]
+    for n in range(x.shape[0]):
+        total = 0.0
+        for i in range(x.shape[1]):
+            total += np.float64(x[n, i]) * np.float64(x[n, i])
+        out[n] = np.sqrt(total)
 
 
 @njit(cache=True, nogil=True)
