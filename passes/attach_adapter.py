@@ -12,7 +12,7 @@ from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import OPS
 from qconvert.passes.adapter_fit import check_missing, check_unused, check_vocabulary, key_of, other_base
-from qconvert.passes.untie_head import Site, UntieHead, embedding_of, head_of, is_tied, sites
+from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, head_of, is_tied, sites
 from qconvert.sources import TensorInfo
 
 
@@ -123,7 +123,7 @@ class _Attaching:
         """
         if not items or not is_tied(self.graph):
             return set()
-        embedding = embedding_of(self.graph)
+        embedding = embedding_of(self.graph) or ""
         heads = [t.ref for name, t in items if is_head(name)]
         embeds = [t.ref for name, t in items if not is_head(name) and self.parameter(name) == embedding]
         if embeds and heads and all(ref in self.adapter.twins for ref in heads):
@@ -131,6 +131,8 @@ class _Attaching:
         alone = kind != "saved" or self.adapter.ensure_weight_tying
         if (embeds and heads) or (heads and kind != "base") or (embeds and not alone):
             self.graph = UntieHead()(self.graph)
+            if embedding in self.bases:
+                self.bases[HEAD] = HEAD + self.bases[embedding].removeprefix(embedding)
         return set()
 
     # paths --------------------------------------------------------------------------------------------
@@ -189,9 +191,10 @@ class _Attaching:
     def _factor_nodes(self, f: Factors) -> tuple[dict[str, Node], tuple[str, str]]:
         """Loads of A and B. A tied head has the embedding's, transposed: the same nodes, so that both merge alike."""
         alias = self.adapter.alias
-        twin = next((e for e in self.adapter.factors if e.embedding and e.scale == f.scale), None)
-        if twin is not None and f.a.ref in self.adapter.twins and is_tied(self.graph):
-            loads, (a, b) = self._factor_nodes(twin)
+        if f.a.ref in self.adapter.twins and is_tied(self.graph):
+            embedding = embedding_of(self.graph)
+            tied = (e for e in self.adapter.factors if e.embedding and self.parameter(f"{e.module}.weight") == embedding)
+            loads, (a, b) = self._factor_nodes(next(tied))
             for name in (a, b):
                 t = loads[name].type
                 loads[f"{name}~transposed"] = Node("transpose", (name,), Type(t.dtype, t.shape[::-1]))

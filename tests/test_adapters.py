@@ -188,6 +188,23 @@ def test_a_tie_is_kept_where_both_sides_change_alike(bases: dict[tuple[str, bool
     assert tied_after(base, tmp_path / "e", **Q, trainable_token_indices=[3])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_weight_in_the_file_is_what_its_dora_lies_on(
+    tied: bool, bases: dict[tuple[str, bool], Path], tmp_path: Path
+) -> None:
+    """PEFT saves the base weight of a targeted head, and reads it back: into both layers where they are tied."""
+    from peft import PeftModel
+
+    base = bases["llama", tied]
+    tiny_adapter(base, tmp_path, target_modules=["lm_head"], r=4, use_dora=True, modules_to_save=["embed_tokens"])
+    key = "base_model.model.lm_head.base_layer.weight"
+    edit_tensors(tmp_path, lambda t: {**t, key: t[key] + 0.05 * torch.randn(t[key].shape)})
+    want = logits_of(PeftModel.from_pretrained(load(base), tmp_path).eval())
+    ours = Converted(base, tmp_path)
+    torch.testing.assert_close(ours.logits(ours.attached), want, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(ours.logits(ours.merged), want, rtol=0, atol=TOLERANCE)
+
+
 # several adapters ---------------------------------------------------------------------------------
 
 SEVERAL: dict[str, tuple[str, list[tuple[float, dict[str, Any]]]]] = {
