@@ -12,6 +12,7 @@ from numba import njit
 from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     absolute,
+    bits_of,
     copy_sign,
     count,
     highest,
@@ -30,22 +31,26 @@ U = np.uint64
 
 
 @njit(forceinline=True)
-def _range(lanes, x, at):  # type: ignore[no-untyped-def]
-    """Least and greatest of the 32 values. Of zeros with both signs the first counts, as in a scan: the sign is stored."""
+def _extremes(lanes, x, at):  # type: ignore[no-untyped-def]
+    """Least and greatest of the 32 values; a zero among them may have either sign."""
     n = count(lanes)
     low = high = load(lanes, x, at)
     for i in range(n, 32, n):
         v = load(lanes, x, at + i)
         low, high = minimum(v, low), maximum(v, high)
-    least, greatest = lowest(low), highest(high)
-    if least == F(0):
-        i = 0
-        while x[at + i] != F(0):
-            i += 1
-        least = x[at + i]
-        if greatest == F(0):
-            greatest = least
-    return least, greatest
+    return lowest(low), highest(high)
+
+
+@njit(forceinline=True)
+def _first_zero(lanes, x, at):  # type: ignore[no-untyped-def]
+    """The first of the 32 values that is zero, with its sign."""
+    n = count(lanes)
+    zeros = negatives = U(0)
+    for i in range(0, 32, n):
+        v = load(lanes, x, at + i)
+        zeros |= mask_bits(v == F(0)) << U(i)
+        negatives |= mask_bits(bits_of(v) < 0) << U(i)
+    return F(-0.0) if zeros & (U(0) - zeros) & negatives else F(0)
 
 
 @njit(forceinline=True)
@@ -65,7 +70,7 @@ def q8_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
             size = maximum(absolute(load(row, x, at + i)), size)
         d = highest(size) / F(127)
         inverse, _ = _inverse(d, F(0))
-        put_half(out, o, d)
+        put_half(row, out, o, d)
         for i in range(0, 32, n):
             v = load(row, x, at + i) * inverse
             # halves go away from zero: 0.5 minus an ulp lets every smaller fraction stay below the next integer
@@ -79,7 +84,7 @@ def q4_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
         at, o = b * 32, b * 18
         d = peak_of(row, x, at, 32) / F(-8)  # the peak maps to -8, the only code without a mirror
         inverse, bias = _inverse(d, F(8.5))
-        put_half(out, o, d)
+        put_half(row, out, o, d)
         for i in range(0, 16, n):
             low = minimum(to_int(load(row, x, at + i) * inverse + bias), 15)
             high = minimum(to_int(load(row, x, at + 16 + i) * inverse + bias), 15)
@@ -91,11 +96,14 @@ def q4_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n = count(row)
     for b in range(x.size // 32):
         at, o = b * 32, b * 20
-        least, greatest = _range(row, x, at)
+        least, greatest = _extremes(row, x, at)
+        if least == F(0):  # the sign is stored, and a scan keeps the first
+            least = _first_zero(row, x, at)
+            greatest = least if greatest == F(0) else greatest
         d = (greatest - least) / F(15)
         inverse, bias = _inverse(d, F(0.5))
-        put_half(out, o, d)
-        put_half(out, o + 2, least)
+        put_half(row, out, o, d)
+        put_half(row, out, o + 2, least)
         for i in range(0, 16, n):
             low = minimum(to_int((load(row, x, at + i) - least) * inverse + bias), 15)
             high = minimum(to_int((load(row, x, at + 16 + i) - least) * inverse + bias), 15)
@@ -123,7 +131,7 @@ def q5_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
         at, o = b * 32, b * 22
         d = peak_of(row, x, at, 32) / F(-16)
         inverse, bias = _inverse(d, F(16.5))
-        put_half(out, o, d)
+        put_half(row, out, o, d)
         for i in range(0, 32, n):
             store(codes, i, minimum(to_int(load(row, x, at + i) * inverse + bias), 31))
         _put_five_bits(row, out, o + 2, codes)
@@ -135,11 +143,14 @@ def q5_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
     codes = np.empty(32, np.int32)
     for b in range(x.size // 32):
         at, o = b * 32, b * 24
-        least, greatest = _range(row, x, at)
+        least, greatest = _extremes(row, x, at)
+        if least == F(0):  # the sign is stored, and a scan keeps the first
+            least = _first_zero(row, x, at)
+            greatest = least if greatest == F(0) else greatest
         d = (greatest - least) / F(31)
         inverse, bias = _inverse(d, F(0.5))
-        put_half(out, o, d)
-        put_half(out, o + 2, least)
+        put_half(row, out, o, d)
+        put_half(row, out, o + 2, least)
         for i in range(0, 32, n):
             store(codes, i, to_int((load(row, x, at + i) - least) * inverse + bias))
         _put_five_bits(row, out, o + 4, codes)

@@ -1,9 +1,11 @@
-"""f16 in integer arithmetic: the same on machines with and without F16C, and no library call from compiled code."""
+"""f16: by F16C where kernels have vectors, else in integer arithmetic, so that no compiled code calls a library for it."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
+
+from qconvert.kernels.lanes import count, hardware_half, hardware_single
 
 U = np.uint32
 EXPONENT_OF_HALF = U(0x38000000)  # the difference between the exponents' biases, 127 - 15, in place
@@ -35,12 +37,17 @@ def from_half(half):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def put_half(out, at, x):  # type: ignore[no-untyped-def]
+def put_half(lanes, out, at, x):  # type: ignore[no-untyped-def]
     """Write f32 x as f16 into out[at : at + 2], little-endian; returns the value that was written."""
-    half = to_half(x)
+    if count(lanes) > 1:  # kernels with vectors run where F16C is
+        half = hardware_half(lanes, x)
+        value = hardware_single(lanes, half)
+    else:
+        half = to_half(x)
+        value = from_half(half)
     out[at] = np.uint8(half & U(255))
     out[at + 1] = np.uint8(half >> U(8))
-    return from_half(half)
+    return value
 
 
 @njit(forceinline=True)

@@ -123,7 +123,7 @@ def iq4_nl(lanes, row, x, out):  # type: ignore[no-untyped-def]
         _fit(lanes, X, scales, 0)
         for block in range(first, min(first + n, x.size // 32)):
             scale = scales[block - first]
-            put_half(out, block * 18, scale)
+            put_half(row, out, block * 18, scale)
             inverse = F(1) / scale if scale != F(0) else F(0)
             _put_codes(row, x, block * 32, inverse, out, block * 18 + 2)
 
@@ -149,7 +149,7 @@ def _finish_xs(row, x, out, o, block, scales, at):  # type: ignore[no-untyped-de
         greatest = scales[j] if abs(scales[j]) > abs(greatest) else greatest
     d = -greatest / F(32)
     to_scale = F(1) / d if d != F(0) else F(0)
-    put_half(out, o, d)
+    put_half(row, out, o, d)
     high = 0
     for j in range(8):
         ls = min(max(nearest_int(to_scale * scales[at + j]), -32), 31)

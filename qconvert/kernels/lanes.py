@@ -450,6 +450,30 @@ def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
     return types.uint64(mask), emit
 
 
+@intrinsic
+def hardware_half(typingctx, lanes, x):  # type: ignore[no-untyped-def]
+    """f32 -> the bits of the nearest f16; 0 in kernels without vectors."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if lanes.n == 1:
+            return I32(0)
+        return builder.zext(builder.bitcast(builder.fptrunc(args[1], ir.HalfType()), ir.IntType(16)), I32)
+
+    return types.uint32(lanes, types.float32), emit
+
+
+@intrinsic
+def hardware_single(typingctx, lanes, half):  # type: ignore[no-untyped-def]
+    """The bits of an f16 -> f32; 0 in kernels without vectors."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if lanes.n == 1:
+            return ir.Constant(ir.FloatType(), 0.0)
+        return builder.fpext(builder.bitcast(builder.trunc(args[1], ir.IntType(16)), ir.HalfType()), ir.FloatType())
+
+    return types.float32(lanes, types.uint32), emit
+
+
 @njit(forceinline=True)
 def scratch(n):  # type: ignore[no-untyped-def]
     """f32[n] on a cache line's boundary: a vector that straddles two lines takes twice as long to load."""

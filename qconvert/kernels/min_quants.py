@@ -133,7 +133,7 @@ def _finish_six_bits(row, x, out, o, block, fit, at, stride, top, L):  # type: i
     greatest, deepest = _greatest(fit, at, stride, 8)
     to_scale = F(63) / greatest if greatest > F(0) else F(0)
     to_min = F(63) / deepest if deepest > F(0) else F(0)
-    d, dmin = put_half(out, o, greatest / F(63)), put_half(out, o + 2, deepest / F(63))
+    d, dmin = put_half(row, out, o, greatest / F(63)), put_half(row, out, o + 2, deepest / F(63))
     for j in range(8):
         # C keeps the low 8 bits before it takes the smaller
         ls = min(nearest_int(to_scale * fit[at + j]) & 255, 63)
@@ -216,7 +216,7 @@ def _finish_four_bits(row, x, out, o, block, fit, at, stride, scales, L):  # typ
     greatest, deepest = _greatest(fit, at, stride, 16)
     to_scale = F(15) / greatest if greatest > F(0) else F(0)
     to_min = F(15) / deepest if deepest > F(0) else F(0)
-    d, dmin = put_half(out, o + 80, greatest / F(15)), put_half(out, o + 82, deepest / F(15))
+    d, dmin = put_half(row, out, o + 80, greatest / F(15)), put_half(row, out, o + 82, deepest / F(15))
     for j in range(0, 16, count(row)):
         ls = nearest_any(load(row, fit, at + j) * to_scale)
         lm = nearest_any(load(row, fit, at + stride + j) * -to_min)

@@ -120,7 +120,7 @@ def _finish_6(row, x, out, o, block, fit, at, stride, scales, L):  # type: ignor
         out[o : o + 210] = U8(0)
         return
     to_scale = F(-128) / greatest
-    d = put_half(out, o + 208, F(1) / to_scale)
+    d = put_half(row, out, o + 208, F(1) / to_scale)
     for j in range(0, 16, count(row)):
         ls = minimum(nearest_any(load(row, fit, at + j) * to_scale), 127)
         store(out, o + 192 + j, ls)
@@ -198,7 +198,7 @@ def _finish_3(lanes, row, x, out, o, block, fit, C, at, scales, L):  # type: ign
     n = count(lanes)
     greatest = peak_of(row, fit, at, 16)
     to_scale = F(-32) / greatest if greatest != F(0) else F(0)
-    d = put_half(out, o + 108, F(1) / to_scale if greatest != F(0) else F(0))
+    d = put_half(row, out, o + 108, F(1) / to_scale if greatest != F(0) else F(0))
     for j in range(0, 16, count(row)):
         ls = minimum(maximum(nearest_any(load(row, fit, at + j) * to_scale), -32), 31)
         store(L, j, ls + 32 if greatest != F(0) else ls)
