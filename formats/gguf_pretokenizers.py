@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
-from qconvert.errors import UnsupportedError, VerificationError
+from qconvert.errors import UnsupportedError, UsageError, VerificationError
 from qconvert.formats.gguf_kv import KV, encode, header
 from qconvert.formats.gguf_tokenizer import metadata
 from qconvert.tokenizer import Tokenizer, hard_corpus
@@ -91,7 +91,8 @@ class Runtime(Protocol):
 def find_pre(tokenizer: Tokenizer, runtime: Runtime, *, forced: str | None = None) -> PreTokenizer:
     """The pre-tokenizer name of a tokenizer, by behaviour where llama.cpp is installed, else by structure.
 
-    Errors: UnsupportedError naming the nearest candidate and its first differing text, when none fits.
+    Errors: UnsupportedError naming the nearest candidate and its first differing text, when none fits; UsageError for a
+    forced name that llama.cpp does not know.
     """
     missing = runtime.missing()
     if missing is not None:
@@ -104,7 +105,14 @@ def find_pre(tokenizer: Tokenizer, runtime: Runtime, *, forced: str | None = Non
         return PreTokenizer(name, False, f"not verified: {missing}")
     with TemporaryDirectory(prefix="qconvert-") as folder:
         trial = Trial(tokenizer, runtime, Path(folder) / "vocab.gguf")
-        return trial.of(forced) if forced is not None else _first_equal(tokenizer, trial)
+        return _forced(forced, trial) if forced is not None else _first_equal(tokenizer, trial)
+
+
+def _forced(name: str, trial: Trial) -> PreTokenizer:
+    try:
+        return trial.of(name)
+    except VerificationError as e:
+        raise UsageError(f"--pre-tokenizer {name}: {e.message}", hint="known are " + ", ".join(CANDIDATES)) from e
 
 
 def known_by_structure(tokenizer: Tokenizer) -> str | None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from qconvert.errors import InputError, require
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, nodes
+    from jinja2.parser import Parser
 
 CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello, who are you?"},),
@@ -56,25 +61,49 @@ def render(
 
     Sandboxed: a template comes from the input and may touch nothing. InputError where it fails or refuses.
     """
-    require("jinja2", "rendering a chat template")
+    environment = _environment()
     from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(
+        text: str = environment.from_string(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
         )
     except (TemplateError, TypeError, ValueError) as e:
         raise InputError(f"the chat template cannot be rendered: {e}") from e
+    return text
 
 
-def _tojson(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+@cache
+def _environment() -> Environment:
+    """Jinja as transformers sets it up."""
+    require("jinja2", "rendering a chat template")
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: what the assistant says, marked for training; renders as its content."""
+
+        tags = {"generation"}  # noqa: RUF012  # declared by jinja2
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qconvert.chat import CONVERSATIONS, render
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.formats import gguf_pretokenizers as pre
 from qconvert.formats.gguf_header import read_header
 from qconvert.formats.gguf_kv import KV, header
@@ -250,6 +250,11 @@ def test_a_forced_name_is_taken_and_reported_as_not_verified(runtime: LlamaCpp, 
     found = pre.find_pre(splitting(tmp_path / "t", pre.QWEN2), runtime, forced="gpt-2")
     assert (found.name, found.verified) == ("gpt-2", False)
     assert found.differences
+
+
+def test_a_forced_name_that_llama_cpp_does_not_know_is_a_usage_error(runtime: LlamaCpp, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--pre-tokenizer nonsense: .* unknown pre-tokenizer type: 'nonsense'"):
+        pre.find_pre(splitting(tmp_path / "t", pre.QWEN2), runtime, forced="nonsense")
 
 
 def test_without_llama_cpp_the_structure_decides_and_says_that_it_is_not_verified(tmp_path: Path) -> None:
@@ -488,6 +493,20 @@ def test_templates_render_as_in_transformers(shared_data: Path) -> None:
         for messages in CONVERSATIONS:
             wanted = theirs.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             assert render(theirs.chat_template, messages, tokens) == wanted, path.name
+
+
+def test_a_template_with_training_marks_renders_as_in_transformers(shared_data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(shared_data / "models/novels-13m")
+    template = """{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+    {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+    {%- else %}{{ m | tojson(indent=2) }}
+    {%- if loop.last %}{% break %}{% endif %}{% endif %}
+{%- endfor %}"""
+    for messages in CONVERSATIONS:
+        wanted = theirs.apply_chat_template(list(messages), chat_template=template, tokenize=False)
+        assert render(template, messages, {}, add_generation_prompt=False) == wanted
 
 
 def test_a_template_that_refuses_or_reaches_out_is_an_input_error() -> None:
