@@ -17,6 +17,7 @@ from types import EllipsisType
 from typing import Any, cast
 
 from qconvert import registry
+from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, preflight, written
@@ -105,6 +106,8 @@ def read_source(request: Request, store: Store) -> Source:
         adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
+    for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
+        check_delta(adapter, store, graph)
     return Source(request.model, checkpoint, tuple(adapters), store, base, graph)
 
 

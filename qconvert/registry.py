@@ -14,6 +14,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
     "passes": {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
+        "untie-head": "qconvert.passes.untie_head:UntieHead",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
         "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
         "quantize": "qconvert.passes.quantize:Quantize",

@@ -165,7 +165,7 @@ def _low_rank_sum(w: Weights, value: Array, a: str, b: str, begin: int, end: int
     """value + scale * B[begin:end] @ A, without changing value; in f32 the same bits on every machine."""
     if w.dtype is np.float64:
         return value + scale * (w.real(b, begin, end) @ w.whole(a))
-    return kernels.add_low_rank(np.array(value, np.float32), w.whole(a), w.whole(b)[begin:end], scale)
+    return kernels.add_low_rank(np.array(value, np.float32), w.whole(a), w.real(b, begin, end), scale)
 
 
 def _column_norm(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
