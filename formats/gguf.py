@@ -16,6 +16,7 @@ from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UsageError
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
 from qconvert.formats.gguf_kv import KV
+from qconvert.formats.gguf_names import gguf_name, sort_key
 from qconvert.formats.gguf_vocabulary import Vocabulary, vocabulary
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
@@ -123,22 +124,6 @@ class GGUF:
             KV("qconvert.version", "str", __version__),
             *options.vocabulary.kvs,
         ]
-
-
-def gguf_name(graph: Graph, parameter: str) -> str:
-    """blk.3.attn_q.weight: the stem is the role, the suffix the parameter's own."""
-    attrs = graph.root(parameter).attrs
-    role, layer = attrs.get("role"), attrs.get("layer")
-    if not isinstance(role, str):
-        raise GraphError(f"{parameter} has no role; GGUF cannot name it")
-    suffix = "bias" if parameter.endswith(".bias") else "weight"
-    return f"{role}.{suffix}" if layer is None else f"blk.{layer}.{role}.{suffix}"
-
-
-def sort_key(name: str) -> tuple[int, str]:
-    """llama-quantize's order: the tensors of no layer by name, then layer by layer."""
-    m = re.match(r"blk\.(\d+)\.", name)
-    return (int(m[1]) if m else -1, name)
 
 
 def nbytes_of(kind: Type) -> int:

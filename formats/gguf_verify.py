@@ -14,9 +14,9 @@ import numpy as np
 from qconvert import check, kernels
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats import gguf_arch
-from qconvert.formats.gguf import gguf_name
 from qconvert.formats.gguf_check import FileReals, Tensor, context, in_runtime, n_vocab, read_tensors
 from qconvert.formats.gguf_header import read_header
+from qconvert.formats.gguf_names import gguf_name
 from qconvert.formats.gguf_vocabulary import vocabulary
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of

@@ -14,13 +14,13 @@ FLOORS: dict[float, str] = {
     0: "errors dtypes",
     1: "graph text scheme registry layouts",
     2: "ops safetensors_header tensor_files sources weights run kernels kernels.*",
-    3: "families settings build adapters adapter_config adapter_delta tokenizer chat sentencepiece_model "
+    3: "families settings build adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json "
     "pipeline emit check report request target",
     3.5: "passes passes.* formats formats.*",
     4: "conversion verification inspection listing printing",
     5: "cli __main__",
 }
-FORMATS = {"llama_cpp": "gguf"}  # a runtime belongs to its format; else a file's format is its name up to the first _
+FORMATS = {"llama_cpp": "gguf", "llama_cpp_abi": "gguf"}  # a runtime belongs to its format; else a file's format is its name up to the first _
 
 
 def modules() -> dict[str, Path]:
