@@ -32,7 +32,7 @@ def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
     folder, config = tokenizer_folder(source), graph.meta["config"]
     assert isinstance(config, dict) and isinstance(config["vocab"], int)
     try:
-        tokenizer = read_tokenizer(folder, config["vocab"])
+        tokenizer = read_tokenizer(folder, config["vocab"], model_folder=source.checkpoint.folder)
     except InputError:
         if request.dry_run and not any((folder / f).exists() for f in FILES):
             return Vocabulary(

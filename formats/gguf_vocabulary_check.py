@@ -46,7 +46,7 @@ def chat_rows(model: Model, tokenizer: Tokenizer) -> Iterator[Row]:
         n += 1
         if carried is None or render(carried, messages, tokens) != text:
             wrong.append("the template was not carried over")
-        elif model.tokenize(text, False, True) != encode(text):
+        elif model.tokenize(tokenizer.plain(text), False, True) != encode(tokenizer.plain(text)):
             wrong.append(f"{text[:60]!r} is cut differently")
     yield judged("chat template", f"of {n} conversations differ", float(len(wrong)), 0.0, wrong[0] if wrong else "")
 
