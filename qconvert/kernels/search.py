@@ -38,11 +38,11 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def search(scheme: str, x: F32, lanes: int | None = None) -> Bytes:
+def search(scheme: str, x: F32, lanes: int | None = None, out: Bytes | None = None) -> Bytes:
     """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes without an importance matrix.
 
     K is a multiple of the scheme's block. `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code;
-    the bytes are the same. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache.
+    the bytes are the same. `out` is a contiguous array to write to. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache.
     Stock means built without contraction of a*b+c: a ggml built with -march=native writes other bytes.
     """
     if scheme not in KERNELS:
@@ -52,7 +52,8 @@ def search(scheme: str, x: F32, lanes: int | None = None) -> Bytes:
         raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
     kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{where.module}"), scheme)
     x = np.ascontiguousarray(x, np.float32)
-    out = np.empty((n, k // block * where.nbytes), np.uint8)
+    if out is None:
+        out = np.empty((n, k // block * where.nbytes), np.uint8)
     if x.size:
         wide = choose(where.on_avx2, where.on_avx512, lanes)
         row = Lanes(min(wide.n, 16), wide.wide)
