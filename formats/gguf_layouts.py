@@ -133,7 +133,7 @@ def _write_q3_k(blocks: Blocks, levels: list[F32]) -> None:
     d, scales = levels
     stored: U8 = (scales + 32).astype(np.uint8)
     _write_fields(("d",), blocks, [d])
-    blocks["scales"] = np.concatenate([weave(stored & U4, 4, 8), weave(stored >> 4, 2, 4)], axis=-1)
+    blocks["scales"] = np.concatenate([weave(stored & U4, 4, 8), weave(stored >> np.uint8(4), 2, 4)], axis=-1)
 
 
 def _read_q4_k(blocks: Blocks) -> list[Array]:
@@ -166,7 +166,7 @@ def _write_iq4_xs(blocks: Blocks, levels: list[F32]) -> None:
     stored: U8 = (scales + 32).astype(np.uint8)
     _write_fields(("d",), blocks, [d])
     blocks["scales_l"] = weave(stored & U4, 4, 1)
-    blocks["scales_h"] = weave(stored >> 4, 2, 1)
+    blocks["scales_h"] = weave(stored >> np.uint8(4), 2, 1)
 
 
 NIBBLES_16 = (Plane("qs", 4, 16),)

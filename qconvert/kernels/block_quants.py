@@ -9,22 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qconvert.kernels.across import highest, lowest, mask_bits, peak_of
 from qconvert.kernels.half import put_half
-from qconvert.kernels.lanes import (
-    absolute,
-    bits_of,
-    copy_sign,
-    count,
-    highest,
-    load,
-    lowest,
-    mask_bits,
-    maximum,
-    minimum,
-    peak_of,
-    store,
-    to_int,
-)
+from qconvert.kernels.lanes import absolute, bits_of, copy_sign, count, load, maximum, minimum, store, to_int
 
 F = np.float32
 U = np.uint64

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from qconvert.kernels.lanes import count, hardware_half, hardware_single
+from qconvert.kernels.lanes import I32, count
 
 U = np.uint32
 EXPONENT_OF_HALF = U(0x38000000)  # the difference between the exponents' biases, 127 - 15, in place
@@ -34,6 +36,30 @@ def from_half(half):  # type: ignore[no-untyped-def]
     if size >= U(0x0F800000):  # infinity and NaN keep the exponent of all ones
         scaled = U(size | U(0x7F800000))
     return U(scaled | ((half & U(0x8000)) << U(16))).view(np.float32)
+
+
+@intrinsic
+def hardware_half(typingctx, lanes, x):  # type: ignore[no-untyped-def]
+    """f32 -> the bits of the nearest f16; 0 in kernels without vectors."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if lanes.n == 1:
+            return I32(0)
+        return builder.zext(builder.bitcast(builder.fptrunc(args[1], ir.HalfType()), ir.IntType(16)), I32)
+
+    return types.uint32(lanes, types.float32), emit
+
+
+@intrinsic
+def hardware_single(typingctx, lanes, half):  # type: ignore[no-untyped-def]
+    """The bits of an f16 -> f32; 0 in kernels without vectors."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if lanes.n == 1:
+            return ir.Constant(ir.FloatType(), 0.0)
+        return builder.fpext(builder.bitcast(builder.trunc(args[1], ir.IntType(16)), ir.HalfType()), ir.FloatType())
+
+    return types.float32(lanes, types.uint32), emit
 
 
 @njit(forceinline=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qconvert.kernels.across import pick8, transpose
 from qconvert.kernels.half import nearest_int, put_half
-from qconvert.kernels.lanes import absolute, count, load, pick8, scratch, select, splat, store, transpose
+from qconvert.kernels.lanes import absolute, count, load, scratch, select, splat, store
 from qconvert.scheme import F32, IQ4_TABLE
 
 F = np.float32

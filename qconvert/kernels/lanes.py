@@ -94,16 +94,15 @@ _LLVM = {
     types.float32: ir.FloatType(), types.int32: ir.IntType(32), types.uint8: ir.IntType(8), types.boolean: ir.IntType(1),
 }  # fmt: skip
 I32 = ir.IntType(32)
-U64 = np.uint64
 register_model(LanesType)(models.OpaqueModel)
 
 
-@typeof_impl.register(Lanes)
+@typeof_impl.register(Lanes)  # type: ignore[untyped-decorator]
 def _typeof(value: Lanes, c: object) -> LanesType:
     return LanesType(value.n, value.wide)
 
 
-@unbox(LanesType)
+@unbox(LanesType)  # type: ignore[untyped-decorator]
 def _unbox(typ: LanesType, obj: object, c: Any) -> NativeValue:
     return NativeValue(c.context.get_dummy_value())
 
@@ -120,10 +119,6 @@ def _splat(builder: Any, scalar: Any, n: int) -> Any:
     undefined = ir.Constant(ir.VectorType(scalar.type, n), ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, n), [0] * n))
-
-
-def _shuffle(builder: Any, v: Any, indices: list[int]) -> Any:
-    return builder.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, len(indices)), indices))
 
 
 def _constant(vector: Vector, value: float) -> Any:
@@ -148,7 +143,7 @@ def _operator(op: Callable[..., object], emit: Callable[[Any, Vector, Any, Any],
             return None
         return vectors[0]
 
-    @type_callable(op)
+    @type_callable(op)  # type: ignore[untyped-decorator]
     def typing(context: object) -> Callable[[types.Type, types.Type], Vector | None]:
         def typer(a: types.Type, b: types.Type) -> Vector | None:
             vector = result(a, b)
@@ -233,7 +228,7 @@ def splat(typingctx, lanes, value):  # type: ignore[no-untyped-def]
     return vector(lanes, value), emit
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, llvm: ir.Type) -> Any:
+def pointer(context: Any, builder: Any, array_type: Any, array: Any, index: Any, llvm: ir.Type) -> Any:
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), llvm.as_pointer())
 
@@ -244,7 +239,7 @@ def load(typingctx, lanes, array, index):  # type: ignore[no-untyped-def]
     vector = Vector(array.dtype, lanes.n)
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        value = builder.load(_pointer(context, builder, array, args[1], args[2], vector.llvm()))
+        value = builder.load(pointer(context, builder, array, args[1], args[2], vector.llvm()))
         value.align = array.dtype.bitwidth // 8
         return value
 
@@ -258,7 +253,7 @@ def store(typingctx, array, index, v):  # type: ignore[no-untyped-def]
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
         value = args[2] if target == v else builder.trunc(args[2], target.llvm())
-        builder.store(value, _pointer(context, builder, array, args[0], args[1], target.llvm())).align = (
+        builder.store(value, pointer(context, builder, array, args[0], args[1], target.llvm())).align = (
             array.dtype.bitwidth // 8
         )
         return context.get_dummy_value()
@@ -358,122 +353,6 @@ def nearest(typingctx, v, low, high):  # type: ignore[no-untyped-def]
     return v(v, low, high), emit
 
 
-def _across(sign: str) -> Any:
-    @intrinsic
-    def function(typingctx, v):  # type: ignore[no-untyped-def]
-        """The least (greatest) of all lanes, a scalar."""
-
-        def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            value, n = args[0], v.n
-            while n > 1:
-                n //= 2
-                low, high = _shuffle(builder, value, list(range(n))), _shuffle(builder, value, list(range(n, 2 * n)))
-                value = builder.select(builder.fcmp_ordered(sign, low, high), low, high)
-            return builder.extract_element(value, I32(0)) if v.n > 1 else value
-
-        return types.float32(v), emit
-
-    return function
-
-
-lowest, highest = _across("<"), _across(">")
-
-
-@njit(forceinline=True)
-def transpose(lanes, x, first, size, X):  # type: ignore[no-untyped-def]
-    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last."""
-    tile = tile_of(lanes)
-    for j in range(0, count(lanes), tile):
-        for i in range(0, size, tile):
-            _transpose_tile(lanes, x, first + j, x.size // size - 1, size, i, X, i * count(lanes) + j)
-
-
-@intrinsic
-def tile_of(typingctx, lanes):  # type: ignore[no-untyped-def]
-    """The lanes of one register: the side of the squares that `transpose` turns."""
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return context.get_constant(types.intp, _tile(lanes))
-
-    return types.intp(lanes), emit
-
-
-def _tile(lanes: LanesType) -> int:
-    return 1 if lanes.n == 1 else 16 if lanes.wide else 8
-
-
-@intrinsic
-def _transpose_tile(typingctx, lanes, x, first, last, size, column, X, at):  # type: ignore[no-untyped-def]
-    tile = _tile(lanes)
-    row = Vector(types.float32, tile).llvm()
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, source, start, end, length, offset, target, to = args
-        rows = []
-        for j in range(tile):
-            block = builder.add(start, start.type(j))
-            block = builder.select(builder.icmp_signed("<", block, end), block, end)
-            index = builder.add(builder.mul(block, length), offset)
-            rows.append(builder.load(_pointer(context, builder, x, source, index, row)))
-            rows[-1].align = 4
-        for i, v in enumerate(_transposed(builder, rows)):
-            index = builder.add(to, to.type(i * lanes.n))
-            builder.store(v, _pointer(context, builder, X, target, index, row)).align = 4
-        return context.get_dummy_value()
-
-    return types.void(lanes, x, *[types.intp] * 4, X, types.intp), emit
-
-
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """A square of values turned over its diagonal: halves of it swapped, then quarters within them, and so on."""
-    n = len(rows)
-    distance = n // 2
-    while distance:
-        turned = list(rows)
-        for i in (i for i in range(n) if not i & distance):
-            a, b = rows[i], rows[i + distance]
-            low = [k if not k & distance else n + k - distance for k in range(n)]
-            high = [k + distance if not k & distance else n + k for k in range(n)]
-            for place, lanes in ((i, low), (i + distance, high)):
-                turned[place] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, n), lanes))
-        rows, distance = turned, distance // 2
-    return rows
-
-
-@intrinsic
-def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
-    """Bit i of the result is lane i of the mask."""
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.zext(builder.bitcast(args[0], ir.IntType(mask.n)), ir.IntType(64))
-
-    return types.uint64(mask), emit
-
-
-@intrinsic
-def hardware_half(typingctx, lanes, x):  # type: ignore[no-untyped-def]
-    """f32 -> the bits of the nearest f16; 0 in kernels without vectors."""
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        if lanes.n == 1:
-            return I32(0)
-        return builder.zext(builder.bitcast(builder.fptrunc(args[1], ir.HalfType()), ir.IntType(16)), I32)
-
-    return types.uint32(lanes, types.float32), emit
-
-
-@intrinsic
-def hardware_single(typingctx, lanes, half):  # type: ignore[no-untyped-def]
-    """The bits of an f16 -> f32; 0 in kernels without vectors."""
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        if lanes.n == 1:
-            return ir.Constant(ir.FloatType(), 0.0)
-        return builder.fpext(builder.bitcast(builder.trunc(args[1], ir.IntType(16)), ir.HalfType()), ir.FloatType())
-
-    return types.float32(lanes, types.uint32), emit
-
-
 @njit(forceinline=True)
 def scratch(n):  # type: ignore[no-untyped-def]
     """f32[n] on a cache line's boundary: a vector that straddles two lines takes twice as long to load."""
@@ -483,54 +362,6 @@ def scratch(n):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def peak_of(lanes, x, at, size):  # type: ignore[no-untyped-def]
-    """The first of x[at : at + size] with the greatest magnitude, +0 where all are zero; size at most 64."""
-    n = count(lanes)
-    largest = splat(lanes, np.float32(0))
-    for i in range(0, size, n):
-        largest = maximum(absolute(load(lanes, x, at + i)), largest)
-    peak = highest(largest)
-    plus = minus = U64(0)
-    for i in range(0, size, n):
-        v = load(lanes, x, at + i)
-        plus |= mask_bits(v == peak) << U64(i)
-        minus |= mask_bits(v == -peak) << U64(i)
-    first_plus, first_minus = plus & (U64(0) - plus), minus & (U64(0) - minus)
-    return -peak if first_minus - U64(1) < first_plus - U64(1) else peak
-
-
-@njit(forceinline=True)
 def nearest_any(v):  # type: ignore[no-untyped-def]
     """ggml's nearest_int of any float, as an int32: beyond 2**22 and for NaN its bytes need the same nonsense."""
     return (bits_of(v + np.float32(12582912)) & 0x7FFFFF) - 0x400000
-
-
-@intrinsic
-def pick8(typingctx, lanes, table, offset, index):  # type: ignore[no-untyped-def]
-    """table[offset + (index & 7)] in every lane; table is a contiguous f32 array."""
-    vector = index.of(types.float32)
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, array, start, at = args
-        if lanes.n == 1:
-            place = builder.add(start, builder.zext(builder.and_(at, I32(7)), start.type))
-            return builder.load(_pointer(context, builder, table, array, place, ir.FloatType()))
-        width = 16 if lanes.wide else 8
-        eight = builder.load(_pointer(context, builder, table, array, start, ir.VectorType(ir.FloatType(), 8)))
-        eight.align = 4
-        entries = _shuffle(builder, eight, [i % 8 for i in range(width)])
-        parts = [_permute(builder, entries, _shuffle(builder, at, list(range(i, i + width))), width)
-                 for i in range(0, lanes.n, width)]  # fmt: skip
-        while len(parts) > 1:
-            k = parts[0].type.count
-            both = ir.Constant(ir.VectorType(I32, 2 * k), list(range(2 * k)))
-            parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
-
-    return vector(lanes, table, types.intp, index), emit
-
-
-def _permute(builder: Any, entries: Any, index: Any, width: int) -> Any:
-    name = {8: "llvm.x86.avx2.permps", 16: "llvm.x86.avx512.permvar.sf.512"}[width]
-    kind = ir.FunctionType(entries.type, [entries.type, index.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [entries, index])

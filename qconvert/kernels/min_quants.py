@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qconvert.kernels.across import transpose
 from qconvert.kernels.half import nearest_int, put_half
 from qconvert.kernels.lanes import (
     absolute,
@@ -26,7 +27,6 @@ from qconvert.kernels.lanes import (
     store,
     to_float,
     to_int,
-    transpose,
 )
 
 F = np.float32

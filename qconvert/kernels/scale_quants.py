@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from qconvert.kernels.across import peak_of, transpose
 from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     absolute,
@@ -20,13 +21,11 @@ from qconvert.kernels.lanes import (
     minimum,
     nearest,
     nearest_any,
-    peak_of,
     scratch,
     select,
     splat,
     store,
     to_float,
-    transpose,
 )
 
 F = np.float32

@@ -41,9 +41,10 @@ KERNELS: dict[str, Kernel] = {
 def search(scheme: str, x: F32, lanes: int | None = None, out: Bytes | None = None) -> Bytes:
     """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes without an importance matrix.
 
-    K is a multiple of the scheme's block. `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code;
-    the bytes are the same. `out` is a contiguous array to write to. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache.
-    Stock means built without contraction of a*b+c: a ggml built with -march=native writes other bytes.
+    K is a multiple of the scheme's block. `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the
+    bytes are the same. `out` is a contiguous array to write to. Releases the GIL. The first call of a scheme compiles its
+    kernel, or loads it from numba's cache. The bytes are those of a stock ggml, built without contraction of
+    a*b+c; one built with -march=native writes others.
     """
     if scheme not in KERNELS:
         raise UnsupportedError(f"no search quantizer for {scheme!r}", hint=f"there are {', '.join(KERNELS)}")

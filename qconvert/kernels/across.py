@@ -1,0 +1,159 @@
+"""Operations on vectors that cross lanes: reductions, masks as bits, transposition, table look-ups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from qconvert.kernels.lanes import I32, LanesType, Vector, absolute, count, load, maximum, pointer, splat
+
+U64 = np.uint64
+
+
+def _shuffle(builder: Any, v: Any, indices: list[int]) -> Any:
+    return builder.shuffle_vector(v, v, ir.Constant(ir.VectorType(I32, len(indices)), indices))
+
+
+def _across(sign: str) -> Any:
+    @intrinsic
+    def function(typingctx, v):  # type: ignore[no-untyped-def]
+        """The least (greatest) of all lanes, a scalar."""
+
+        def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            value, n = args[0], v.n
+            while n > 1:
+                n //= 2
+                low, high = _shuffle(builder, value, list(range(n))), _shuffle(builder, value, list(range(n, 2 * n)))
+                value = builder.select(builder.fcmp_ordered(sign, low, high), low, high)
+            return builder.extract_element(value, I32(0)) if v.n > 1 else value
+
+        return types.float32(v), emit
+
+    return function
+
+
+lowest, highest = _across("<"), _across(">")
+
+
+@intrinsic
+def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
+    """Bit i of the result is lane i of the mask."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.bitcast(args[0], ir.IntType(mask.n)), ir.IntType(64))
+
+    return types.uint64(mask), emit
+
+
+@njit(forceinline=True)
+def peak_of(lanes, x, at, size):  # type: ignore[no-untyped-def]
+    """The first of x[at : at + size] with the greatest magnitude, +0 where all are zero; size at most 64."""
+    n = count(lanes)
+    largest = splat(lanes, np.float32(0))
+    for i in range(0, size, n):
+        largest = maximum(absolute(load(lanes, x, at + i)), largest)
+    peak = highest(largest)
+    plus = minus = U64(0)
+    for i in range(0, size, n):
+        v = load(lanes, x, at + i)
+        plus |= mask_bits(v == peak) << U64(i)
+        minus |= mask_bits(v == -peak) << U64(i)
+    first_plus, first_minus = plus & (U64(0) - plus), minus & (U64(0) - minus)
+    return -peak if first_minus - U64(1) < first_plus - U64(1) else peak
+
+
+@njit(forceinline=True)
+def transpose(lanes, x, first, size, X):  # type: ignore[no-untyped-def]
+    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last."""
+    tile = tile_of(lanes)
+    for j in range(0, count(lanes), tile):
+        for i in range(0, size, tile):
+            _transpose_tile(lanes, x, first + j, x.size // size - 1, size, i, X, i * count(lanes) + j)
+
+
+@intrinsic
+def tile_of(typingctx, lanes):  # type: ignore[no-untyped-def]
+    """The lanes of one register: the side of the squares that `transpose` turns."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return context.get_constant(types.intp, _tile(lanes))
+
+    return types.intp(lanes), emit
+
+
+def _tile(lanes: LanesType) -> int:
+    return 1 if lanes.n == 1 else 16 if lanes.wide else 8
+
+
+@intrinsic
+def _transpose_tile(typingctx, lanes, x, first, last, size, column, X, at):  # type: ignore[no-untyped-def]
+    tile = _tile(lanes)
+    row = Vector(types.float32, tile).llvm()
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, source, start, end, length, offset, target, to = args
+        rows = []
+        for j in range(tile):
+            block = builder.add(start, start.type(j))
+            block = builder.select(builder.icmp_signed("<", block, end), block, end)
+            index = builder.add(builder.mul(block, length), offset)
+            rows.append(builder.load(pointer(context, builder, x, source, index, row)))
+            rows[-1].align = 4
+        for i, v in enumerate(_transposed(builder, rows)):
+            index = builder.add(to, to.type(i * lanes.n))
+            builder.store(v, pointer(context, builder, X, target, index, row)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(lanes, x, *[types.intp] * 4, X, types.intp), emit
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """A square of values turned over its diagonal: halves of it swapped, then quarters within them, and so on."""
+    n = len(rows)
+    distance = n // 2
+    while distance:
+        turned = list(rows)
+        for i in (i for i in range(n) if not i & distance):
+            a, b = rows[i], rows[i + distance]
+            low = [k if not k & distance else n + k - distance for k in range(n)]
+            high = [k + distance if not k & distance else n + k for k in range(n)]
+            for place, lanes in ((i, low), (i + distance, high)):
+                turned[place] = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, n), lanes))
+        rows, distance = turned, distance // 2
+    return rows
+
+
+@intrinsic
+def pick8(typingctx, lanes, table, offset, index):  # type: ignore[no-untyped-def]
+    """table[offset + (index & 7)] in every lane; table is a contiguous f32 array."""
+    vector = index.of(types.float32)
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, array, start, at = args
+        if lanes.n == 1:
+            place = builder.add(start, builder.zext(builder.and_(at, I32(7)), start.type))
+            return builder.load(pointer(context, builder, table, array, place, ir.FloatType()))
+        width = 16 if lanes.wide else 8
+        eight = builder.load(pointer(context, builder, table, array, start, ir.VectorType(ir.FloatType(), 8)))
+        eight.align = 4
+        entries = _shuffle(builder, eight, [i % 8 for i in range(width)])
+        parts = [_permute(builder, entries, _shuffle(builder, at, list(range(i, i + width))), width)
+                 for i in range(0, lanes.n, width)]  # fmt: skip
+        while len(parts) > 1:
+            k = parts[0].type.count
+            both = ir.Constant(ir.VectorType(I32, 2 * k), list(range(2 * k)))
+            parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return vector(lanes, table, types.intp, index), emit
+
+
+def _permute(builder: Any, entries: Any, index: Any, width: int) -> Any:
+    name = {8: "llvm.x86.avx2.permps", 16: "llvm.x86.avx512.permvar.sf.512"}[width]
+    kind = ir.FunctionType(entries.type, [entries.type, index.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [entries, index])
