@@ -128,6 +128,63 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
+@njit(forceinline=True)
+def extremes(lanes, x, first, low, high):  # type: ignore[no-untyped-def]
+    """Least and greatest of 32 values per lane: low[j], high[j] of x[(first + j) * 32 :]. A zero may have either sign.
+
+    Lanes beyond x repeat its last block.
+    """
+    tile = tile_of(lanes)
+    for j in range(0, count(lanes), tile):
+        _extremes_tile(lanes, x, first + j, x.size // 32 - 1, low, high, j)
+
+
+@intrinsic
+def _extremes_tile(typingctx, lanes, x, first, last, low, high, at):  # type: ignore[no-untyped-def]
+    tile = _tile(lanes)
+    row = Vector(types.float32, tile).llvm()
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, source, start, end, low_array, high_array, to = args
+        blocks = []
+        for j in range(tile):
+            block = builder.add(start, start.type(j))
+            block = builder.select(builder.icmp_signed("<", block, end), block, end)
+            index = builder.mul(block, start.type(32))
+            parts = []
+            for i in range(0, 32, tile):
+                parts.append(builder.load(pointer(context, builder, x, source, builder.add(index, start.type(i)), row)))
+                parts[-1].align = 4
+            blocks.append(parts)
+        for sign, typ, array in (("<", low, low_array), (">", high, high_array)):
+            value = _reduced(builder, [_fold(builder, sign, parts) for parts in blocks], sign)
+            builder.store(value, pointer(context, builder, typ, array, to, row)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(lanes, x, types.intp, types.intp, low, high, types.intp), emit
+
+
+def _fold(builder: Any, sign: str, values: list[Any]) -> Any:
+    first, *rest = values
+    for v in rest:
+        first = builder.select(builder.fcmp_ordered(sign, v, first), v, first)
+    return first
+
+
+def _reduced(builder: Any, rows: list[Any], sign: str) -> Any:
+    """Lane i of the result is the least (greatest) of rows[i]: a transposition that keeps only what it still compares."""
+    n = len(rows)
+    while len(rows) > 1:
+        distance = len(rows) // 2
+        low = [k if not k & distance else n + k - distance for k in range(n)]
+        high = [k + distance if not k & distance else n + k for k in range(n)]
+        rows = [
+            _fold(builder, sign, [builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, n), at)) for at in (low, high)])
+            for a, b in zip(rows[:distance], rows[distance:], strict=True)
+        ]
+    return rows[0]
+
+
 @intrinsic
 def pick8(typingctx, lanes, table, offset, index):  # type: ignore[no-untyped-def]
     """table[offset + (index & 7)] in every lane; table is a contiguous f32 array."""
