@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -59,6 +60,7 @@ class GGUF:
             token_embedding_type=request.token_embedding_type and gguf_mix.tensor_type(request.token_embedding_type),
             tensor_types=tuple(map(gguf_mix.parse_tensor_type, request.tensor_types)),
             fallback=request.fallback,
+            unquantized=stored_dtype(graph),
         )
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else None
         return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request), limit)
@@ -124,6 +126,12 @@ class GGUF:
             KV("qconvert.version", "str", __version__),
             *options.vocabulary.kvs,
         ]
+
+
+def stored_dtype(graph: Graph) -> str:
+    """The plain dtype that most of the checkpoint's matrices have: what is left alone is kept in it."""
+    dtypes = Counter(graph.root(p).type.dtype for p in graph.parameters() if len(graph.nodes[p].type.shape) > 1)
+    return dtypes.most_common(1)[0][0]
 
 
 def nbytes_of(kind: Type) -> int:

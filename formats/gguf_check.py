@@ -5,7 +5,7 @@ file readers:  gguf-py (independent of ours)      runtime: llama.cpp's own kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,6 +17,7 @@ from qconvert.check import LogProbs, Stage, Tokens
 from qconvert.emit import Entry, in_parallel
 from qconvert.errors import InputError
 from qconvert.formats import gguf_vocabulary_check
+from qconvert.formats.gguf_activations import as_ggml, round_q8_0, round_q8_k
 from qconvert.formats.gguf_kernels import kernel_rows
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.graph import Graph
@@ -48,6 +49,9 @@ class FileReals:
 
         tensor = self.tensors[self.names[name]]
         return cast(Array, dequantize(np.asarray(tensor.data[begin:end]), tensor.type))
+
+    def dtype(self, name: str) -> str:
+        return str(self.tensors[self.names[name]].type.name).lower()
 
 
 def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -81,9 +85,8 @@ def prove(
     rows += check.price_rows(check.distance(reference, quantized, prompts))
     read = check.log_probs(lowered.graph, reals, prompts)
     rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
-    del reference, quantized
-    types = {e.dtype.removeprefix("gguf.") for e in lowered.plan.entries}
-    answers, runtime = in_runtime(parts, lowered.options.vocabulary.tokenizer, types, tensors, read, prompts, threads)
+    del reference, quantized, read
+    answers, runtime = in_runtime(parts, lowered.options.vocabulary.tokenizer, lowered.graph, reals, prompts, threads)
     return rows + answers, runtime
 
 
@@ -118,27 +121,35 @@ def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: 
 
 
 def in_runtime(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    types: Set[str],
-    tensors: Mapping[str, Tensor],
-    read: LogProbs,
-    prompts: Tokens,
-    threads: int,
+    paths: Sequence[Path], tokenizer: Tokenizer, graph: Graph, reals: FileReals, prompts: Tokens, threads: int
 ) -> tuple[list[Row], dict[str, str] | None]:
-    """llama.cpp loads the file: token ids, chat template, stop tokens, kernels, and logits against what the file says."""
+    """llama.cpp loads the file: token ids, chat template, stop tokens, kernels, and its logits.
+
+    The logits are held against the graph over the file's weights, its activations rounded as ggml rounds them.
+    """
     runtime = LlamaCpp()
     if reason := runtime.missing():
         return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
     model = runtime.open(paths[0], max(map(len, prompts)), threads, shards=paths if len(paths) > 1 else ())
     try:
         rows = gguf_vocabulary_check.rows(model, tokenizer)
-        rows += kernel_rows(tensors)
-        d = check.distance(read, check.runtime_log_probs(model, prompts), prompts)
+        rows += kernel_rows(reals.tensors)
+        got = check.runtime_log_probs(model, prompts)
     finally:
         model.close()
-    kind = "runtime quantized" if types - {"f32", "f16", "bf16"} else "runtime f16" if types - {"f32"} else "runtime f32"
-    return [*rows, check.arithmetic_row(RUNTIME, kind, d)], {"name": runtime.name, "version": runtime.version()}
+    want = check.log_probs(graph, reals, prompts, lambda node, x: as_ggml(reals.dtype(node.inputs[1]))(x))
+    row = check.arithmetic_row(RUNTIME, runtime_kind(reals), check.distance(want, got, prompts))
+    return [*rows, row], {"name": runtime.name, "version": runtime.version()}
+
+
+def runtime_kind(reals: FileReals) -> str:
+    """The row of check.LIMITS for the coarsest rounding of activations in the file."""
+    roundings = {as_ggml(reals.dtype(name)) for name in reals.names if reals.tensors[reals.names[name]].data.ndim == 2}
+    if round_q8_0 in roundings:
+        return "runtime blocks of 32"
+    if round_q8_k in roundings:
+        return "runtime blocks of 256"
+    return "runtime f32" if roundings <= {as_ggml("f32")} else "runtime f16"
 
 
 def context(header: Sequence[Any]) -> int:

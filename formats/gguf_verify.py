@@ -52,10 +52,10 @@ def verify(path: Path, source: Source, merged: Graph, threads: int) -> Report:
         raise InputError(f"{source.name} has no tokenizer to compare the file's with")
     prompts = check.prompts_for(tokenizer.reference(), hard_corpus(), n_vocab(graph), context(arch.kvs))
     reference = check.log_probs(source.graph, Weights(source.graph, source.store), prompts)
-    read = check.log_probs(graph, FileReals(tensors, names), prompts)
+    reals = FileReals(tensors, names)
+    read = check.log_probs(graph, reals, prompts)
     rows += check.price_rows(check.distance(reference, read, prompts))
-    types = {t.type.name.lower() for t in tensors.values()}
-    got, runtime = in_runtime(paths, tokenizer, types, tensors, read, prompts, threads)
+    got, runtime = in_runtime(paths, tokenizer, graph, reals, prompts, threads)
     return Report([], [*rows, *got], runtime, provenance={"model": source.name, "file": path.name})
 
 

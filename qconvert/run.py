@@ -23,6 +23,7 @@ from qconvert.graph import Attr, Graph, Node
 BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
 Scaling = Mapping[str, Attr]
 Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
+RoundInput = Callable[[Node, Tensor], Tensor]
 
 
 class Reals(Protocol):
@@ -38,18 +39,20 @@ def run(
     *,
     want: Iterable[str] | None = None,
     observe: Observe | None = None,
+    round_input: RoundInput | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
 
     observe(name, node, inputs): called before each op with its activations (weights left out).
+    round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
     """
     wanted = tuple(graph.outputs if want is None else want)
     for name in wanted:
         if name not in graph.nodes:
             raise GraphError(f"no value is called %{name}")
-    values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype)
+    values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input)
     need = graph.needed(wanted) - values.fixed
     order = [name for name in graph.nodes if name in need]
     last = {i: name for name in order for i in graph.nodes[name].inputs}
@@ -73,6 +76,7 @@ class Values:
     weights: Reals
     tokens: Tensor
     dtype: torch.dtype
+    round_input: RoundInput | None = None
     live: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[str] = field(init=False)
 
@@ -128,6 +132,8 @@ def _count(node: Node, attr: str) -> int:
 
 def _linear(v: Values, node: Node) -> Tensor:
     x = v[node.inputs[0]]
+    if v.round_input is not None:
+        x = v.round_input(node, x)
     y = torch.cat([F.linear(x, w) for _, _, w in v.blocks(node.inputs[1])], -1)
     return y + v[node.inputs[2]] if len(node.inputs) > 2 else y
 
