@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 demo: .venv/.ready
 	$(BIN)/qconvert golden/tiny+golden/tiny-lora --to gguf --bits 4 -o tiny.gguf --force
-	$(BIN)/python tools/say.py tiny.gguf "The import statement"
+	$(BIN)/python tools/say.py tiny.gguf "A class is"
 
 test: .venv/.ready lint
 	$(BIN)/python -m pytest -n 2 -m "not peer"
