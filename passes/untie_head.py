@@ -91,7 +91,7 @@ def is_sum(graph: Graph, node: Node) -> bool:
 def head_of(graph: Graph) -> str:
     """The linear that makes the logits. GraphError where something else does."""
     name = graph.outputs[0]
-    while is_sum(graph, graph.nodes[name]):
+    while graph.nodes[name].op == "softcap" or is_sum(graph, graph.nodes[name]):
         name = graph.nodes[name].inputs[0]
     if graph.nodes[name].op != "linear":
         raise GraphError(f"%{name} makes the logits and is {graph.nodes[name].op}, not a linear")

@@ -6,6 +6,7 @@ graph.meta["dropped"] gives, or an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,9 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "attn_output": ("width", "heads * head_dim"),
     "attn_q_norm": ("head_dim",),
     "attn_k_norm": ("head_dim",),
+    "post_attention_norm": ("width",),
     "ffn_norm": ("width",),
+    "post_ffw_norm": ("width",),
     "ffn_gate": ("ffn", "width"),
     "ffn_up": ("ffn", "width"),
     "ffn_down": ("width", "ffn"),
@@ -88,20 +91,29 @@ class _Builder:
         return self.add(name, self.family.norm, x, weight, *bias, eps=self.settings.eps)
 
     def embedding(self) -> str:
-        if self.family.position == "rope":
+        if self.family.position == "rope" and not self.family.scaled_embedding:
             return self.add("h", "embed", "tokens", self.weight("token_embd"))
         token = self.add("token_embd", "embed", "tokens", self.weight("token_embd"))
+        if self.family.scaled_embedding:
+            return self.add("h", "times", token, by=math.sqrt(self.settings.width))
         positions = self.add("positions", "positions", "tokens")
         return self.add("h", "add", token, self.add("position_embd", "embed", positions, self.weight("position_embd")))
 
     def attention(self, i: int, x: str) -> str:
         c = self.settings
         q, k, v = self.qkv(i, self.norm(f"l{i}.attn_norm", x, "attn_norm", i))
-        attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.head_dim**-0.5}
+        attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.attn_scale}
+        if c.attn_softcap is not None:
+            attrs["softcap"] = c.attn_softcap
         if c.windows[i] is not None:
             attrs["window"] = c.windows[i]
         attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, **attrs)
-        return self.add(f"l{i}.h1", "add", x, self.linear(f"l{i}.attn_out", attn, "attn_output", i))
+        out = self.linear(f"l{i}.attn_out", attn, "attn_output", i)
+        return self.add(f"l{i}.h1", "add", x, self.post_norm(out, "post_attention_norm", i))
+
+    def post_norm(self, x: str, role: str, i: int) -> str:
+        """What a branch gives, normed where the family does that."""
+        return self.norm(f"{x}_norm", x, role, i) if role in self.family.names else x
 
     def qkv(self, i: int, x: str) -> tuple[str, str, str]:
         if not self.family.fused_qkv:
@@ -130,10 +142,15 @@ class _Builder:
             inner = self.add(f"l{i}.gated", "mul", gate, self.linear(f"l{i}.up", n, "ffn_up", i))
         else:
             inner = self.add(f"l{i}.act", act, self.linear(f"l{i}.up", n, "ffn_up", i))
-        return self.add(f"l{i}.h2", "add", x, self.linear(f"l{i}.down", inner, "ffn_down", i))
+        out = self.linear(f"l{i}.down", inner, "ffn_down", i)
+        return self.add(f"l{i}.h2", "add", x, self.post_norm(out, "post_ffw_norm", i))
 
     def head(self, x: str) -> None:
-        self.linear("logits", x, "token_embd" if self.settings.tied else "output")
+        role = "token_embd" if self.settings.tied else "output"
+        if self.settings.softcap is None:
+            self.linear("logits", x, role)
+        else:
+            self.add("logits", "softcap", self.linear("head", x, role), cap=self.settings.softcap)
 
     # parameters ----------------------------------------------------------------------------------
 
@@ -159,6 +176,9 @@ class _Builder:
         if turned:
             self.nodes[f"{name}~stored"] = stored
             self.add(name, "transpose", f"{name}~stored")
+        elif self.family.norm_offset and role.endswith("_norm"):
+            self.nodes[f"{name}~stored"] = stored
+            self.add(name, "shifted", f"{name}~stored", by=self.family.norm_offset)
         else:
             self.nodes[name] = stored
         return name

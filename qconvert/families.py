@@ -50,8 +50,12 @@ class Family:
     qk_norm: bool = False  # q and k are normed, each head by itself, before they rotate
     biases: Mapping[str, str | bool] = field(default_factory=dict)  # role -> always, or where this setting is true
     stored_transposed: frozenset[str] = frozenset()  # roles of weights that lie as [in, out]
-    windows: Literal["none", "all", "by_layer"] = "none"  # which layers have a sliding window
+    norm_offset: float = 0.0  # what is added to the stored weights of norms
+    scaled_embedding: bool = False  # tokens' vectors are multiplied by sqrt(width)
+    windows: Literal["none", "all", "by_layer", "pattern"] = "none"  # which layers have a sliding window
+    theta: float = 10000.0  # of rope, where config.json has none
     neutral: Mapping[str, tuple[Attr, ...]] = field(default_factory=dict)  # keys understood at these values only
+    harmless: Mapping[str, str] = field(default_factory=dict)  # keys that transformers does not read here, and why
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why
 
     def module(self, role: str, layer: int | None) -> str:
@@ -59,7 +63,7 @@ class Family:
 
 
 _ROPE_IGNORABLE = MappingProxyType({r".*rotary_emb\.inv_freq": "computed from rope_theta"})
-_SELF_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+SELF_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 LLAMA = Family(
     name="llama",
@@ -96,13 +100,14 @@ LLAMA = Family(
         mlp_bias=key("mlp_bias", default=False),
     ),
     biases=MappingProxyType(
-        dict.fromkeys(_SELF_ATTENTION, "attention_bias") | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
+        dict.fromkeys(SELF_ATTENTION, "attention_bias") | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
     ),
     ignorable=_ROPE_IGNORABLE,
 )
 
 
-def _config(family: Family, *without: str, **keys: Key) -> Mapping[str, Key]:
+def keys_of(family: Family, *without: str, **keys: Key) -> Mapping[str, Key]:
+    """The keys of another family, some left out, some added or changed."""
     return MappingProxyType({k: v for k, v in family.config.items() if k not in without} | keys)
 
 
@@ -111,7 +116,7 @@ MISTRAL = replace(
     name="mistral",
     model_type="mistral",
     hf=("MistralForCausalLM", "MistralModel"),
-    config=_config(
+    config=keys_of(
         LLAMA,
         "attention_bias",
         "mlp_bias",
@@ -129,7 +134,7 @@ QWEN2 = replace(
     name="qwen2",
     model_type="qwen2",
     hf=("Qwen2ForCausalLM", "Qwen2Model"),
-    config=_config(
+    config=keys_of(
         LLAMA,
         "attention_bias",
         "mlp_bias",
@@ -156,10 +161,10 @@ QWEN3 = replace(
             "attn_k_norm": "model.layers.{i}.self_attn.k_norm",
         }
     ),
-    config=_config(
+    config=keys_of(
         QWEN2, head_dim=key("head_dim", default=128), attention_bias=key("attention_bias", default=False)
     ),
-    biases=MappingProxyType(dict.fromkeys(_SELF_ATTENTION, "attention_bias")),
+    biases=MappingProxyType(dict.fromkeys(SELF_ATTENTION, "attention_bias")),
     qk_norm=True,
 )
 

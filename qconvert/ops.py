@@ -114,6 +114,7 @@ OPS: dict[str, Op] = {
     ),
     "add_scaled": Op(_real, "(w, d) {scale}: w + scale * d", True),
     "scaled": Op(_real, "(w) {scale}: scale * w", True),
+    "shifted": Op(_real, "(w) {by}: w + by", True),
     "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
@@ -133,6 +134,8 @@ OPS: dict[str, Op] = {
     ),
     "add": Op(_elementwise, "x + y"),
     "mul": Op(_elementwise, "x * y"),
+    "times": Op(_same, "(x) {by}: x * by"),
+    "softcap": Op(_same, "(x) {cap}: cap * tanh(x / cap)"),
     "silu": Op(_same, "x * sigmoid(x)"),
     "gelu": Op(_same, "exact (erf) GELU"),
     "gelu_tanh": Op(_same, "GELU, tanh approximation"),
@@ -146,7 +149,9 @@ OPS: dict[str, Op] = {
         "by position; factors divide the frequencies",
     ),
     "attention": Op(
-        _same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"
+        _same,
+        "(q, k, v) {heads, kv_heads, scale, window?, softcap?}: causal; with a window, position i sees i-window < j <= i; "
+        "softcap is of the scores, before the mask",
     ),
 }
 

@@ -215,20 +215,30 @@ def _rope(v: Values, node: Node) -> Tensor:
 
 
 def _attention(v: Values, node: Node) -> Tensor:
-    heads, kv_heads = _count(node, "heads"), _count(node, "kv_heads")
+    heads, kv_heads, scale = _count(node, "heads"), _count(node, "kv_heads"), _number(node, "scale")
     head_dim = v[node.inputs[0]].shape[-1] // heads
     q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs)
     n = q.shape[2]
     window = node.attrs.get("window")
     mask = None
-    if window is not None and _count(node, "window") < n:
+    if node.attrs.get("softcap") is not None or (window is not None and _count(node, "window") < n):
         i = torch.arange(n)
         age = i[:, None] - i
-        mask = (age >= 0) & (age < _count(node, "window"))
-    y = F.scaled_dot_product_attention(
-        q, k, value, attn_mask=mask, is_causal=mask is None, scale=_number(node, "scale"), enable_gqa=heads != kv_heads
-    )
+        mask = (age >= 0) & (age < (n if window is None else _count(node, "window")))
+    if node.attrs.get("softcap") is not None and mask is not None:
+        y = _capped_attention(q, k, value, mask, scale, _number(node, "softcap"))
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+        )
     return y.transpose(1, 2).flatten(-2)
+
+
+def _capped_attention(q: Tensor, k: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """q [B,H,T,D], k and value [B,H/g,T,D] -> [B,H,T,D], scores bounded by cap."""
+    k, value = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, value))
+    scores = cap * torch.tanh(scale * (q @ k.transpose(-1, -2)) / cap)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
 
 
 # rope scaling -------------------------------------------------------------------------------------
@@ -332,6 +342,8 @@ OPS: dict[str, Run] = {
     "dora_embed": _dora_embed,
     "add": _plain(torch.add),
     "mul": _plain(torch.mul),
+    "times": lambda v, node: v[node.inputs[0]] * _number(node, "by"),
+    "softcap": lambda v, node: _number(node, "cap") * torch.tanh(v[node.inputs[0]] / _number(node, "cap")),
     "silu": _plain(F.silu),
     "gelu": _plain(F.gelu),
     "gelu_tanh": _plain(lambda x: F.gelu(x, approximate="tanh")),

@@ -210,6 +210,10 @@ def _scaled(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     return (_number(node, "scale") * w.real(node.inputs[0], begin, end)).astype(w.dtype)
 
 
+def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return (_number(node, "by") + w.real(node.inputs[0], begin, end)).astype(w.dtype)
+
+
 def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     n = node.type.dims[0]
     head_dim = n // int(_number(node, "heads"))
@@ -255,5 +259,5 @@ Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
 OPS: dict[str, Op] = {
     "load": _load, "constant": _constant, "transpose": _transpose, "cast": _cast, "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
-    "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
+    "shifted": _shifted, "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from tiny_models import SMALL, SMALL_GPT2, edited, save_random
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
 from qconvert.families import GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, Family
+from qconvert.families_gemma import GEMMA2
 from qconvert.settings import Settings, read_settings
 from qconvert.sources import Store, read_checkpoint
 
@@ -31,6 +32,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "kind"), [
     (LLAMA, "Llama"), (MISTRAL, "Mistral"), (QWEN2, "Qwen2"), (QWEN3, "Qwen3"), (GPT2, "GPT2"),
+    (GEMMA2, "Gemma2"),
 ])  # fmt: skip
 def test_every_key_of_transformers_is_known_and_every_default_is_its_own(family: Family, kind: str) -> None:
     config = getattr(transformers, f"{kind}Config")()

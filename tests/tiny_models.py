@@ -26,6 +26,10 @@ SMALL: dict[str, Any] = {
 SMALL_GPT2: dict[str, Any] = {
     "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+SMALL_GEMMA2 = SMALL | {
+    "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 N_TOKENS = 40  # longer than every window and original context below
 
@@ -71,6 +75,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 biases and window": (
         "Qwen3",
         SMALL | WINDOW | {"attention_bias": True, "max_window_layers": 0},
+    ),
+    "gemma2": ("Gemma2", SMALL_GEMMA2),
+    "gemma2 tied, biases": ("Gemma2", SMALL_GEMMA2 | {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma2 no caps, listed layers": (
+        "Gemma2",
+        SMALL_GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None,
+                        "layer_types": ["full_attention", "sliding_attention"]},
     ),
     "gpt2": ("GPT2", SMALL_GPT2),
     "gpt2 untied, n_inner, relu": (
@@ -119,7 +130,8 @@ def no_float32() -> Iterator[None]:
     """transformers computes norms and rope in torch.float32 by name, whatever the model's dtype: make that f64."""
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.multiple(torch, float32=torch.float64, float=torch.float64):
+        names = mock.patch.multiple(torch, float32=torch.float64, float=torch.float64)
+        with names, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
