@@ -34,10 +34,13 @@ ROUNDS = 7
 SCHEMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
+def cpu_seconds(work: Callable[[], object], least: float = 0.02) -> float:
+    """CPU seconds of one call, over as many calls as take `least` seconds."""
+    begin, calls = time.process_time(), 0
+    while not calls or time.process_time() - begin < least:
+        work()
+        calls += 1
+    return (time.process_time() - begin) / calls
 
 
 def weights(n: int = ROWS, k: int = COLUMNS) -> np.ndarray:
