@@ -56,11 +56,11 @@ def quantize(scheme: str) -> Iterator[Result]:
     """Our search against ggml_quantize_chunk. `ratio` is the median of the ratios of neighbouring runs."""
     import ggml_oracle
 
-    from qconvert.kernels.search import search
+    from qconvert import kernels
 
     x = weights()
     out = np.empty((ROWS, ggml_oracle.row_nbytes(scheme, COLUMNS)), np.uint8)
-    ours = partial(search, scheme, x, out=out)
+    ours = partial(kernels.search, scheme, x, out=out)
     peer = partial(ggml_oracle.quantize, scheme, x, out)
     ours()  # compiles
     seconds = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(ROUNDS)]
