@@ -17,7 +17,7 @@ from qconvert.kernels.lanes import Lanes, choose, host
 from qconvert.scheme import F32, SCHEMES
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-search = kernels.search  # by the package: its submodule of that name would hide the function
+search = kernels.search
 NAMES = sorted(SCHEMES)
 WIDTHS = [pytest.param(None, id="vectors"), pytest.param(1, id="scalars")]
 needs_ggml = pytest.mark.skipif(ggml_oracle.library() is None, reason="xllamacpp is not installed")

@@ -26,9 +26,11 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench_results.jsonl"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-Result = dict[str, str | float]
+import bench_pipeline  # noqa: E402
+
+Result = dict[str, str | float | None]
 ROWS, COLUMNS = 1024, 4096
 ROUNDS = 7
 SCHEMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
@@ -87,6 +89,7 @@ def low_rank(r: int) -> Iterator[Result]:
 
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
+    **bench_pipeline.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }
