@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import bench_pipeline
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench_results.jsonl"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
-
-import bench_pipeline  # noqa: E402
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 Result = dict[str, str | float | None]
 ROWS, COLUMNS = 1024, 4096

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_bf16 as widen_bf16
 
-_WHERE = dict.fromkeys(("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16"), "real") | {"search": "ggml_search"}
+_REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")
+_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search"}
 
 
 def __getattr__(name: str) -> object:
