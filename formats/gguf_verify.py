@@ -31,8 +31,6 @@ from qconvert.target import Source
 from qconvert.tokenizer import hard_corpus
 from qconvert.weights import Weights, rows_per_block
 
-# error of the file over the error of ggml's quantizer: importance matrices and other solvers stay below 1.5
-RATIO_LIMIT = 3.0
 FLOOR = 1e-6  # relative: rounding of f32 sums
 
 
@@ -100,7 +98,7 @@ def weights_row(graph: Graph, weights: Weights, names: Mapping[str, str], tensor
         ratio = error_ratio(graph, weights, reals, parameter, tensors[name].type.name.lower())
         if ratio > worst:
             worst, where = ratio, f"worst is {name}"
-    return judged("weights", "error / ggml's own", worst, RATIO_LIMIT, where)
+    return judged("weights", "error / ggml's own", worst, check.LIMITS["weights"][0], where)
 
 
 def error_ratio(graph: Graph, weights: Weights, reals: FileReals, parameter: str, dtype: str) -> float:

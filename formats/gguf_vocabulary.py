@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from qconvert.request import Request
 from qconvert.target import Source
 from qconvert.tokenizer import Tokenizer, read_tokenizer
 
+log = logging.getLogger("qconvert")
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -44,6 +46,7 @@ def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
         pre = PreTokenizer(name, False, "by structure")
     else:
         pre = find_pre(tokenizer, LlamaCpp(), forced=request.pre_tokenizer)
+    log.debug("pre-tokenizer %s: %s", pre.name, pre.reason)
     return Vocabulary(
         tokenizer, pre, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), tuple(gguf_tokenizer.notes(tokenizer))
     )

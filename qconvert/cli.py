@@ -230,26 +230,29 @@ def dump(facts: dict[str, Any], file: str | None) -> None:
 
 
 def fail(error: QConvertError, args: list[str]) -> int:
-    """Say what went wrong on stderr; the report so far goes where --json says."""
+    """Say what went wrong on stderr; what is known goes where --json says."""
     report: Any = error.report
+    facts = {"outputs": [], "verified": False} if report is None else report.data()
     if report is not None:
         from qconvert.printing import report_text
 
         click.echo(report_text(report), err=True)
-        for i, arg in enumerate(args):
-            target = (
-                arg.partition("=")[2]
-                if arg.startswith("--json=")
-                else args[i + 1]
-                if arg == "--json" and i + 1 < len(args)
-                else None
-            )
-            if target:
-                dump({**report.data(), "exit": error.exit_code}, target)
+    if target := json_target(args):
+        dump({**facts, "exit": error.exit_code, "error": error.message, "hint": error.hint}, target)
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
     return error.exit_code
+
+
+def json_target(args: list[str]) -> str | None:
+    """What --json was given, also where no command got to read it."""
+    for i, arg in enumerate(args):
+        if arg.startswith("--json="):
+            return arg.partition("=")[2]
+        if arg == "--json" and i + 1 < len(args):
+            return args[i + 1]
+    return None
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ prove:  unmerged, merged, quantized, file, runtime: each against the one before 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from qconvert import registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
-from qconvert.emit import Plan, Progress, preflight, written
+from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UsageError, VerificationError
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
@@ -80,12 +79,14 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     lowered = lower(request, source, target)
     plan = lowered.plan
     report = describe(request, source, lowered)
+    for entry in plan.entries:
+        log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
     if request.dry_run:
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
     weights = Weights(lowered.graph, store)
-    threads = request.threads or len(os.sched_getaffinity(0))
+    threads = request.threads or default_threads()
     with written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
             rows, runtime = target.prove(source, lowered, weights, parts, threads)

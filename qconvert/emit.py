@@ -60,6 +60,11 @@ Progress = Callable[[int], None]  # told the bytes written since the last call
 T = TypeVar("T")
 
 
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def preflight(plan: Plan, force: bool) -> None:
     """Refuse what cannot work before the first byte: existing outputs, folders without write permission, full disks."""
     for file in plan.files:

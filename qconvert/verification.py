@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
 from qconvert import registry
 from qconvert.conversion import merge_source, read_source
+from qconvert.emit import default_threads
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.graph import Graph
 from qconvert.report import Report
@@ -37,6 +37,6 @@ def verify_file(path: Path, against: str, adapters: Sequence[str] = (), threads:
         source = read_source(request, store)
         merged = merge_source(request, source).run(source.graph, None, log.info)
         target = cast(type[Verifier], registry.find("formats", "gguf"))()
-        return target.verify(path, source, merged, threads or len(os.sched_getaffinity(0)))
+        return target.verify(path, source, merged, threads or default_threads())
     finally:
         store.close()

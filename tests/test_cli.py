@@ -72,6 +72,12 @@ def test_mistakes_have_a_message_a_code_and_no_traceback(args: list[object], cod
     assert "Traceback" not in done.stderr
 
 
+def test_an_error_is_in_the_json_too(tmp_path: Path) -> None:
+    done = qconvert("no/such", "--json", tmp_path / "r.json")
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert done.returncode == data["exit"] == 3 and "no/such" in data["error"] and data["outputs"] == []
+
+
 def test_a_bug_says_so_and_shows_its_traceback_on_request(tmp_path: Path) -> None:
     script = "import qconvert.listing as l; l.lines = lambda _: 1 / 0; from qconvert.cli import main; main()"
     for flag, traceback in ((), False), (("-v",), True):

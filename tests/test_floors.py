@@ -21,7 +21,8 @@ FLOORS: dict[float, str] = {
     4: "conversion verification inspection listing printing",
     5: "cli __main__",
 }
-FORMATS = {"llama_cpp": "gguf", "llama_cpp_abi": "gguf"}  # a runtime belongs to its format; else a file's format is its name up to the first _
+# a runtime belongs to its format; else a format is its file's name up to the first _
+FORMATS = {"llama_cpp": "gguf", "llama_cpp_abi": "gguf"}
 
 
 def modules() -> dict[str, Path]:

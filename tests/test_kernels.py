@@ -14,10 +14,10 @@ from qconvert import kernels
 from qconvert.errors import UnsupportedError
 from qconvert.formats.gguf_layouts import LAYOUTS
 from qconvert.kernels.lanes import Lanes, choose, host
-from qconvert.kernels.search import search
 from qconvert.scheme import F32, SCHEMES
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
+search = kernels.search
 NAMES = sorted(SCHEMES)
 WIDTHS = [pytest.param(None, id="vectors"), pytest.param(1, id="scalars")]
 needs_ggml = pytest.mark.skipif(ggml_oracle.library() is None, reason="xllamacpp is not installed")

@@ -22,22 +22,26 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import bench_pipeline
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench_results.jsonl"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-Result = dict[str, str | float]
+Result = dict[str, str | float | None]
 ROWS, COLUMNS = 1024, 4096
 ROUNDS = 7
 SCHEMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
+def cpu_seconds(work: Callable[[], object], least: float = 0.02) -> float:
+    """CPU seconds of one call, over as many calls as take `least` seconds."""
+    begin, calls = time.process_time(), 0
+    while not calls or time.process_time() - begin < least:
+        work()
+        calls += 1
+    return (time.process_time() - begin) / calls
 
 
 def weights(n: int = ROWS, k: int = COLUMNS) -> np.ndarray:
@@ -53,11 +57,11 @@ def quantize(scheme: str) -> Iterator[Result]:
     """Our search against ggml_quantize_chunk. `ratio` is the median of the ratios of neighbouring runs."""
     import ggml_oracle
 
-    from qconvert.kernels.search import search
+    from qconvert import kernels
 
     x = weights()
     out = np.empty((ROWS, ggml_oracle.row_nbytes(scheme, COLUMNS)), np.uint8)
-    ours = partial(search, scheme, x, out=out)
+    ours = partial(kernels.search, scheme, x, out=out)
     peer = partial(ggml_oracle.quantize, scheme, x, out)
     ours()  # compiles
     seconds = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(ROUNDS)]
@@ -84,6 +88,7 @@ def low_rank(r: int) -> Iterator[Result]:
 
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
+    **bench_pipeline.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }

@@ -14,14 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qconvert.kernels.ggml_search import search as search
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
     from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_bf16 as widen_bf16
-    from qconvert.kernels.search import search as search
 
-_WHERE = {name: "real" for name in ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")} | {"search": "search"}
+_REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")
+_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search"}
 
 
 def __getattr__(name: str) -> object:

@@ -337,7 +337,7 @@ def copy_sign(typingctx, magnitude, v):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def nearest(typingctx, v, low, high):  # type: ignore[no-untyped-def]
-    """The nearest integer within low..high (ints), ties to even, as a float; exact for |v| < 2**22.
+    """The nearest integer within low..high (ints or None), ties to even, as a float; exact for |v| < 2**22.
 
     Adding 1.5 * 2**23 leaves the integer in the low bits, where it is clamped: integer units are idle in these kernels.
     """
@@ -346,6 +346,8 @@ def nearest(typingctx, v, low, high):  # type: ignore[no-untyped-def]
         integers, magic = v.of(types.int32), _constant(v, 12582912.0)
         bits = builder.bitcast(builder.fadd(args[0], magic), integers.llvm())
         for sign, typ, limit in ((">", sig.args[1], args[1]), ("<", sig.args[2], args[2])):
+            if typ == types.none:
+                continue
             raw = builder.add(_widen(context, builder, typ, limit, integers), _constant(integers, 0x4B400000))
             bits = builder.select(builder.icmp_signed(sign, bits, raw), bits, raw)
         return builder.fsub(builder.bitcast(bits, v.llvm()), magic)

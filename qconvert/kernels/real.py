@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qconvert.kernels.lanes import any_lane, choose, count, load, splat, store
+from qconvert.kernels.lanes import any_lane, choose, count, load, scratch, splat, store
 from qconvert.scheme import F32, Array
 
 U16 = npt.NDArray[np.uint16]
@@ -37,7 +37,7 @@ def add_low_rank(w: F32, a: F32, b: F32, scale: float) -> F32:
     One element is w + scale * (((b0*a0) + b1*a1) + ...): the same bits on every machine and for every split of rows.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
-    _add_low_rank(choose(8, 16), w, a, b, np.float32(scale))
+    _add_low_rank(choose(16, 16), w, a, b, np.float32(scale))
     return w
 
 
@@ -102,35 +102,35 @@ def _all_below(lanes, bits, exponent):  # type: ignore[no-untyped-def]
 
 
 ROWS = 4  # of w that share each load of a
+TILE = 8192  # values of `a` copied together: its rows lie powers of two apart, which caches bear badly
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _add_low_rank(lanes, w, a, b, scale):  # type: ignore[no-untyped-def]
     width, (n, k), r = count(lanes), w.shape, a.shape[0]
-    flat_w, flat_a, factor = w.reshape(-1), a.reshape(-1), splat(lanes, scale)
-    whole = k // (2 * width) * (2 * width)
-    for start in range(0, n - ROWS + 1, ROWS):
-        b0, b1, b2, b3 = b[start], b[start + 1], b[start + 2], b[start + 3]
-        for i in range(0, whole, 2 * width):
-            x0 = y0 = x1 = y1 = x2 = y2 = x3 = y3 = splat(lanes, np.float32(0))
-            for j in range(r):
-                x, y = load(lanes, flat_a, j * k + i), load(lanes, flat_a, j * k + i + width)
-                x0, y0 = x0 + b0[j] * x, y0 + b0[j] * y
-                x1, y1 = x1 + b1[j] * x, y1 + b1[j] * y
-                x2, y2 = x2 + b2[j] * x, y2 + b2[j] * y
-                x3, y3 = x3 + b3[j] * x, y3 + b3[j] * y
-            _add_scaled(lanes, flat_w, start * k + i, factor, x0, y0)
-            _add_scaled(lanes, flat_w, (start + 1) * k + i, factor, x1, y1)
-            _add_scaled(lanes, flat_w, (start + 2) * k + i, factor, x2, y2)
-            _add_scaled(lanes, flat_w, (start + 3) * k + i, factor, x3, y3)
-        _add_columns(w, a, b, scale, start, start + ROWS, whole)
+    flat_w, flat_a, whole = w.reshape(-1), a.reshape(-1), k // width * width
+    columns = max(width, TILE // max(r, 1) // width * width)
+    stride = columns + 16
+    tile = scratch(r * stride)
+    for begin in range(0, whole, columns):
+        end = min(begin + columns, whole)
+        for j in range(r):
+            for i in range(begin, end, width):
+                store(tile, j * stride + i - begin, load(lanes, flat_a, j * k + i))
+        for start in range(0, n - ROWS + 1, ROWS):
+            b0, b1, b2, b3 = b[start], b[start + 1], b[start + 2], b[start + 3]
+            for i in range(begin, end, width):
+                x0 = x1 = x2 = x3 = splat(lanes, np.float32(0))
+                for j in range(r):
+                    x = load(lanes, tile, j * stride + i - begin)
+                    x0, x1, x2, x3 = x0 + b0[j] * x, x1 + b1[j] * x, x2 + b2[j] * x, x3 + b3[j] * x
+                at = start * k + i
+                store(flat_w, at, load(lanes, flat_w, at) + x0 * scale)
+                store(flat_w, at + k, load(lanes, flat_w, at + k) + x1 * scale)
+                store(flat_w, at + 2 * k, load(lanes, flat_w, at + 2 * k) + x2 * scale)
+                store(flat_w, at + 3 * k, load(lanes, flat_w, at + 3 * k) + x3 * scale)
+    _add_columns(w, a, b, scale, 0, n // ROWS * ROWS, whole)
     _add_columns(w, a, b, scale, n // ROWS * ROWS, n, 0)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def _add_scaled(lanes, flat, at, factor, x, y):  # type: ignore[no-untyped-def]
-    store(flat, at, load(lanes, flat, at) + factor * x)
-    store(flat, at + count(lanes), load(lanes, flat, at + count(lanes)) + factor * y)
 
 
 @njit(cache=True, nogil=True)

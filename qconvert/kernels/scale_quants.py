@@ -48,6 +48,21 @@ def _peak(lanes, X):  # type: ignore[no-untyped-def]
     return peak, size
 
 
+BELOW_33 = 13  # the ranges up to 32.4 give no code below -32, so there is nothing to clamp
+
+
+@njit(forceinline=True)
+def _sums_6(lanes, X, W, WX, factor, low):  # type: ignore[no-untyped-def]
+    """Sums of w * x * code and of w * code * code over each lane's 16 values."""
+    n = count(lanes)
+    sum_lx = sum_l2 = splat(lanes, F(0))
+    for i in range(16):
+        code = nearest(factor * load(lanes, X, i * n), low, 31)
+        sum_lx = sum_lx + load(lanes, WX, i * n) * code
+        sum_l2 = sum_l2 + load(lanes, W, i * n) * code * code
+    return sum_lx, sum_l2
+
+
 @njit(forceinline=True)
 def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
     """Scale of each lane's sub-block by least squares, weights x * x, over candidate roundings to -32..31.
@@ -73,11 +88,10 @@ def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
     best = scale * sum_lx
     for step in range(RANGES_6.size):
         factor = RANGES_6[step] / peak
-        sum_lx = sum_l2 = zero
-        for i in range(16):
-            code = nearest(factor * load(lanes, X, i * n), -32, 31)
-            sum_lx = sum_lx + load(lanes, WX, i * n) * code
-            sum_l2 = sum_l2 + load(lanes, W, i * n) * code * code
+        if step < BELOW_33:
+            sum_lx, sum_l2 = _sums_6(lanes, X, W, WX, factor, None)
+        else:
+            sum_lx, sum_l2 = _sums_6(lanes, X, W, WX, factor, -32)
         better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
         best_factor = select(better, factor, best_factor)
         scale = select(better, sum_lx / sum_l2, scale)
