@@ -40,6 +40,7 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "post_ffw_norm": ("width",),
     "ffn_gate": ("ffn", "width"),
     "ffn_up": ("ffn", "width"),
+    "ffn_gate_up": ("2 * ffn", "width"),
     "ffn_down": ("width", "ffn"),
 }
 BLOCK = 1 << 22  # values compared at a time
@@ -138,12 +139,21 @@ class _Builder:
     def feed_forward(self, i: int, x: str) -> str:
         n, act = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.act
         if self.family.mlp == "gated":
-            gate = self.add(f"l{i}.act", act, self.linear(f"l{i}.gate", n, "ffn_gate", i))
-            inner = self.add(f"l{i}.gated", "mul", gate, self.linear(f"l{i}.up", n, "ffn_up", i))
+            gate, up = self.gate_and_up(i, n)
+            inner = self.add(f"l{i}.gated", "mul", self.add(f"l{i}.act", act, gate), up)
         else:
             inner = self.add(f"l{i}.act", act, self.linear(f"l{i}.up", n, "ffn_up", i))
         out = self.linear(f"l{i}.down", inner, "ffn_down", i)
         return self.add(f"l{i}.h2", "add", x, self.post_norm(out, "post_ffw_norm", i))
+
+    def gate_and_up(self, i: int, x: str) -> tuple[str, str]:
+        if not self.family.fused_mlp:
+            return self.linear(f"l{i}.gate", x, "ffn_gate", i), self.linear(f"l{i}.up", x, "ffn_up", i)
+        fused, ffn = self.linear(f"l{i}.gate_up", x, "ffn_gate_up", i), self.settings.ffn
+        return (
+            self.add(f"l{i}.gate", "slice", fused, begin=0, end=ffn),
+            self.add(f"l{i}.up", "slice", fused, begin=ffn, end=2 * ffn),
+        )
 
     def head(self, x: str) -> None:
         role = "token_embd" if self.settings.tied else "output"
@@ -276,7 +286,7 @@ def _product(dim: str, sizes: Mapping[str, int]) -> int:
         return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
     out = 1
     for factor in dim.split(" * "):
-        out *= sizes[factor]
+        out *= int(factor) if factor.isdigit() else sizes[factor]
     return out
 
 

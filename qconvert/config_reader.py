@@ -135,9 +135,9 @@ class Reader:
             return "null"
         if key in HARMLESS or key in self.family.harmless:
             return HARMLESS.get(key) or self.family.harmless[key]
+        neutral = {**NEUTRAL, **self.family.neutral}
         if key == "auto_map" and isinstance(value, dict) and not any("Model" in k for k in value):
             return "code is never run, and the model needs none"
-        neutral = {**NEUTRAL, **self.family.neutral}
         if key not in neutral:
             raise InputError(
                 f"{self.where}: {key} = {str(value)[:80]} is a setting that {self.family.name} models do not have; "

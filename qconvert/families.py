@@ -47,6 +47,8 @@ class Family:
     mlp: Literal["gated", "plain"] = "gated"
     position: Literal["rope", "learned"] = "rope"
     fused_qkv: bool = False
+    fused_mlp: bool = False  # gate and up are one linear
+    rope_types: tuple[str, ...] | None = None  # scalings of rope that transformers knows here; None: all
     qk_norm: bool = False  # q and k are normed, each head by itself, before they rotate
     biases: Mapping[str, str | bool] = field(default_factory=dict)  # role -> always, or where this setting is true
     stored_transposed: frozenset[str] = frozenset()  # roles of weights that lie as [in, out]
@@ -166,6 +168,40 @@ QWEN3 = replace(
     ),
     biases=MappingProxyType(dict.fromkeys(SELF_ATTENTION, "attention_bias")),
     qk_norm=True,
+)
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    model_type="phi3",
+    hf=("Phi3ForCausalLM", "Phi3Model"),
+    names=MappingProxyType(
+        {role: name for role, name in LLAMA.names.items() if role not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")}
+        | {
+            "attn_qkv": "model.layers.{i}.self_attn.qkv_proj",
+            "ffn_gate_up": "model.layers.{i}.mlp.gate_up_proj",
+        }
+    ),
+    config=keys_of(
+        LLAMA,
+        "attention_bias",
+        "mlp_bias",
+        context=key("max_position_embeddings", default=4096),
+        eps=key("rms_norm_eps", default=1e-5),
+        window=key("sliding_window", default=None),
+    ),
+    biases=table(),
+    fused_qkv=True,
+    fused_mlp=True,
+    windows="all",
+    rope_types=(),
+    neutral=table(
+        attention_bias=(False,),
+        mlp_bias=(False,),
+        auto_map=(  # the code that transformers took over
+            {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        ),
+    ),
 )
 
 _GPT2_LINEAR = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")

@@ -165,10 +165,9 @@ def _rope(reader: Reader, context: int) -> dict[str, Attr]:
     if params.get("type", kind) != kind:
         raise InputError(f"{where}: rope_type is {kind!r}, but type is {params['type']!r}")
     theta = positive(reader, params.get("rope_theta", reader.family.theta), "rope_theta")
-    if not isinstance(kind, str) or kind not in ("default", *ROPE_SCALINGS):
-        raise UnsupportedError(
-            f"{where}: rope scaling {kind!r} is not supported", hint=f"there are default, {', '.join(ROPE_SCALINGS)}"
-        )
+    known = ("default", *(ROPE_SCALINGS if reader.family.rope_types is None else reader.family.rope_types))
+    if not isinstance(kind, str) or kind not in known:
+        raise UnsupportedError(f"{where}: rope scaling {kind!r} is not supported", hint=f"known here: {', '.join(known)}")
     for k, value in params.items():
         if k not in ROPE_HARMLESS and not (k == "partial_rotary_factor" and value == 1):
             raise UnsupportedError(f"{where}: {k} = {value!r} in the rope settings is not supported")

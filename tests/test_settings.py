@@ -14,7 +14,7 @@ from tiny_models import SMALL, SMALL_GPT2, edited, save_random
 
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
-from qconvert.families import GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, Family
+from qconvert.families import GPT2, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, Family
 from qconvert.families_gemma import GEMMA2
 from qconvert.settings import Settings, read_settings
 from qconvert.sources import Store, read_checkpoint
@@ -32,7 +32,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "kind"), [
     (LLAMA, "Llama"), (MISTRAL, "Mistral"), (QWEN2, "Qwen2"), (QWEN3, "Qwen3"), (GPT2, "GPT2"),
-    (GEMMA2, "Gemma2"),
+    (GEMMA2, "Gemma2"), (PHI3, "Phi3"),
 ])  # fmt: skip
 def test_every_key_of_transformers_is_known_and_every_default_is_its_own(family: Family, kind: str) -> None:
     config = getattr(transformers, f"{kind}Config")()
@@ -96,6 +96,22 @@ def test_a_model_that_brings_its_own_code_is_refused_and_a_tokenizer_that_does_i
 def test_a_value_that_no_graph_has_is_refused_with_exit_5(llama: Path, key: str, value: object) -> None:
     with pytest.raises(UnsupportedError, match=key.replace("rope_parameters", "rope")):
         build(edited(llama, **{key: value}))
+
+
+@pytest.mark.parametrize("scaling", ["longrope", "yarn", "su"])  # phi3 reads all three as longrope
+def test_phi3_with_a_scaled_rope_is_refused(tmp_path: Path, scaling: str) -> None:
+    phi3 = save_random(tmp_path, "Phi3", SMALL)
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    with pytest.raises(UnsupportedError, match=scaling):
+        build(edited(phi3, rope_parameters=None, rope_scaling={"type": scaling, **factors}))
+
+
+def test_phi3_as_it_was_published_with_code_that_transformers_took_over_is_read(tmp_path: Path) -> None:
+    phi3 = save_random(tmp_path, "Phi3", SMALL)
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    build(edited(phi3, auto_map=code, attention_bias=False))
+    with pytest.raises(UnsupportedError, match="auto_map"):
+        build(edited(phi3, auto_map=code | {"AutoModelForCausalLM": "modeling.Own"}))
 
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])

@@ -83,6 +83,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL_GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None,
                         "layer_types": ["full_attention", "sliding_attention"]},
     ),
+    "phi3": ("Phi3", SMALL),
+    "phi3 tied, window": ("Phi3", SMALL | {"tie_word_embeddings": True, "sliding_window": 8}),
     "gpt2": ("GPT2", SMALL_GPT2),
     "gpt2 untied, n_inner, relu": (
         "GPT2", SMALL_GPT2 | {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
