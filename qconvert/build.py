@@ -131,10 +131,11 @@ class _Builder:
         """q or k, normed where the family does that, and rotated by position."""
         if self.family.qk_norm:
             x = self.norm(f"{x}_norm", x, f"attn_{x[-1]}_norm", i)
-        if self.settings.rope is None:
+        c = self.settings
+        rope = c.rope if c.window_rope is None or c.windows[i] is None else c.window_rope
+        if rope is None:
             return x
-        name = x.removesuffix("_norm") + "_rope"
-        return self.add(name, "rope", x, head_dim=self.settings.head_dim, **self.settings.rope)
+        return self.add(x.removesuffix("_norm") + "_rope", "rope", x, head_dim=c.head_dim, **rope)
 
     def feed_forward(self, i: int, x: str) -> str:
         n, act = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.act

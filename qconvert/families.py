@@ -56,6 +56,7 @@ class Family:
     scaled_embedding: bool = False  # tokens' vectors are multiplied by sqrt(width)
     windows: Literal["none", "all", "by_layer", "pattern"] = "none"  # which layers have a sliding window
     theta: float = 10000.0  # of rope, where config.json has none
+    window_theta: float | None = None  # the same for layers with a window, where they have a rope of their own
     neutral: Mapping[str, tuple[Attr, ...]] = field(default_factory=dict)  # keys understood at these values only
     harmless: Mapping[str, str] = field(default_factory=dict)  # keys that transformers does not read here, and why
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why

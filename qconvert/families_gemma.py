@@ -43,3 +43,33 @@ GEMMA2 = replace(
     windows="pattern",
     neutral=table(use_bidirectional_attention=(False,), hidden_act=("gelu_pytorch_tanh",)),
 )
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    model_type="gemma3_text",
+    hf=("Gemma3ForCausalLM", "Gemma3TextModel"),
+    names=MappingProxyType(
+        {
+            **GEMMA2.names,
+            "attn_q_norm": "model.layers.{i}.self_attn.q_norm",
+            "attn_k_norm": "model.layers.{i}.self_attn.k_norm",
+        }
+    ),
+    config=keys_of(
+        GEMMA2,
+        "attn_softcap",
+        context=key("max_position_embeddings", default=131072),
+        softcap=key("final_logit_softcapping", default=None),
+        window_period=key("sliding_window_pattern", default=6),
+    ),
+    qk_norm=True,
+    theta=1e6,
+    window_theta=10000.0,
+    rope_types=("linear",),
+    neutral=table(
+        use_bidirectional_attention=(False,),
+        hidden_act=("gelu_pytorch_tanh",),
+        attn_logit_softcapping=(),  # transformers has the key, and does not read it
+    ),
+)

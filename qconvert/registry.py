@@ -23,7 +23,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
     "formats": {"gguf": "qconvert.formats.gguf:GGUF"},
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
-        **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2",)},
+        **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
     },
     "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
     "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},

@@ -48,6 +48,7 @@ class Settings:
     act: str
     tied: bool
     rope: dict[str, Attr] | None
+    window_rope: dict[str, Attr] | None  # of layers with a window, where it is another
     windows: tuple[int | None, ...]
     attn_scale: float
     attn_softcap: float | None
@@ -62,6 +63,8 @@ class Settings:
         out: dict[str, Attr] = {name: getattr(self, name) for name in names} | dict(self.flags)
         if self.rope is not None:
             out["rope"] = self.rope
+        if self.window_rope is not None:
+            out["window_rope"] = self.window_rope
         if not math.isclose(self.attn_scale, self.head_dim**-0.5):
             out["attn_scale"] = self.attn_scale
         out |= {k: v for k in ("attn_softcap", "softcap") if (v := getattr(self, k)) is not None}
@@ -82,14 +85,14 @@ def read_settings(family: Family, config: Mapping[str, object], where: str) -> S
     if heads % kv_heads:
         raise InputError(f"{where}: {heads} heads do not divide into {kv_heads} key/value heads")
     context = reader.count("context")
-    rope = _rope(reader, context) if family.position == "rope" else None
+    rope, window_rope = _ropes(reader, context) if family.position == "rope" else (None, None)
     if rope and head_dim % 2:
         raise UnsupportedError(f"{where}: rope rotates pairs of values, and head_dim {head_dim} is odd")
     windows = _windows(reader, layers)
     return Settings(
         layers, width, heads, kv_heads, head_dim,
         ffn=reader.count("ffn", 4 * width), vocab=reader.count("vocab"), context=context, eps=reader.number("eps"),
-        act=reader.activation(), tied=reader.flag("tied"), rope=rope, windows=windows,
+        act=reader.activation(), tied=reader.flag("tied"), rope=rope, window_rope=window_rope, windows=windows,
         attn_scale=(reader.optional("attn_scalar") or head_dim) ** -0.5,
         attn_softcap=reader.optional("attn_softcap"), softcap=reader.optional("softcap"),
         flags={name: reader.flag(name) for name in dict.fromkeys(family.biases.values()) if isinstance(name, str)},
@@ -138,6 +141,7 @@ def _layer_types(reader: Reader, layers: int) -> list[str] | None:
     kinds = reader.config.get("layer_types")
     if kinds is None:
         return None
+    reader.used |= {"_sliding_window_pattern"} & reader.config.keys()  # transformers 5 writes both, and reads the list
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise reader.wrong("layer_types", f"a list of {layers} names")
     for kind in kinds:
@@ -147,15 +151,33 @@ def _layer_types(reader: Reader, layers: int) -> list[str] | None:
     return cast(list[str], kinds)
 
 
-def _rope(reader: Reader, context: int) -> dict[str, Attr]:
-    """{"theta", "scaling"?: {"type", "factor", "original_context", ...}} from transformers 4's spelling or 5's."""
-    config, where = reader.config, reader.where
+Rope = dict[str, Attr]  # {"theta", "scaling"?: {"type", "factor", "original_context", ...}}
+
+
+def _ropes(reader: Reader, context: int) -> tuple[Rope, Rope | None]:
+    """The rope of all layers, and of those with a window where they have their own; transformers 4's spelling or 5's."""
+    config, family = reader.config, reader.family
     reader.used |= {k for k in ROPE_KEYS if k in config}
-    given = [config[k] for k in ("rope_scaling", "rope_parameters") if config.get(k)]
+    if family.window_theta is None:
+        given = [config.get("rope_scaling"), config.get("rope_parameters"), {"rope_theta": config.get("rope_theta")}]
+        return _rope(reader, given, family.theta, context), None
+    kinds = config.get("rope_parameters") or {}
+    if not isinstance(kinds, dict) or not kinds.keys() <= {"full_attention", "sliding_attention"}:
+        hint = "full_attention and sliding_attention have a set each"
+        raise UnsupportedError(f"{reader.where}: rope_parameters = {kinds!r} is not supported", hint=hint)
+    reader.used |= {"rope_local_base_freq"} & config.keys()
+    given = [kinds.get("full_attention"), config.get("rope_scaling"), {"rope_theta": config.get("rope_theta")}]
+    local = [kinds.get("sliding_attention"), {"rope_theta": config.get("rope_local_base_freq")}]
+    return _rope(reader, given, family.theta, context), _rope(reader, local, family.window_theta, context)
+
+
+def _rope(reader: Reader, parts: list[object], default_theta: float, context: int) -> Rope:
+    where = reader.where
+    given = [p for p in parts if p]
     if any(not isinstance(p, dict) or any(isinstance(v, dict) for v in p.values()) for p in given):
         raise UnsupportedError(f"{where}: rope_parameters = {given[0]!r}: one set for all layers is supported")
     params: dict[str, object] = {}
-    for part in (*given, {"rope_theta": config.get("rope_theta")}):
+    for part in given:
         for k, value in cast(dict[str, object], part).items():
             if value is None:
                 continue
@@ -164,7 +186,7 @@ def _rope(reader: Reader, context: int) -> dict[str, Attr]:
     kind = params.get("rope_type", params.get("type", "default"))
     if params.get("type", kind) != kind:
         raise InputError(f"{where}: rope_type is {kind!r}, but type is {params['type']!r}")
-    theta = positive(reader, params.get("rope_theta", reader.family.theta), "rope_theta")
+    theta = positive(reader, params.get("rope_theta", default_theta), "rope_theta")
     known = ("default", *(ROPE_SCALINGS if reader.family.rope_types is None else reader.family.rope_types))
     if not isinstance(kind, str) or kind not in known:
         raise UnsupportedError(f"{where}: rope scaling {kind!r} is not supported", hint=f"known here: {', '.join(known)}")

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, bool, int | None, dict[str, Any]]] = {
     }),
     "resized and targeted, tied": ("llama", True, 44, {"target_modules": ["embed_tokens"], "r": 4}),
     "phi3": ("phi3", False, None, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "r": 4}),
+    "gemma3": ("gemma3", True, None, {"target_modules": LINEARS, "r": 4, "modules_to_save": ["q_norm"]}),
     "gemma2": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4}),
     "gemma2 dora": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4, "use_dora": True}),
     "gemma2 embedding": ("gemma2", True, None, {"target_modules": ["embed_tokens"], "r": 4}),
@@ -106,7 +107,7 @@ for tied in (False, True):
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    kinds = [("llama", False), ("llama", True), ("qwen2", False), ("gpt2", True), ("phi3", False), ("gemma2", True)]
+    kinds = {(family, tied) for family, tied, *_ in CASES.values()}
     return {k: tiny_model(k[0], tmp_path_factory.mktemp("base"), k[1]) for k in kinds}
 
 

@@ -30,6 +30,10 @@ SMALL_GEMMA2 = SMALL | {
     "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
 }  # fmt: skip
+SMALL_GEMMA3 = SMALL | {
+    "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 N_TOKENS = 40  # longer than every window and original context below
 
@@ -83,6 +87,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL_GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None,
                         "layer_types": ["full_attention", "sliding_attention"]},
     ),
+    "gemma3": ("Gemma3", SMALL_GEMMA3),
+    "gemma3 tied, biases": ("Gemma3", SMALL_GEMMA3 | {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma3 query scalar of head_dim, capped logits": (
+        "Gemma3", SMALL_GEMMA3 | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3 linear scaling": (
+        "Gemma3",
+        SMALL_GEMMA3 | {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        }},
+    ),
     "phi3": ("Phi3", SMALL),
     "phi3 tied, window": ("Phi3", SMALL | {"tie_word_embeddings": True, "sliding_window": 8}),
     "gpt2": ("GPT2", SMALL_GPT2),
@@ -105,7 +121,8 @@ def save_random(folder: Path, kind: str, options: dict[str, Any]) -> Path:
     """A transformers model whose every parameter is random, biases and norms too."""
     torch.manual_seed(0)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**options))
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    model = getattr(transformers, name)(config(**options))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape) * (0.5 if p.dim() == 1 else p.shape[-1] ** -0.5))
