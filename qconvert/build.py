@@ -18,7 +18,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family, family_of
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import infer
-from qconvert.settings import Settings, read_settings
+from qconvert.settings import Experts, Settings, read_settings
 from qconvert.sources import Checkpoint, Store, TensorInfo
 
 # A weight's shape by its role, in terms of our settings. A bias has the first dimension.
@@ -41,7 +41,17 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "ffn_gate": ("ffn", "width"),
     "ffn_up": ("ffn", "width"),
     "ffn_gate_up": ("2 * ffn", "width"),
+    "ffn_gate_inp": ("experts", "width"),
+    "ffn_gate_exps": ("expert_ffn", "width"),  # of each expert
+    "ffn_up_exps": ("expert_ffn", "width"),
+    "ffn_down_exps": ("width", "expert_ffn"),
     "ffn_down": ("width", "ffn"),
+}
+# The same where all experts are one tensor: its name, its shape, and which half of it the role has.
+FUSED_EXPERTS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = {
+    "ffn_gate_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 0),
+    "ffn_up_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 1),
+    "ffn_down_exps": ("down_proj", ("experts", "width", "expert_ffn"), None),
 }
 BLOCK = 1 << 22  # values compared at a time
 
@@ -138,14 +148,24 @@ class _Builder:
         return self.add(x.removesuffix("_norm") + "_rope", "rope", x, head_dim=c.head_dim, **rope)
 
     def feed_forward(self, i: int, x: str) -> str:
-        n, act = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.act
+        n, experts = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.experts
+        out = self.mlp(i, n) if experts is None or i not in experts.layers else self.mixture(i, n, experts)
+        return self.add(f"l{i}.h2", "add", x, self.post_norm(out, "post_ffw_norm", i))
+
+    def mlp(self, i: int, n: str) -> str:
+        act = self.settings.act
         if self.family.mlp == "gated":
             gate, up = self.gate_and_up(i, n)
             inner = self.add(f"l{i}.gated", "mul", self.add(f"l{i}.act", act, gate), up)
         else:
             inner = self.add(f"l{i}.act", act, self.linear(f"l{i}.up", n, "ffn_up", i))
-        out = self.linear(f"l{i}.down", inner, "ffn_down", i)
-        return self.add(f"l{i}.h2", "add", x, self.post_norm(out, "post_ffw_norm", i))
+        return self.linear(f"l{i}.down", inner, "ffn_down", i)
+
+    def mixture(self, i: int, x: str, experts: Experts) -> str:
+        router = self.linear(f"l{i}.router", x, "ffn_gate_inp", i)
+        route = self.add(f"l{i}.route", "route", router, used=experts.used, normalize=experts.normalize)
+        stacked = [self.stacked(role, i) for role in FUSED_EXPERTS]
+        return self.add(f"l{i}.experts", "experts", x, route, *stacked, act=self.settings.act)
 
     def gate_and_up(self, i: int, x: str) -> tuple[str, str]:
         if not self.family.fused_mlp:
@@ -175,15 +195,38 @@ class _Builder:
             return ()
         return (self.parameter(role, layer, "bias", SHAPES[role][:1]),)
 
+    def stacked(self, role: str, layer: int) -> str:
+        """A weight [E,N,K] of all experts, stored as one tensor or as one for each."""
+        module = self.family.module(role, layer)
+        name = f"{module.replace('.{e}', '')}.weight"
+        attrs: dict[str, Attr] = {"role": role, "layer": layer}
+        fused, shape, half = FUSED_EXPERTS[role]
+        whole = f"{self.family.fused_experts}.{fused}".format(i=layer)
+        if self.stored(whole) not in self.checkpoint.tensors:
+            assert self.settings.experts is not None
+            parts = [f"{module.format(e=e)}.weight" for e in range(self.settings.experts.n)]
+            for part in parts:
+                self.nodes[part] = self.load(part, SHAPES[role], attrs)
+            return self.add(name, "stack", *parts)
+        if half is None:
+            self.nodes[name] = self.load(whole, shape, attrs)
+            return name
+        self.nodes[f"{name}~stored"] = load = self.load(whole, shape, attrs)
+        n = load.type.dims[1] // 2
+        return self.add(name, "part", f"{name}~stored", begin=half * n, end=(half + 1) * n)
+
+    def load(self, name: str, shape: tuple[str, ...], attrs: Mapping[str, Attr]) -> Node:
+        info = self.find(name)
+        self.check(info, shape)
+        return Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
+
     def parameter(self, role: str, layer: int | None, part: str, shape: tuple[str, ...]) -> str:
         name = f"{self.family.module(role, layer)}.{part}"
         if name in self.nodes:
             return name
-        info = self.find(name)
         turned = part == "weight" and role in self.family.stored_transposed
-        self.check(info, shape[::-1] if turned else shape)
-        attrs: dict[str, Attr] = {"tensor": info.ref, "role": role} | ({} if layer is None else {"layer": layer})
-        stored = Node("load", (), Type(info.dtype, info.shape), attrs)
+        attrs: dict[str, Attr] = {"role": role} | ({} if layer is None else {"layer": layer})
+        stored = self.load(name, shape[::-1] if turned else shape, attrs)
         if turned:
             self.nodes[f"{name}~stored"] = stored
             self.add(name, "transpose", f"{name}~stored")
@@ -199,6 +242,8 @@ class _Builder:
         head = f"{self.family.module('output', None)}.weight"
         if stored not in tensors and self.settings.tied and name == f"{self.family.module('token_embd', None)}.weight":
             stored = head  # tied both ways: some programs save the head only
+        if stored not in tensors and self.family.renamed and stored.replace(*self.family.renamed) in tensors:
+            stored = stored.replace(*self.family.renamed)
         if stored not in tensors:
             raise InputError(f"{self.checkpoint.folder}: no tensor is called {stored}", hint=self.why_missing(name))
         self.used.add(stored)
@@ -214,6 +259,8 @@ class _Builder:
                 f"{info.ref}: {info.dtype} is not a type of weights", hint="convert the checkpoint before quantization"
             )
         sizes = {k: v for k, v in vars(self.settings).items() if isinstance(v, int)}
+        if (experts := self.settings.experts) is not None:
+            sizes |= {"experts": experts.n, "expert_ffn": experts.ffn}
         wanted = tuple(_product(dim, sizes) for dim in shape)
         if info.shape != wanted:
             keys = {k: self.family.config[k].spellings[0] for k in sizes if k in self.family.config}

@@ -23,14 +23,16 @@ def _reasons(**keys: str) -> dict[str, str]:
 # Keys of transformers' configuration classes (4.x and 5.23) and of fine-tuning tools that change no logits.
 HARMLESS: Mapping[str, str] = _reasons(
     for_training_only="initializer_range attention_dropout hidden_dropout activation_dropout dropout "
-    "classifier_dropout attn_pdrop resid_pdrop embd_pdrop summary_first_dropout gradient_checkpointing",
+    "classifier_dropout attn_pdrop resid_pdrop embd_pdrop summary_first_dropout gradient_checkpointing "
+    "router_aux_loss_coef router_jitter_noise",
     says_which_program_wrote_it="transformers_version _name_or_path name_or_path _commit_hash unsloth_version "
     "unsloth_fixed unsloth_tiled_mlp",
     every_tensor_carries_its_own="torch_dtype dtype use_bfloat16",
     chooses_an_implementation="attn_implementation _attn_implementation _attn_implementation_autoset "
     "_attn_implementation_internal _experts_implementation _experts_implementation_internal _flash_attn_2_enabled "
     "torchscript use_cache cache_implementation tf_legacy_loss chunk_size_feed_forward",
-    chooses_what_else_is_returned="return_dict output_hidden_states output_attentions tie_last_hidden_states",
+    chooses_what_else_is_returned="return_dict output_hidden_states output_attentions output_router_logits "
+    "tie_last_hidden_states",
     for_the_tokenizer="bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id mask_token_id "
     "decoder_start_token_id prefix tokenizer_class model_max_length max_sequence_length",
     for_other_tasks="id2label label2id num_labels problem_type finetuning_task task_specific_params summary_type "

@@ -41,7 +41,7 @@ class Family:
     model_type: str
     hf: tuple[str, ...]  # `architectures` in config.json; the first is the one with a head
     prefix: str  # of all tensors but the head, in a checkpoint that has a head
-    names: Mapping[str, str]  # role -> module, {i} is the layer
+    names: Mapping[str, str]  # role -> module, {i} is the layer, {e} the expert
     config: Mapping[str, Key]  # our name -> key of config.json
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     mlp: Literal["gated", "plain"] = "gated"
@@ -61,8 +61,11 @@ class Family:
     harmless: Mapping[str, str] = field(default_factory=dict)  # keys that transformers does not read here, and why
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why
 
+    renamed: tuple[str, str] | None = None  # a part of names, and what newer checkpoints have in its place
+    fused_experts: str | None = None  # where newer checkpoints have all experts in one tensor: {this}.gate_up_proj
+
     def module(self, role: str, layer: int | None) -> str:
-        return self.names[role].format(i=layer)
+        return self.names[role].format(i=layer, e="{e}")
 
 
 _ROPE_IGNORABLE = MappingProxyType({r".*rotary_emb\.inv_freq": "computed from rope_theta"})

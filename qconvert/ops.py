@@ -82,6 +82,29 @@ def _dora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape, i[1].shape[1]))
 
 
+def _stack(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    for other in i[1:]:
+        if other != i[0]:
+            raise GraphError(f"{i[0]} and {other} differ")
+    return Type(i[0].dtype, (len(i), *i[0].shape))
+
+
+def _part(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    (e, n, k), begin, end = i[0].dims, attrs["begin"], attrs["end"]
+    assert isinstance(begin, int) and isinstance(end, int)
+    if not 0 <= begin < end <= n:
+        raise GraphError(f"{i[0]} has no rows {begin}..{end}")
+    return Type(i[0].dtype, (e, end - begin, k))
+
+
+def _experts(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    x, route, gate, up, down = i
+    e, n, k = gate.dims
+    if x.shape[-1] != k or route.shape[-1] != e or up.shape != gate.shape or down.shape != (e, k, n):
+        raise GraphError(f"x {x}, the route {route} and the weights {gate}, {up}, {down} do not fit together")
+    return Type("f32", x.shape)
+
+
 def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     begin, end = attrs["begin"], attrs["end"]
     assert isinstance(begin, int) and isinstance(end, int)
@@ -97,6 +120,8 @@ OPS: dict[str, Op] = {
     ),
     "constant": Op(_declared, 'numbers small enough to print: {"values": [...]}', True),
     "transpose": Op(_transpose, "w.T", True),
+    "stack": Op(_stack, "(w, w, ...): matrices [N,K] of E experts as one weight [E,N,K]; it has E*N rows", True),
+    "part": Op(_part, "(w[E,N,K]) {begin, end}: rows begin..end of every expert", True),
     "cast": Op(_declared, "w rounded to the node's dtype", True),
     "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
     "dora": Op(
@@ -140,6 +165,16 @@ OPS: dict[str, Op] = {
     "gelu": Op(_same, "exact (erf) GELU"),
     "gelu_tanh": Op(_same, "GELU, tanh approximation"),
     "relu": Op(_same, "max(x, 0)"),
+    "route": Op(
+        _same,
+        "(logits[..., E]) {used, normalize}: the `used` largest of softmax(logits), divided by their sum where `normalize`; "
+        "0 for the other experts",
+    ),
+    "experts": Op(
+        _experts,
+        "(x, route, gate[E,F,K], up[E,F,K], down[E,K,F]) {act}: sum over e of route[..., e] * "
+        "(act(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T",
+    ),
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),

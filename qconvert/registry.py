@@ -24,6 +24,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
+        "mixtral": "qconvert.families_moe:MIXTRAL",
+        "qwen3-moe": "qconvert.families_moe:QWEN3_MOE",
     },
     "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
     "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},

@@ -180,6 +180,36 @@ def _dora_embed(v: Values, node: Node) -> Tensor:
     return _number(node, "weight") * ((g - 1) * v.gather(w_name, ids) + g * scale * F.linear(a.T[ids], b))
 
 
+# experts ------------------------------------------------------------------------------------------
+
+
+def _route(v: Values, node: Node) -> Tensor:
+    probabilities = v[node.inputs[0]].softmax(-1)
+    top, at = probabilities.topk(_count(node, "used"), -1)
+    if node.attrs["normalize"]:
+        top = top / top.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, at, top)
+
+
+def _experts(v: Values, node: Node) -> Tensor:
+    x_name, route, gate, up, down = node.inputs
+    x, share = v[x_name].flatten(0, -2), v[route].flatten(0, -2)
+    act, y = ACTIVATIONS[str(node.attrs["act"])], torch.zeros_like(x)
+
+    def product(x: Tensor, weight: str, e: int) -> Tensor:
+        if v.round_input is not None:
+            x = v.round_input(Node("linear", (x_name, weight), node.type), x)
+        n = v.graph.nodes[weight].type.dims[1]
+        return F.linear(x, v.rows(weight, e * n, (e + 1) * n))
+
+    for e in range(share.shape[-1]):
+        at = share[:, e].nonzero()[:, 0]  # the tokens that chose this expert
+        if len(at):
+            inner = act(product(x[at], gate, e)) * product(x[at], up, e)
+            y[at] += share[at, e, None] * product(inner, down, e)
+    return y.reshape(v[x_name].shape)
+
+
 # norms, positions, attention ----------------------------------------------------------------------
 
 
@@ -326,6 +356,14 @@ ROPE_SCALINGS: dict[str, Callable[[Tensor, float, Scaling, int], tuple[Tensor, f
 Run = Callable[[Values, Node], Tensor]
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
 def _plain(fn: Callable[..., Tensor]) -> Run:
     """An op of activations only, without attributes."""
     return lambda v, node: fn(*(v[i] for i in node.inputs))
@@ -344,10 +382,9 @@ OPS: dict[str, Run] = {
     "mul": _plain(torch.mul),
     "times": lambda v, node: v[node.inputs[0]] * _number(node, "by"),
     "softcap": lambda v, node: _number(node, "cap") * torch.tanh(v[node.inputs[0]] / _number(node, "cap")),
-    "silu": _plain(F.silu),
-    "gelu": _plain(F.gelu),
-    "gelu_tanh": _plain(lambda x: F.gelu(x, approximate="tanh")),
-    "relu": _plain(F.relu),
+    **{name: _plain(act) for name, act in ACTIVATIONS.items()},
+    "route": _route,
+    "experts": _experts,
     "slice": lambda v, node: v[node.inputs[0]][..., _count(node, "begin") : _count(node, "end")],
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from qconvert.config_reader import Reader, positive
 from qconvert.errors import InputError, UnsupportedError
@@ -30,6 +30,16 @@ ROPE_SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 ROPE_HARMLESS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "finetuned"} | {
     k for keys in ROPE_SCALINGS.values() for k in keys[0] + keys[1]
 }
+
+
+class Experts(NamedTuple):
+    """A mixture of experts: how many there are, how many a token takes, and in which layers."""
+
+    n: int
+    used: int
+    ffn: int
+    normalize: bool  # the taken experts' shares add up to 1
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Settings:
     attn_scale: float
     attn_softcap: float | None
     softcap: float | None  # of the logits
+    experts: Experts | None
     flags: Mapping[str, bool]  # attention_bias, mlp_bias …
     used: tuple[str, ...]  # keys of config.json
     dropped: Mapping[str, str]  # key -> why it changes nothing
@@ -68,6 +79,10 @@ class Settings:
         if not math.isclose(self.attn_scale, self.head_dim**-0.5):
             out["attn_scale"] = self.attn_scale
         out |= {k: v for k in ("attn_softcap", "softcap") if (v := getattr(self, k)) is not None}
+        if self.experts is not None:
+            e = self.experts
+            out |= {"experts": e.n, "experts_used": e.used, "expert_ffn": e.ffn, "normalize_experts": e.normalize}
+            out["expert_layers"] = list(e.layers)
         layers: list[Attr] = [i for i, w in enumerate(self.windows) if w is not None]
         if layers:
             out |= {"window": max(w for w in self.windows if w is not None), "window_layers": layers}
@@ -89,12 +104,14 @@ def read_settings(family: Family, config: Mapping[str, object], where: str) -> S
     if rope and head_dim % 2:
         raise UnsupportedError(f"{where}: rope rotates pairs of values, and head_dim {head_dim} is odd")
     windows = _windows(reader, layers)
+    ffn = reader.count("ffn", 4 * width)
     return Settings(
         layers, width, heads, kv_heads, head_dim,
-        ffn=reader.count("ffn", 4 * width), vocab=reader.count("vocab"), context=context, eps=reader.number("eps"),
+        ffn=ffn, vocab=reader.count("vocab"), context=context, eps=reader.number("eps"),
         act=reader.activation(), tied=reader.flag("tied"), rope=rope, window_rope=window_rope, windows=windows,
         attn_scale=(reader.optional("attn_scalar") or head_dim) ** -0.5,
         attn_softcap=reader.optional("attn_softcap"), softcap=reader.optional("softcap"),
+        experts=_experts(reader, layers, ffn) if "experts" in family.config else None,
         flags={name: reader.flag(name) for name in dict.fromkeys(family.biases.values()) if isinstance(name, str)},
         used=tuple(sorted(reader.used)), dropped=reader.rest(),
     )  # fmt: skip
@@ -106,6 +123,19 @@ def _quotient(width: int, heads: int, where: str) -> int:
     return width // heads
 
 
+def _experts(reader: Reader, layers: int, ffn: int) -> Experts:
+    n, used = reader.count("experts"), reader.count("experts_used")
+    if used > n:
+        raise InputError(f"{reader.where}: {reader.key('experts_used')} = {used}, but there are {n} experts")
+    normalize = reader.flag("normalize_experts") if "normalize_experts" in reader.family.config else True
+    dense = reader.value("dense_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+        raise reader.wrong(reader.key("dense_layers"), "a list of layers")
+    step = reader.count("sparse_step", 1)
+    sparse = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+    return Experts(n, used, reader.count("expert_ffn", ffn), normalize, sparse)
+
+
 def _windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window, as transformers decides it."""
     if reader.family.windows == "none":
@@ -115,8 +145,9 @@ def _windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
         return (None,) * layers
     window: int | None = reader.count("window", 0) or None
     first = 0
+    if "use_window" in reader.family.config and not reader.flag("use_window"):
+        window = None
     if reader.family.windows == "by_layer":
-        window = window if reader.flag("use_window") else None
         first = reader.index("first_window_layer")
     sliding = [window is not None and i >= first for i in range(layers)]
     if reader.family.windows == "pattern":

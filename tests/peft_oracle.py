@@ -27,6 +27,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
     "phi3": ("Phi3", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}),
     "gemma3": ("Gemma3", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}),
     "gemma2": ("Gemma2", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}),
 }

@@ -72,6 +72,8 @@ CASES: dict[str, tuple[str, bool, int | None, dict[str, Any]]] = {
     }),
     "resized and targeted, tied": ("llama", True, 44, {"target_modules": ["embed_tokens"], "r": 4}),
     "phi3": ("phi3", False, None, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "r": 4}),
+    "mixtral attention": ("mixtral", False, None, {"target_modules": LINEARS[:4], "r": 4}),
+    "qwen3-moe attention": ("qwen3-moe", False, None, {"target_modules": LINEARS[:4], "r": 4, "use_dora": True}),
     "gemma3": ("gemma3", True, None, {"target_modules": LINEARS, "r": 4, "modules_to_save": ["q_norm"]}),
     "gemma2": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4}),
     "gemma2 dora": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4, "use_dora": True}),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import CASES, SMALL_GEMMA3, logits, one_thread, save_random, some_tokens, their_logits, their_logits_in_f64
 
 from qconvert.build import build
@@ -80,6 +81,19 @@ def test_gemma3_settings_spelled_as_in_transformers_4_mean_the_same(tmp_path: Pa
     assert build(read_checkpoint(folder, Store())).nodes == new.nodes
     assert [new.nodes[f"l{i}.q_rope"].attrs["theta"] for i in range(4)] == [700.0, 700.0, 5e3, 700.0]
     torch.testing.assert_close(logits(folder, some_tokens()), their_logits(folder, some_tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith(("mixtral", "qwen3-moe"))])
+def test_experts_stored_as_one_tensor_mean_the_same(name: str, tmp_path: Path) -> None:
+    old = save_random(tmp_path / "old", *CASES[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    new = tmp_path / "new"
+    graph = build(read_checkpoint(new, Store()))
+    verify(graph)
+    assert any(node.op == "part" for node in graph.nodes.values())
+    assert graph.parameters() == build(read_checkpoint(old, Store())).parameters()
+    assert torch.equal(logits(new, some_tokens()), logits(old, some_tokens()))
 
 
 def test_every_key_of_config_json_is_accounted_for(folder: Path) -> None:

@@ -14,7 +14,7 @@ FLOORS: dict[float, str] = {
     0: "errors dtypes",
     1: "graph text scheme registry layouts",
     2: "ops safetensors_header tensor_files sources weights run kernels kernels.*",
-    3: "families families_gemma config_reader settings build adapters adapter_config adapter_delta "
+    3: "families families_gemma families_moe config_reader settings build adapters adapter_config adapter_delta "
     "tokenizer chat sentencepiece_model tokenizer_json "
     "pipeline emit check report request target",
     3.5: "passes passes.* formats formats.*",

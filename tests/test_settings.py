@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, edited, save_random
+from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, save_random
 
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
 from qconvert.families import GPT2, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, Family
 from qconvert.families_gemma import GEMMA2, GEMMA3
+from qconvert.families_moe import MIXTRAL, QWEN3_MOE
 from qconvert.settings import Settings, read_settings
 from qconvert.sources import Store, read_checkpoint
 
@@ -32,7 +33,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "kind"), [
     (LLAMA, "Llama"), (MISTRAL, "Mistral"), (QWEN2, "Qwen2"), (QWEN3, "Qwen3"), (GPT2, "GPT2"),
-    (GEMMA2, "Gemma2"), (GEMMA3, "Gemma3Text"), (PHI3, "Phi3"),
+    (GEMMA2, "Gemma2"), (GEMMA3, "Gemma3Text"), (PHI3, "Phi3"), (MIXTRAL, "Mixtral"),
+    (QWEN3_MOE, "Qwen3Moe"),
 ])  # fmt: skip
 def test_every_key_of_transformers_is_known_and_every_default_is_its_own(family: Family, kind: str) -> None:
     config = getattr(transformers, f"{kind}Config")()
@@ -112,6 +114,19 @@ def test_a_gemma3_that_no_graph_has_is_refused_by_name(tmp_path: Path, config: d
     gemma3 = save_random(tmp_path, "Gemma3", SMALL_GEMMA3)
     with pytest.raises((InputError, UnsupportedError), match=match):
         build(edited(gemma3, **config))
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    ({"num_experts_per_tok": 6}, "num_experts_per_tok = 6, but there are 5 experts"),
+    ({"mlp_only_layers": "all"}, "mlp_only_layers = 'all'"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+    ({"norm_topk_prob": None}, "norm_topk_prob = None"),
+    ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
+])  # fmt: skip
+def test_experts_that_no_graph_has_are_refused_by_name(tmp_path: Path, config: dict[str, object], match: str) -> None:
+    qwen3 = save_random(tmp_path, "Qwen3Moe", SMALL_QWEN3_MOE)
+    with pytest.raises(InputError, match=match):
+        build(edited(qwen3, **config))
 
 
 @pytest.mark.parametrize("scaling", ["longrope", "yarn", "su"])  # phi3 reads all three as longrope

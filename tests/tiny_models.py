@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from qconvert.build import build
 from qconvert.run import run
@@ -35,6 +34,9 @@ SMALL_GEMMA3 = SMALL | {
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+SMALL_QWEN3_MOE = SMALL | {
+    "head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+}  # fmt: skip
 N_TOKENS = 40  # longer than every window and original context below
 
 
@@ -99,6 +101,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
         }},
     ),
+    "mixtral": ("Mixtral", SMALL | {"num_local_experts": 4}),
+    "mixtral tied, window, one expert a token": (
+        "Mixtral",
+        SMALL | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 8, "tie_word_embeddings": True},
+    ),
+    "qwen3-moe": ("Qwen3Moe", SMALL_QWEN3_MOE),
+    "qwen3-moe normalized": ("Qwen3Moe", SMALL_QWEN3_MOE | {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe every other layer, biases, window": (
+        "Qwen3Moe", SMALL_QWEN3_MOE | WINDOW | {"decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "qwen3-moe a dense layer": ("Qwen3Moe", SMALL_QWEN3_MOE | {"mlp_only_layers": [1]}),
     "phi3": ("Phi3", SMALL),
     "phi3 tied, window": ("Phi3", SMALL | {"tie_word_embeddings": True, "sliding_window": 8}),
     "gpt2": ("GPT2", SMALL_GPT2),
@@ -157,13 +170,15 @@ def no_float32() -> Iterator[None]:
 
 
 def their_logits_in_f64(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors = {name: tensor.double() for name, tensor in loaded.state_dict().items()}
     config = transformers.AutoConfig.from_pretrained(folder)
     with no_float32(), torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
-        out: torch.Tensor = model(tokens).logits
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float64, experts_implementation="eager"
+        )
+        model.load_state_dict(tensors)
+        out: torch.Tensor = model.eval()(tokens).logits
     return out
 
 
