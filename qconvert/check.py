@@ -8,8 +8,9 @@ tight, and the first step that breaks it is named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ import torch
 from qconvert.graph import Graph
 from qconvert.report import Row, judged
 from qconvert.run import Reals, RoundInput, run
+from qconvert.sources import Store
+from qconvert.target import Stage
+from qconvert.weights import Weights
 
 Tokens = list[list[int]]
 LogProbs = torch.Tensor
@@ -105,24 +109,41 @@ def price_rows(d: Distance) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A graph and where its weights come from."""
+def stage_rows(stages: Sequence[Stage], store: Store, prompts: Tokens) -> tuple[list[Row], LogProbs]:
+    """A row for each step from what was trained to what will be quantized, and the last one's log-probabilities."""
+    rows: list[Row] = []
+    before = log_probs(stages[0].graph, Weights(stages[0].graph, store), prompts)
+    for old, new in pairwise(stages):
+        after = log_probs(new.graph, Weights(new.graph, store), prompts)
+        d = distance(before, after, prompts)
+        row = arithmetic_row(new.name, "merge", d) if new.exact else Row(new.name, "mean KL", d.mean_kl, None, "info")
+        if row.verdict == "fail":
+            row = row._replace(reason=f"first difference at {first_difference(old.graph, new.graph, store, prompts[0])}")
+        rows.append(row)
+        before = after
+    return rows, before
 
-    name: str
-    graph: Graph
-    weights: Reals
 
-
-def first_difference(a: Stage, b: Stage, prompt: Sequence[int], tolerance: float = 1e-3) -> str | None:
+def first_difference(a: Graph, b: Graph, store: Store, prompt: Sequence[int], tolerance: float = 1e-3) -> str | None:
     """The first linear or embed, in order, whose results differ relatively by more than `tolerance`, with its weight."""
-    names = [n for n, node in b.graph.nodes.items() if node.op in ("linear", "embed") and n in a.graph.nodes]
-    left, right = (run(s.graph, s.weights, [list(prompt)], want=names) for s in (a, b))
+    names = [n for n, node in b.nodes.items() if node.op in ("linear", "embed") and n in a.nodes]
+    left, right = (run(g, Weights(g, store), [list(prompt)], want=names) for g in (a, b))
     for name in names:
         peak = left[name].abs().max().clamp_min(1e-12)
         if ((left[name] - right[name]).abs().max() / peak).item() > tolerance:
-            return f"%{name} ({b.graph.nodes[name].inputs[1]})"
+            return f"%{name} ({b.nodes[name].inputs[1]})"
     return None
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """torch on n threads, and afterwards on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prompts_for(
