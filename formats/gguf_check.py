@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from qconvert import check
-from qconvert.check import LogProbs, Stage, Tokens
+from qconvert.check import Tokens
 from qconvert.emit import Entry, in_parallel
 from qconvert.errors import InputError
 from qconvert.formats import gguf_vocabulary_check
@@ -76,33 +76,20 @@ def prove(
     source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
 ) -> tuple[list[Row], dict[str, str] | None]:
     """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
-    tensors = read_tensors(parts)
-    rows = [bytes_row(lowered.plan.entries, tensors, weights, threads)]
+    tensors, graph = read_tensors(parts), lowered.graph
+    tokenizer = lowered.options.vocabulary.tokenizer
     reals = FileReals(tensors, {e.value: e.name for e in lowered.plan.entries})
-    encode = lowered.options.vocabulary.tokenizer.reference()
-    prompts = check.prompts_for(encode, hard_corpus(), n_vocab(lowered.graph), context(lowered.legal.header))
-    attached = Stage("unmerged", source.graph, Weights(source.graph, source.store))
-    merged = Stage("merged", lowered.merged, Weights(lowered.merged, source.store))
-    reference = check.log_probs(attached.graph, attached.weights, prompts)
-    if source.adapters:
-        reference = merge_rows(rows, attached, merged, reference, prompts)
-    quantized = check.log_probs(lowered.graph, weights, prompts)
-    rows += check.price_rows(check.distance(reference, quantized, prompts))
-    read = check.log_probs(lowered.graph, reals, prompts)
-    rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
-    del reference, quantized, read
-    answers, runtime = in_runtime(parts, lowered.options.vocabulary.tokenizer, lowered.graph, reals, prompts, threads)
+    prompts = check.prompts_for(tokenizer.reference(), hard_corpus(), n_vocab(graph), context(lowered.legal.header))
+    rows = [bytes_row(lowered.plan.entries, tensors, weights, threads)]
+    with check.torch_threads(threads):
+        steps, merged = check.stage_rows(lowered.stages, source.store, prompts)
+        quantized = check.log_probs(graph, weights, prompts)
+        rows += [*steps, *check.price_rows(check.distance(merged, quantized, prompts))]
+        read = check.log_probs(graph, reals, prompts)
+        rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
+        del merged, quantized, read
+        answers, runtime = in_runtime(parts, tokenizer, graph, reals, prompts, threads)
     return rows + answers, runtime
-
-
-def merge_rows(rows: list[Row], attached: Stage, merged: Stage, reference: LogProbs, prompts: Tokens) -> LogProbs:
-    """Judge the merge, naming the first weight that broke it; returns the merged graph's log-probabilities."""
-    got = check.log_probs(merged.graph, merged.weights, prompts)
-    row = check.arithmetic_row("merge", "merge", check.distance(reference, got, prompts))
-    if row.verdict == "fail":
-        row = row._replace(reason=f"first difference at {check.first_difference(attached, merged, prompts[0])}")
-    rows.append(row)
-    return got
 
 
 def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: Weights, threads: int) -> Row:

@@ -27,7 +27,7 @@ from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store, find_model, read_checkpoint
-from qconvert.target import Format, Lowered, Source
+from qconvert.target import Format, Lowered, Source, Stage
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
@@ -113,25 +113,30 @@ def read_source(request: Request, store: Store) -> Source:
 
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:
-    """The merged graph, the legal graph of packed weights, and the plan of its files."""
-    merge = merge_source(request, source)
-    merged = merge.run(source.graph, request.dump_ir, log.info)
+    """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
+    stages, spec, done = transform(request, source)
+    merged = stages[-1].graph
     options = target.options(request, source, merged)
     legal = target.legalize(merged, options)
-    final = Pipeline(legal.passes).run(merged, request.dump_ir, log.info)
+    final = Pipeline(legal.passes).run(merged, request.dump_ir, log.info, done)
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    spec = ",".join(filter(None, (str(merge), str(Pipeline(legal.passes)))))
-    return Lowered(merged, final, options, legal, plan, spec)
+    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(Pipeline(legal.passes))))))
 
 
-def merge_source(request: Request, source: Source) -> Pipeline:
-    """The merge and the user's passes around it, in the order that they asked for."""
-    own: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
+def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str, int]:
+    """The merge with the user's passes around it as stages, their pipeline string, and how many passes have run."""
     given = request.passes if ... in request.passes else (..., *request.passes)
     at = given.index(...)
-    before, after = (tuple(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
-    return Pipeline((*flatten(before), *own, *flatten(after)))
+    before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    merge: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
+    stages, done = [Stage("unmerged", source.graph, True)], len(source.adapters)
+    for name, passes, exact in (("passes before", before, False), ("merge", merge, True), ("passes", after, False)):
+        if passes:
+            graph = Pipeline(passes).run(stages[-1].graph, request.dump_ir, log.info, done)
+            stages.append(Stage(name, graph, exact))
+            done += len(passes)
+    return tuple(stages), str(Pipeline((*before, *merge, *after))), done
 
 
 def check_memory() -> None:

@@ -192,7 +192,8 @@ def in_parallel(items: Iterable[T], work: Callable[[T], None], threads: int) -> 
     except BaseException as e:
         errors.append(e)
         for worker in workers:
-            worker.join()
+            if worker.ident is not None:  # Ctrl-C can come before all are started
+                worker.join()
     if errors:
         raise errors[0]
 

@@ -46,11 +46,12 @@ class Step(NamedTuple):
 class Pipeline:
     passes: tuple[Pass | Function, ...]
 
-    def run(self, graph: Graph, dump: Path | None = None, log: Callable[[str], None] = lambda _: None) -> Graph:
-        """Apply each pass in turn. `dump`: a folder that gets 00-input.ir, 01-NAME.ir and so on."""
+    def run(self, graph: Graph, dump: Path | None = None, log: Callable[[str], None] = lambda _: None, done: int = 0) -> Graph:
+        """Apply each pass in turn. `dump`: a folder that gets 00-input.ir, 01-NAME.ir …; `done`: passes run before."""
         verify(graph)
-        write_dump(dump, 0, "input", graph)
-        for number, each in enumerate(self.passes, 1):
+        if not done:
+            write_dump(dump, 0, "input", graph)
+        for number, each in enumerate(self.passes, done + 1):
             name = name_of(each)
             start, before = time.perf_counter(), len(graph.nodes)
             new = each(graph)

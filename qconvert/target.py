@@ -40,8 +40,18 @@ class Legal(NamedTuple):
     header: Any = None  # the format's own
 
 
+class Stage(NamedTuple):
+    """A graph on the way from what was trained to what is written; `exact`: it computes what the one before it does."""
+
+    name: str
+    graph: Graph
+    exact: bool
+
+
 class Lowered(NamedTuple):
-    merged: Graph
+    """`stages` begin with the unmerged graph; `graph` is the legal one, of packed weights."""
+
+    stages: tuple[Stage, ...]
     graph: Graph
     options: Any
     legal: Legal

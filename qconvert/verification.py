@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
 from qconvert import registry
-from qconvert.conversion import merge_source, read_source
+from qconvert.conversion import read_source, transform
 from qconvert.emit import default_threads
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.graph import Graph
@@ -16,8 +15,6 @@ from qconvert.report import Report
 from qconvert.request import Request, adapters_of, parse_model
 from qconvert.sources import Store
 from qconvert.target import Source
-
-log = logging.getLogger("qconvert")
 
 
 class Verifier(Protocol):
@@ -35,7 +32,7 @@ def verify_file(path: Path, against: str, adapters: Sequence[str] = (), threads:
     store = Store()
     try:
         source = read_source(request, store)
-        merged = merge_source(request, source).run(source.graph, None, log.info)
+        merged = transform(request, source)[0][-1].graph
         target = cast(type[Verifier], registry.find("formats", "gguf"))()
         return target.verify(path, source, merged, threads or default_threads())
     finally:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import qconvert
-from qconvert import Graph, Node, convert
+from qconvert import Graph, Node, Type, convert
 from qconvert.errors import InputError, NotVerifiedError, QConvertError, UnsupportedError, UsageError, VerificationError
 from qconvert.formats import gguf_check
 from qconvert.formats.llama_cpp import LlamaCpp
@@ -157,8 +157,6 @@ def test_passes_of_ones_own_run_and_functions_are_passes(tmp_path: Path) -> None
         seen.append(graph.nodes["model.norm.weight"].op)
         return graph
 
-    from qconvert.graph import Type
-
     def as_f32(graph: Graph) -> Graph:
         nodes = dict(graph.nodes)
         norm = nodes["model.norm.weight"]
@@ -176,6 +174,31 @@ def test_passes_of_ones_own_run_and_functions_are_passes(tmp_path: Path) -> None
     plain = convert(TINY, bits=8, output=tmp_path / "b.gguf", check=False)
     a, b = (gguf_check.read_tensors(r.outputs)["output_norm.weight"].data for r in (result, plain))
     assert np.array_equal(a, -b)
+
+
+@needs_llama
+def test_a_pass_that_changes_the_function_is_priced_and_the_rest_is_still_proven(tmp_path: Path) -> None:
+    result = convert(
+        f"{TINY}+{LORA}", bits=8, output=tmp_path / "a.gguf", dump_ir=tmp_path / "ir",
+        passes=[..., scaled_norm],
+    )  # fmt: skip
+    rows = {r.what: r for r in result.report.checks}
+    assert rows["merge"].verdict == "pass" and rows["passes"].verdict == "info" and (rows["passes"].value or 0) > 1e-3
+    assert result.verified
+    names = sorted(p.name for p in (tmp_path / "ir").iterdir())
+    assert names[:3] == ["00-input.ir", "01-attach-adapter.ir", "02-merge-adapters.ir"] and names[-1] == "06-pack.ir"
+
+
+def scaled_norm(graph: Graph) -> Graph:
+    """The last norm at half its size: another function, on purpose."""
+
+    def rule(name: str, node: Node) -> dict[str, Node] | None:
+        if name != "model.norm.weight":
+            return None
+        plain = f"{name}~plain"
+        return {plain: node, name: Node("scaled", (plain,), Type("f32", node.type.shape), {"scale": 0.5})}
+
+    return graph.rewrite(rule)
 
 
 def test_options_that_do_not_exist_are_usage_errors(tmp_path: Path) -> None:

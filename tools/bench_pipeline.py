@@ -139,7 +139,6 @@ def start_up() -> Iterator[Result]:
                 "case": name,
                 "cpu_seconds": round(statistics.median(c.cpu_seconds for c in costs), 3),
                 "wall_seconds": round(statistics.median(c.wall_seconds for c in costs), 3),
-                "peak_rss_mb": round(max(c.peak_rss_mb for c in costs)),
             }
 
 
