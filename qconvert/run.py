@@ -7,7 +7,7 @@ so memory is the live activations plus one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qconvert.errors import GraphError
-from qconvert.graph import Attr, Graph, Node
+from qconvert.graph import Graph, Node
+from qconvert.rope import Scaling, frequencies
 
 BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
-Scaling = Mapping[str, Attr]
 Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
 RoundInput = Callable[[Node, Tensor], Tensor]
 
@@ -232,10 +232,10 @@ def _layer_norm(v: Values, node: Node) -> Tensor:
 def _rope(v: Values, node: Node) -> Tensor:
     x, head_dim = v[node.inputs[0]], _count(node, "head_dim")
     scaling = cast(Scaling | None, node.attrs.get("scaling"))
-    frequencies, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
+    turns, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
     if len(node.inputs) > 1:
-        frequencies = frequencies / v[node.inputs[1]]  # GGUF's rope_freqs
-    angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * frequencies
+        turns = turns / v[node.inputs[1]]  # GGUF's rope_freqs
+    angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * turns
     cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
     heads = _split(x, head_dim)
     pairs = bool(node.attrs.get("interleaved"))  # neighbours rotate together, not the halves of a head
@@ -271,84 +271,13 @@ def _capped_attention(q: Tensor, k: Tensor, value: Tensor, mask: Tensor, scale: 
     return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
 
 
-# rope scaling -------------------------------------------------------------------------------------
-
-
 def rope_frequencies(
     head_dim: int, theta: float, scaling: Scaling | None, n_tokens: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, float]:
-    """Radians per position f[head_dim/2], and the factor on cos and sin, for a text of n_tokens.
-
-    scaling: None, or {"type": one of ROPE_SCALINGS, "factor", "original_context", ...}.
-    Source: transformers/modeling_rope_utils.py; the papers are linked there.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
-    if scaling is None:
-        return 1.0 / theta**exponents, 1.0
-    kind = scaling["type"]
-    if kind not in ROPE_SCALINGS:
-        raise GraphError(f"unknown rope scaling {kind!r}", hint=f"there are {', '.join(ROPE_SCALINGS)}")
-    return ROPE_SCALINGS[str(kind)](exponents, theta, scaling, n_tokens)
-
-
-def _of(scaling: Scaling, key: str, default: float = 0.0) -> float:
-    value = scaling.get(key)
-    assert value is None or isinstance(value, int | float)
-    return default if value is None else value
-
-
-def _rope_linear(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    return 1.0 / theta**exponents / _of(scaling, "factor"), 1.0
-
-
-def _rope_dynamic(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """NTK-aware: the base grows with the text once it is longer than the original context."""
-    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
-    stretch = factor * max(n_tokens, context) / context - (factor - 1)
-    return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
-
-
-def _rope_yarn(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """Fast dimensions keep their frequency, slow ones are divided by factor, a linear ramp lies between."""
-    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
-
-    def dimension(rotations: float) -> float:
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(_of(scaling, "beta_fast", 32)), dimension(_of(scaling, "beta_slow", 1))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low == high:
-        high += 0.001  # a step, without dividing by zero
-    keep = 1 - ((torch.arange(dim // 2, dtype=exponents.dtype) - low) / (high - low)).clamp(0, 1)
-    wavelength = theta**exponents
-    return (1.0 / (factor * wavelength)) * (1 - keep) + (1.0 / wavelength) * keep, yarn_attention_factor(scaling)
-
-
-def yarn_attention_factor(scaling: Scaling) -> float:
-    """What yarn multiplies cos and sin by: as given, or from factor."""
-    factor = _of(scaling, "factor")
-    return _of(scaling, "attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
-
-
-def _rope_llama3(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """Long waves are divided by factor, short ones kept, those between interpolated."""
-    factor, context = _of(scaling, "factor"), _of(scaling, "original_context")
-    low, high = _of(scaling, "low_freq_factor"), _of(scaling, "high_freq_factor")
-    plain = 1.0 / theta**exponents
-    turns = context / (2 * math.pi / plain)  # of each wave within the original context
-    smooth = (turns - low) / (high - low)
-    between = (1 - smooth) * plain / factor + smooth * plain
-    return torch.where(turns < low, plain / factor, torch.where(turns > high, plain, between)), 1.0
-
-
-ROPE_SCALINGS: dict[str, Callable[[Tensor, float, Scaling, int], tuple[Tensor, float]]] = {
-    "linear": _rope_linear,
-    "dynamic": _rope_dynamic,
-    "yarn": _rope_yarn,
-    "llama3": _rope_llama3,
-}
+    """rope.frequencies as a tensor f[head_dim/2], and the factor on cos and sin."""
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    values, factor = frequencies(head_dim, theta, scaling, n_tokens, wide)
+    return torch.from_numpy(values).to(dtype), factor
 
 
 # the table ----------------------------------------------------------------------------------------
