@@ -12,7 +12,7 @@ from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import OPS, infer
 from qconvert.passes.adapter_fit import check_missing, check_unused, check_vocabulary, key_of, other_base
-from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, head_of, is_tied, sites
+from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, is_tied, sites, vocabulary_weights
 from qconvert.sources import TensorInfo
 
 AS_STORED = ("transpose", "shifted")  # what makes a parameter of a tensor that a checkpoint stores otherwise
@@ -92,7 +92,7 @@ class _Attaching:
     def _check_resize(self, name: str, tensor: TensorInfo) -> None:
         """A vocabulary of another length can only be taken whole: the base has no rows to blend with."""
         shape = self.graph.nodes[name].type.shape
-        in_vocabulary = name in (embedding_of(self.graph), self.graph.nodes[head_of(self.graph)].inputs[1])
+        in_vocabulary = name in vocabulary_weights(self.graph)
         if not in_vocabulary or len(tensor.shape) != 2 or tensor.shape[1] != shape[1]:
             raise self._misfit(tensor, name)
         if self.adapter.weight != 1 or free_name(self.graph, name) != f"{name}~base":

@@ -25,6 +25,8 @@ from qconvert.sources import Checkpoint, Store, TensorInfo
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "token_embd": ("vocab", "width"),
     "position_embd": ("context", "width"),
+    "token_types": ("token_types", "width"),
+    "token_embd_norm": ("width",),
     "output_norm": ("width",),
     "output": ("vocab", "width"),
     "attn_norm": ("width",),
@@ -36,6 +38,8 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "attn_q_norm": ("head_dim",),
     "attn_k_norm": ("head_dim",),
     "post_attention_norm": ("width",),
+    "attn_output_norm": ("width",),
+    "layer_output_norm": ("width",),
     "ffn_norm": ("width",),
     "post_ffw_norm": ("width",),
     "ffn_gate": ("ffn", "width"),
@@ -59,6 +63,8 @@ BLOCK = 1 << 22  # values compared at a time
 def build(checkpoint: Checkpoint) -> Graph:
     """The model as a graph: tokens i64[B,T] -> logits f32[B,T,V]; parameters are called as in a model with a head.
 
+    A family without a head gives its hidden states, f32[B,T,D], and reads token_types and attention_mask too.
+
     UnsupportedError for an architecture or a setting that no family has; InputError for config keys that are unknown,
     and for tensors that are missing, unread or misshapen.
     """
@@ -69,11 +75,11 @@ def build(checkpoint: Checkpoint) -> Graph:
     x = b.embedding()
     for i in range(settings.layers):
         x = b.feed_forward(i, b.attention(i, x))
-    b.head(b.norm("norm", x, "output_norm"))
+    output = b.head(b.norm("norm", x, "output_norm")) if "output" in family.names else x
     dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
     keys: dict[str, Attr] = {"used": list(settings.used), "dropped": dict(settings.dropped)}
     meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
-    return Graph(b.nodes, ("logits",), meta)
+    return Graph(b.nodes, (output,), meta)
 
 
 @dataclass
@@ -101,30 +107,44 @@ class _Builder:
         weight, bias = self.weight(role, layer), self.bias(role, layer)
         return self.add(name, self.family.norm, x, weight, *bias, eps=self.settings.eps)
 
+    def norm_if(self, name: str, x: str, role: str, layer: int | None = None) -> str:
+        """x, normed where the family does that here."""
+        return self.norm(name, x, role, layer) if role in self.family.names else x
+
     def embedding(self) -> str:
-        if self.family.position == "rope" and not self.family.scaled_embedding:
-            return self.add("h", "embed", "tokens", self.weight("token_embd"))
-        token = self.add("token_embd", "embed", "tokens", self.weight("token_embd"))
-        if self.family.scaled_embedding:
-            return self.add("h", "times", token, by=math.sqrt(self.settings.width))
-        positions = self.add("positions", "positions", "tokens")
-        return self.add("h", "add", token, self.add("position_embd", "embed", positions, self.weight("position_embd")))
+        family = self.family
+        plain = family.position == "rope" and not family.scaled_embedding
+        x = self.add("h" if plain else "token_embd", "embed", "tokens", self.weight("token_embd"))
+        if family.scaled_embedding:
+            x = self.add("h", "times", x, by=math.sqrt(self.settings.width))
+        if "token_types" in family.names:
+            kinds = self.add("token_type_embd", "embed", self.input("token_types", 0), self.weight("token_types"))
+            x = self.add("typed", "add", x, kinds)
+        if family.position == "learned":
+            positions = self.add("positions", "positions", "tokens")
+            at = self.add("position_embd", "embed", positions, self.weight("position_embd"))
+            x = self.add("h", "add", x, at)
+        return self.norm_if("h_norm", x, "token_embd_norm")
+
+    def input(self, name: str, default: int) -> str:
+        self.nodes.setdefault(name, Node("input", (), Type("i64", ("B", "T")), {"default": default}))
+        return name
 
     def attention(self, i: int, x: str) -> str:
         c = self.settings
-        q, k, v = self.qkv(i, self.norm(f"l{i}.attn_norm", x, "attn_norm", i))
+        q, k, v = self.qkv(i, self.norm_if(f"l{i}.attn_norm", x, "attn_norm", i))
         attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.attn_scale}
         if c.attn_softcap is not None:
             attrs["softcap"] = c.attn_softcap
         if c.windows[i] is not None:
             attrs["window"] = c.windows[i]
-        attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, **attrs)
+        seen: tuple[str, ...] = ()
+        if not self.family.causal:
+            attrs["causal"], seen = False, (self.input("attention_mask", 1),)
+        attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, *seen, **attrs)
         out = self.linear(f"l{i}.attn_out", attn, "attn_output", i)
-        return self.add(f"l{i}.h1", "add", x, self.post_norm(out, "post_attention_norm", i))
-
-    def post_norm(self, x: str, role: str, i: int) -> str:
-        """What a branch gives, normed where the family does that."""
-        return self.norm(f"{x}_norm", x, role, i) if role in self.family.names else x
+        sum_ = self.add(f"l{i}.h1", "add", x, self.norm_if(f"{out}_norm", out, "post_attention_norm", i))
+        return self.norm_if(f"l{i}.h1_norm", sum_, "attn_output_norm", i)
 
     def qkv(self, i: int, x: str) -> tuple[str, str, str]:
         if not self.family.fused_qkv:
@@ -148,9 +168,10 @@ class _Builder:
         return self.add(x.removesuffix("_norm") + "_rope", "rope", x, head_dim=c.head_dim, **rope)
 
     def feed_forward(self, i: int, x: str) -> str:
-        n, experts = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.experts
+        n, experts = self.norm_if(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.experts
         out = self.mlp(i, n) if experts is None or i not in experts.layers else self.mixture(i, n, experts)
-        return self.add(f"l{i}.h2", "add", x, self.post_norm(out, "post_ffw_norm", i))
+        sum_ = self.add(f"l{i}.h2", "add", x, self.norm_if(f"{out}_norm", out, "post_ffw_norm", i))
+        return self.norm_if(f"l{i}.h2_norm", sum_, "layer_output_norm", i)
 
     def mlp(self, i: int, n: str) -> str:
         act = self.settings.act
@@ -176,12 +197,11 @@ class _Builder:
             self.add(f"l{i}.up", "slice", fused, begin=ffn, end=2 * ffn),
         )
 
-    def head(self, x: str) -> None:
+    def head(self, x: str) -> str:
         role = "token_embd" if self.settings.tied else "output"
         if self.settings.softcap is None:
-            self.linear("logits", x, role)
-        else:
-            self.add("logits", "softcap", self.linear("head", x, role), cap=self.settings.softcap)
+            return self.linear("logits", x, role)
+        return self.add("logits", "softcap", self.linear("head", x, role), cap=self.settings.softcap)
 
     # parameters ----------------------------------------------------------------------------------
 
@@ -239,15 +259,19 @@ class _Builder:
 
     def find(self, name: str) -> TensorInfo:
         tensors, stored = self.checkpoint.tensors, self.stored(name)
-        head = f"{self.family.module('output', None)}.weight"
         if stored not in tensors and self.settings.tied and name == f"{self.family.module('token_embd', None)}.weight":
-            stored = head  # tied both ways: some programs save the head only
-        if stored not in tensors and self.family.renamed and stored.replace(*self.family.renamed) in tensors:
-            stored = stored.replace(*self.family.renamed)
+            stored = self.head_name or stored  # tied both ways: some programs save the head only
+        for old, new in self.family.renamed:
+            if stored not in tensors and stored.replace(old, new) in tensors:
+                stored = stored.replace(old, new)
         if stored not in tensors:
             raise InputError(f"{self.checkpoint.folder}: no tensor is called {stored}", hint=self.why_missing(name))
         self.used.add(stored)
         return tensors[stored]
+
+    @property
+    def head_name(self) -> str | None:
+        return f"{self.family.module('output', None)}.weight" if "output" in self.family.names else None
 
     def stored(self, name: str) -> str:
         """The name in this checkpoint: without the prefix where it was saved from the model below the head."""
@@ -275,12 +299,11 @@ class _Builder:
     def dropped(self) -> list[tuple[str, str]]:
         """(ref, reason) of tensors that the graph does not read. InputError for the first without a reason."""
         out = []
-        head = f"{self.family.module('output', None)}.weight"
         for name, info in self.checkpoint.tensors.items():
             if name in self.used:
                 continue
             reason = next((r for pattern, r in self.family.ignorable.items() if re.fullmatch(pattern, name)), None)
-            if reason is None and name == head and self.settings.tied:
+            if reason is None and name == self.head_name and self.settings.tied:
                 reason = self.tied_head(info)
             if reason is None:
                 raise InputError(
@@ -305,7 +328,7 @@ class _Builder:
 
     def why_missing(self, name: str) -> str:
         layer = re.search(r"\.(\d+)\.", name)
-        if name == f"{self.family.module('output', None)}.weight":
+        if name == self.head_name:
             return "config.json says that the head is not tied to the embedding; was the model saved without its head?"
         if name.endswith(".bias") and self.stored(name).removesuffix("bias") + "weight" in self.checkpoint.tensors:
             return "config.json, or the family, says that this map has a bias (attention_bias, mlp_bias)"

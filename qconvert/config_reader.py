@@ -135,9 +135,9 @@ class Reader:
     def _reason(self, key: str, value: object) -> str:
         if value is None:
             return "null"
-        if key in HARMLESS or key in self.family.harmless:
-            return HARMLESS.get(key) or self.family.harmless[key]
-        neutral = {**NEUTRAL, **self.family.neutral}
+        harmless, neutral = {**HARMLESS, **self.family.harmless}, {**NEUTRAL, **self.family.neutral}
+        if key in harmless and key not in self.family.neutral:
+            return harmless[key]
         if key == "auto_map" and isinstance(value, dict) and not any("Model" in k for k in value):
             return "code is never run, and the model needs none"
         if key not in neutral:

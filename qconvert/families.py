@@ -49,6 +49,7 @@ class Family:
     fused_qkv: bool = False
     fused_mlp: bool = False  # gate and up are one linear
     rope_types: tuple[str, ...] | None = None  # scalings of rope that transformers knows here; None: all
+    causal: bool = True  # a token sees only those before it
     qk_norm: bool = False  # q and k are normed, each head by itself, before they rotate
     biases: Mapping[str, str | bool] = field(default_factory=dict)  # role -> always, or where this setting is true
     stored_transposed: frozenset[str] = frozenset()  # roles of weights that lie as [in, out]
@@ -61,7 +62,7 @@ class Family:
     harmless: Mapping[str, str] = field(default_factory=dict)  # keys that transformers does not read here, and why
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why
 
-    renamed: tuple[str, str] | None = None  # a part of names, and what newer checkpoints have in its place
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of names, and what other checkpoints have in their place
     fused_experts: str | None = None  # where newer checkpoints have all experts in one tensor: {this}.gate_up_proj
 
     def module(self, role: str, layer: int | None) -> str:

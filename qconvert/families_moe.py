@@ -35,7 +35,7 @@ MIXTRAL = replace(
         experts_used=key("num_experts_per_tok", default=2),
     ),
     theta=1e6,
-    renamed=(".block_sparse_moe.", ".mlp."),
+    renamed=((".block_sparse_moe.", ".mlp."),),
     fused_experts="model.layers.{i}.mlp.experts",
 )
 

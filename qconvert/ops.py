@@ -144,7 +144,7 @@ OPS: dict[str, Op] = {
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
-    "input": Op(_declared, "token ids i64[B,T]"),
+    "input": Op(_declared, "() {default?}: i64[B,T], token ids and what goes with them; with a default it may be left out"),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
     "embed": Op(_embed, "(ids, w): rows of w"),
     "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),
@@ -185,8 +185,9 @@ OPS: dict[str, Op] = {
     ),
     "attention": Op(
         _same,
-        "(q, k, v) {heads, kv_heads, scale, window?, softcap?}: causal; with a window, position i sees i-window < j <= i; "
-        "softcap is of the scores, before the mask",
+        "(q, k, v[, seen[B,T]]) {heads, kv_heads, scale, causal?, window?, softcap?}: position i sees j <= i, or every j "
+        "where causal is false; with a window i-window < j; with `seen`, only tokens where it is not 0; softcap is of the "
+        "scores, before that",
     ),
 }
 

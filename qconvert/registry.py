@@ -26,6 +26,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
         "mixtral": "qconvert.families_moe:MIXTRAL",
         "qwen3-moe": "qconvert.families_moe:QWEN3_MOE",
+        "bert": "qconvert.families_encoder:BERT",
     },
     "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
     "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},

@@ -7,7 +7,7 @@ so memory is the live activations plus one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -40,11 +40,13 @@ def run(
     want: Iterable[str] | None = None,
     observe: Observe | None = None,
     round_input: RoundInput | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
 
     observe(name, node, inputs): called before each op with its activations (weights left out).
+    inputs: i64[B,T] of the graph's other inputs; what is not there is its default everywhere.
     round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
     """
@@ -53,6 +55,7 @@ def run(
         if name not in graph.nodes:
             raise GraphError(f"no value is called %{name}")
     values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input)
+    values.given = inputs or {}
     need = graph.needed(wanted) - values.fixed
     order = [name for name in graph.nodes if name in need]
     last = {i: name for name in order for i in graph.nodes[name].inputs}
@@ -77,6 +80,7 @@ class Values:
     tokens: Tensor
     dtype: torch.dtype
     round_input: RoundInput | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[str] = field(init=False)
 
@@ -110,6 +114,9 @@ class Values:
 
 
 def evaluate(values: Values, name: str, node: Node) -> Tensor:
+    if node.op == "input" and "default" in node.attrs:
+        given = values.given.get(name)
+        return torch.full_like(values.tokens, _count(node, "default")) if given is None else given
     if node.op not in OPS:
         raise GraphError(f"%{name}: {node.op} is not an op on activations", hint=f"those are {', '.join(OPS)}")
     return OPS[node.op](values, node)
@@ -247,21 +254,28 @@ def _rope(v: Values, node: Node) -> Tensor:
 def _attention(v: Values, node: Node) -> Tensor:
     heads, kv_heads, scale = _count(node, "heads"), _count(node, "kv_heads"), _number(node, "scale")
     head_dim = v[node.inputs[0]].shape[-1] // heads
-    q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs)
-    n = q.shape[2]
-    window = node.attrs.get("window")
-    mask = None
-    if node.attrs.get("softcap") is not None or (window is not None and _count(node, "window") < n):
-        i = torch.arange(n)
-        age = i[:, None] - i
-        mask = (age >= 0) & (age < (n if window is None else _count(node, "window")))
-    if node.attrs.get("softcap") is not None and mask is not None:
+    q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs[:3])
+    mask = _attention_mask(v, node, q.shape[2])
+    if "softcap" in node.attrs:
         y = _capped_attention(q, k, value, mask, scale, _number(node, "softcap"))
     else:
+        plain = torch.equal(mask, torch.ones_like(mask).tril())  # torch has a faster kernel for it
         y = F.scaled_dot_product_attention(
-            q, k, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+            q, k, value, attn_mask=None if plain else mask, is_causal=plain, scale=scale, enable_gqa=heads != kv_heads
         )
     return y.transpose(1, 2).flatten(-2)
+
+
+def _attention_mask(v: Values, node: Node, n: int) -> Tensor:
+    """Which positions (last axis) each position sees: bool[T,T], or [B,1,T,T] where a mask of tokens is an input."""
+    i = torch.arange(n)
+    age = i[:, None] - i
+    mask = torch.ones(n, n, dtype=torch.bool)
+    if node.attrs.get("causal", True):
+        mask = age >= 0
+    if "window" in node.attrs:
+        mask &= age < _count(node, "window")
+    return mask if len(node.inputs) < 4 else mask & (v[node.inputs[3]] != 0)[:, None, None, :]
 
 
 def _capped_attention(q: Tensor, k: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
@@ -283,8 +297,6 @@ def rope_frequencies(
 # the table ----------------------------------------------------------------------------------------
 
 Run = Callable[[Values, Node], Tensor]
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

@@ -64,6 +64,7 @@ class Settings:
     attn_softcap: float | None
     softcap: float | None  # of the logits
     experts: Experts | None
+    token_types: int | None  # kinds of text that a token may be of
     flags: Mapping[str, bool]  # attention_bias, mlp_bias …
     used: tuple[str, ...]  # keys of config.json
     dropped: Mapping[str, str]  # key -> why it changes nothing
@@ -83,6 +84,8 @@ class Settings:
             e = self.experts
             out |= {"experts": e.n, "experts_used": e.used, "expert_ffn": e.ffn, "normalize_experts": e.normalize}
             out["expert_layers"] = list(e.layers)
+        if self.token_types is not None:
+            out["token_types"] = self.token_types
         layers: list[Attr] = [i for i, w in enumerate(self.windows) if w is not None]
         if layers:
             out |= {"window": max(w for w in self.windows if w is not None), "window_layers": layers}
@@ -108,10 +111,12 @@ def read_settings(family: Family, config: Mapping[str, object], where: str) -> S
     return Settings(
         layers, width, heads, kv_heads, head_dim,
         ffn=ffn, vocab=reader.count("vocab"), context=context, eps=reader.number("eps"),
-        act=reader.activation(), tied=reader.flag("tied"), rope=rope, window_rope=window_rope, windows=windows,
+        act=reader.activation(),
+        tied="tied" in family.config and reader.flag("tied"), rope=rope, window_rope=window_rope, windows=windows,
         attn_scale=(reader.optional("attn_scalar") or head_dim) ** -0.5,
         attn_softcap=reader.optional("attn_softcap"), softcap=reader.optional("softcap"),
         experts=_experts(reader, layers, ffn) if "experts" in family.config else None,
+        token_types=reader.count("token_types") if "token_types" in family.config else None,
         flags={name: reader.flag(name) for name in dict.fromkeys(family.biases.values()) if isinstance(name, str)},
         used=tuple(sorted(reader.used)), dropped=reader.rest(),
     )  # fmt: skip
