@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import N_TOKENS, edited, one_thread, some_tokens
 
 from qconvert import convert
+from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.families_encoder import BERT
 from qconvert.ops import verify
+from qconvert.passes.attach_adapter import AttachAdapter
+from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.passes.untie_head import PATHS
 from qconvert.run import run
 from qconvert.settings import read_settings
 from qconvert.sources import Store, read_checkpoint
@@ -144,6 +149,32 @@ def test_norms_named_as_in_the_first_checkpoints_are_found(folder: Path, tmp_pat
 def test_a_bert_that_no_graph_has_is_refused_by_name(tmp_path: Path, config: dict[str, object], match: str) -> None:
     with pytest.raises((InputError, UnsupportedError), match=match):
         build(edited(save_random(tmp_path, SMALL), **config))
+
+
+@pytest.mark.parametrize("config", [
+    {"target_modules": ["query", "value", "dense"], "exclude_modules": ["pooler.dense"]},
+    {"target_modules": ["query", "intermediate.dense"], "use_dora": True},
+    {"target_modules": ["word_embeddings", "key"]},
+    {"target_modules": ["key"], "modules_to_save": ["LayerNorm"]},
+], ids=lambda c: "-".join(c))  # fmt: skip
+def test_adapters_on_an_encoder_give_the_hidden_states_of_peft(tmp_path: Path, config: dict[str, Any]) -> None:
+    base = save_random(tmp_path / "base", SMALL)
+    model = get_peft_model(transformers.AutoModel.from_pretrained(base), LoraConfig(r=4, **config))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape)
+        model.save_pretrained(tmp_path / "adapter")
+        want = model.eval()(some_tokens()).last_hidden_state
+    store = Store()
+    graph = build(read_checkpoint(base, store))
+    attached = AttachAdapter(read_adapter(tmp_path / "adapter", store, "adapter0"))(graph)
+    merged = MergeAdapters()(attached)
+    assert not any(node.op in PATHS for node in merged.nodes.values())
+    for g in (attached, merged):
+        verify(g)
+        (got,) = run(g, Weights(g, store), some_tokens()).values()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gguf_refuses_an_encoder_by_name(folder: Path, tmp_path: Path) -> None:
