@@ -18,6 +18,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family, family_of
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import infer
+from qconvert.pooling import read_pooling
 from qconvert.settings import Experts, Settings, read_settings
 from qconvert.sources import Checkpoint, Store, TensorInfo
 
@@ -63,7 +64,8 @@ BLOCK = 1 << 22  # values compared at a time
 def build(checkpoint: Checkpoint) -> Graph:
     """The model as a graph: tokens i64[B,T] -> logits f32[B,T,V]; parameters are called as in a model with a head.
 
-    A family without a head gives its hidden states, f32[B,T,D], and reads token_types and attention_mask too.
+    A family without a head gives its hidden states, f32[B,T,D], and for an embedding model the vector of each text,
+    f32[B,D]; it reads token_types and attention_mask too.
 
     UnsupportedError for an architecture or a setting that no family has; InputError for config keys that are unknown,
     and for tensors that are missing, unread or misshapen.
@@ -75,11 +77,11 @@ def build(checkpoint: Checkpoint) -> Graph:
     x = b.embedding()
     for i in range(settings.layers):
         x = b.feed_forward(i, b.attention(i, x))
-    output = b.head(b.norm("norm", x, "output_norm")) if "output" in family.names else x
+    outputs = (b.head(b.norm("norm", x, "output_norm")),) if "output" in family.names else b.pooled(x)
     dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
     keys: dict[str, Attr] = {"used": list(settings.used), "dropped": dict(settings.dropped)}
     meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
-    return Graph(b.nodes, (output,), meta)
+    return Graph(b.nodes, outputs, meta)
 
 
 @dataclass
@@ -202,6 +204,15 @@ class _Builder:
         if self.settings.softcap is None:
             return self.linear("logits", x, role)
         return self.add("logits", "softcap", self.linear("head", x, role), cap=self.settings.softcap)
+
+    def pooled(self, x: str) -> tuple[str, ...]:
+        """The outputs of an encoder: hidden states, and one vector for each text where the model says how."""
+        pooling = read_pooling(self.checkpoint.folder)
+        if pooling is None:
+            return (x,)
+        seen = self.input("attention_mask", 1)
+        vector = self.add("pooled" if pooling.unit else "embedding", "pool", x, seen, mode=pooling.mode)
+        return x, self.add("embedding", "unit", vector) if pooling.unit else vector
 
     # parameters ----------------------------------------------------------------------------------
 

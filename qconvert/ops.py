@@ -105,6 +105,14 @@ def _experts(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", x.shape)
 
 
+def _pool(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    if attrs["mode"] not in ("mean", "cls"):
+        raise GraphError(f"unknown mode {attrs['mode']!r}", hint="mean, cls")
+    if i[0].shape[:2] != i[1].shape:
+        raise GraphError(f"{i[0]} and {i[1]} differ")
+    return Type("f32", (i[0].shape[0], i[0].shape[2]))
+
+
 def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     begin, end = attrs["begin"], attrs["end"]
     assert isinstance(begin, int) and isinstance(end, int)
@@ -178,6 +186,11 @@ OPS: dict[str, Op] = {
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),
+    "pool": Op(
+        _pool,
+        "(x[B,T,D], seen[B,T]) {mode}: one vector of each text: mean over the tokens where `seen` is not 0, or cls: the first",
+    ),
+    "unit": Op(_same, "x / |x| over the last axis"),
     "rope": Op(
         _same,
         "(x[, factors[head_dim/2]]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head "

@@ -294,6 +294,13 @@ def rope_frequencies(
     return torch.from_numpy(values).to(dtype), factor
 
 
+def _pool(v: Values, node: Node) -> Tensor:
+    x, seen = v[node.inputs[0]], v[node.inputs[1]] != 0
+    if node.attrs["mode"] == "cls":
+        return x[torch.arange(len(x)), seen.int().argmax(1)]
+    return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+
+
 # the table ----------------------------------------------------------------------------------------
 
 Run = Callable[[Values, Node], Tensor]
@@ -329,6 +336,8 @@ OPS: dict[str, Run] = {
     "slice": lambda v, node: v[node.inputs[0]][..., _count(node, "begin") : _count(node, "end")],
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
+    "pool": _pool,
+    "unit": _plain(lambda x: F.normalize(x, dim=-1)),
     "rope": _rope,
     "attention": _attention,
 }

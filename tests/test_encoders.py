@@ -177,6 +177,80 @@ def test_adapters_on_an_encoder_give_the_hidden_states_of_peft(tmp_path: Path, c
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def sentence_model(folder: Path, mode: str, unit: bool, legacy: bool) -> Path:
+    """A model with sentence-transformers' files beside it."""
+    save_random(folder, SMALL)
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if unit else [])]
+    modules = [{"idx": i, "name": str(i), "path": f"{i}_{k}" if i else "", "type": f"sentence_transformers.models.{k}"}
+               for i, k in enumerate(kinds)]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for i, kind in enumerate(kinds[1:], 1):
+        (folder / f"{i}_{kind}").mkdir()
+    old = {f"pooling_mode_{k}_tokens": k == mode for k in ("mean", "max", "mean_sqrt_len")}
+    old |= {"word_embedding_dimension": 32, "pooling_mode_cls_token": mode == "cls"}
+    new = {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(old if legacy else new))
+    return folder
+
+
+def embedded(folder: Path, inputs: Inputs) -> torch.Tensor:
+    store = Store()
+    graph = build(read_checkpoint(folder, store))
+    verify(graph)
+    assert parse(format(graph)) == graph
+    return run(graph, Weights(graph, store), some_tokens(), inputs=inputs)["embedding"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_embeddings_equal_those_of_sentence_transformers(mode: str, unit: bool, legacy: bool, tmp_path: Path) -> None:
+    modules = pytest.importorskip(
+        "sentence_transformers.sentence_transformer.modules", reason="sentence-transformers is the reference here"
+    )
+    folder, inputs = sentence_model(tmp_path, mode, unit, legacy), padded()
+    features = {"token_embeddings": theirs(folder, inputs), "attention_mask": inputs["attention_mask"]}
+    want = modules.Pooling(32, pooling_mode=mode)(features)["sentence_embedding"]
+    want = modules.Normalize()({"sentence_embedding": want})["sentence_embedding"] if unit else want
+    torch.testing.assert_close(embedded(folder, inputs), want, rtol=1e-5, atol=1e-5)
+
+
+def test_mean_and_first_token_leave_padding_out(tmp_path: Path) -> None:
+    inputs = padded()
+    states = theirs(save_random(tmp_path / "plain", SMALL), inputs)
+    mean = embedded(sentence_model(tmp_path / "mean", "mean", False, True), inputs)
+    first = embedded(sentence_model(tmp_path / "cls", "cls", True, True), inputs)
+    torch.testing.assert_close(mean, torch.stack([states[0].mean(0), states[1, :29].mean(0)]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first, states[:, 0] / states[:, 0].norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    ({"pooling_mode": "max"}, "pooling by max"),
+    ({"pooling_mode": ["mean", "cls"]}, "pooling by mean, cls"),
+    ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pooling by mean_tokens, cls_token"),
+    ({}, "pooling by nothing"),
+    ({"pooling_mode": "mean", "include_prompt": False}, "include_prompt"),
+    ({"pooling_mode": "mean", "weights": 1}, "weights = 1"),
+])  # fmt: skip
+def test_a_pooling_that_no_graph_has_is_refused_by_name(tmp_path: Path, config: dict[str, object], match: str) -> None:
+    folder = sentence_model(tmp_path, "mean", False, False)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    with pytest.raises((InputError, UnsupportedError), match=match):
+        build(read_checkpoint(folder, Store()))
+
+
+def test_a_module_after_the_pooling_that_no_graph_has_is_refused_by_name(tmp_path: Path) -> None:
+    folder = sentence_model(tmp_path, "mean", True, False)
+    text = (folder / "modules.json").read_text()
+    (folder / "modules.json").write_text(text.replace("models.Normalize", "models.Dense"))
+    with pytest.raises(UnsupportedError, match="the module Dense"):
+        build(read_checkpoint(folder, Store()))
+    for wrong in ("{}", "[1]", "nonsense"):
+        (folder / "modules.json").write_text(wrong)
+        with pytest.raises(InputError, match=r"modules\.json"):
+            build(read_checkpoint(folder, Store()))
+
+
 def test_gguf_refuses_an_encoder_by_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="bert"):
         convert(folder, quant="F16", output=tmp_path / "out.gguf", dry_run=True)
