@@ -76,7 +76,7 @@ def describe(graph: Graph) -> Description:
         values += [
             ("attention.key_length", "u32", config["head_dim"]),
             ("attention.value_length", "u32", config["head_dim"]),
-            ("rope.dimension_count", "u32", config["head_dim"]),
+            ("rope.dimension_count", "u32", cast(Config, config["rope"]).get("dims", config["head_dim"])),
         ]
         scaling, factors = rope_keys(config)
         values += scaling

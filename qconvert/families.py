@@ -48,7 +48,8 @@ class Family:
     position: Literal["rope", "learned"] = "rope"
     fused_qkv: bool = False
     fused_mlp: bool = False  # gate and up are one linear
-    rope_types: tuple[str, ...] | None = None  # scalings of rope that transformers knows here; None: all
+    rope_types: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3")  # scalings of rope that are known here
+    partial_rope: bool = False  # config.json may say that only a part of each head rotates
     causal: bool = True  # a token sees only those before it
     qk_norm: bool = False  # q and k are normed, each head by itself, before they rotate
     biases: Mapping[str, str | bool] = field(default_factory=dict)  # role -> always, or where this setting is true
@@ -199,7 +200,8 @@ PHI3 = replace(
     fused_qkv=True,
     fused_mlp=True,
     windows="all",
-    rope_types=(),
+    rope_types=("longrope",),
+    partial_rope=True,
     neutral=table(
         attention_bias=(False,),
         mlp_bias=(False,),

@@ -193,8 +193,8 @@ OPS: dict[str, Op] = {
     "unit": Op(_same, "x / |x| over the last axis"),
     "rope": Op(
         _same,
-        "(x[, factors[head_dim/2]]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head "
-        "by position; factors divide the frequencies",
+        "(x[, factors[head_dim/2]]) {head_dim, theta, dims?, scaling?, interleaved?}: rotate halves (or neighbours) "
+        "of each head, or of its first dims values, by position; factors divide the frequencies",
     ),
     "attention": Op(
         _same,

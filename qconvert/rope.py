@@ -83,9 +83,18 @@ def _rope_llama3(exponents: Real, theta: float, scaling: Scaling, n_tokens: int)
     return np.where(turns < low, plain / factor, np.where(turns > high, plain, between)), 1.0
 
 
+def _rope_longrope(exponents: Real, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Real, float]:
+    """Each dimension is divided by a factor of its own: one set for texts within the original context, one beyond."""
+    factor, context = _of(scaling, "factor"), _of(scaling, "original_context")
+    factors = np.asarray(scaling["long_factor" if n_tokens > context else "short_factor"], exponents.dtype)
+    own = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    return 1.0 / (factors * theta**exponents), _of(scaling, "attention_factor", own)
+
+
 ROPE_SCALINGS: dict[str, Callable[[Real, float, Scaling, int], tuple[Real, float]]] = {
     "linear": _rope_linear,
     "dynamic": _rope_dynamic,
     "yarn": _rope_yarn,
     "llama3": _rope_llama3,
+    "longrope": _rope_longrope,
 }

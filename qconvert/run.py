@@ -239,16 +239,18 @@ def _layer_norm(v: Values, node: Node) -> Tensor:
 def _rope(v: Values, node: Node) -> Tensor:
     x, head_dim = v[node.inputs[0]], _count(node, "head_dim")
     scaling = cast(Scaling | None, node.attrs.get("scaling"))
-    turns, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
+    dims = _count(node, "dims") if "dims" in node.attrs else head_dim
+    turns, factor = rope_frequencies(dims, _number(node, "theta"), scaling, x.shape[1], v.dtype)
     if len(node.inputs) > 1:
         turns = turns / v[node.inputs[1]]  # GGUF's rope_freqs
     angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * turns
     cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
-    heads = _split(x, head_dim)
+    whole = _split(x, head_dim)
+    heads, rest = whole[..., :dims], whole[..., dims:]
     pairs = bool(node.attrs.get("interleaved"))  # neighbours rotate together, not the halves of a head
     first, second = (heads[..., ::2], heads[..., 1::2]) if pairs else heads.chunk(2, -1)
     turned = first * cos - second * sin, second * cos + first * sin
-    return (torch.stack(turned, -1).flatten(-2) if pairs else torch.cat(turned, -1)).flatten(-2)
+    return torch.cat([torch.stack(turned, -1).flatten(-2) if pairs else torch.cat(turned, -1), rest], -1).flatten(-2)
 
 
 def _attention(v: Values, node: Node) -> Tensor:

@@ -25,6 +25,7 @@ ROPE_SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic": (("factor",), ()),
     "yarn": ((), ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (("long_factor", "short_factor"), ("factor", "attention_factor")),
 }
 # transformers ignores these where the type does not read them
 ROPE_HARMLESS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings", "finetuned"} | {
@@ -103,9 +104,7 @@ def read_settings(family: Family, config: Mapping[str, object], where: str) -> S
     if heads % kv_heads:
         raise InputError(f"{where}: {heads} heads do not divide into {kv_heads} key/value heads")
     context = reader.count("context")
-    rope, window_rope = _ropes(reader, context) if family.position == "rope" else (None, None)
-    if rope and head_dim % 2:
-        raise UnsupportedError(f"{where}: rope rotates pairs of values, and head_dim {head_dim} is odd")
+    rope, window_rope = _ropes(reader, context, head_dim) if family.position == "rope" else (None, None)
     windows = _windows(reader, layers)
     ffn = reader.count("ffn", 4 * width)
     return Settings(
@@ -190,13 +189,16 @@ def _layer_types(reader: Reader, layers: int) -> list[str] | None:
 Rope = dict[str, Attr]  # {"theta", "scaling"?: {"type", "factor", "original_context", ...}}
 
 
-def _ropes(reader: Reader, context: int) -> tuple[Rope, Rope | None]:
+def _ropes(reader: Reader, context: int, head_dim: int) -> tuple[Rope, Rope | None]:
     """The rope of all layers, and of those with a window where they have their own; transformers 4's spelling or 5's."""
     config, family = reader.config, reader.family
     reader.used |= {k for k in ROPE_KEYS if k in config}
     if family.window_theta is None:
         given = [config.get("rope_scaling"), config.get("rope_parameters"), {"rope_theta": config.get("rope_theta")}]
-        return _rope(reader, given, family.theta, context), None
+        if family.partial_rope:
+            given.append({"partial_rotary_factor": config.get("partial_rotary_factor")})
+            reader.used |= {"partial_rotary_factor"} & config.keys()
+        return _rope(reader, given, family.theta, context, head_dim), None
     kinds = config.get("rope_parameters") or {}
     if not isinstance(kinds, dict) or not kinds.keys() <= {"full_attention", "sliding_attention"}:
         hint = "full_attention and sliding_attention have a set each"
@@ -204,10 +206,11 @@ def _ropes(reader: Reader, context: int) -> tuple[Rope, Rope | None]:
     reader.used |= {"rope_local_base_freq"} & config.keys()
     given = [kinds.get("full_attention"), config.get("rope_scaling"), {"rope_theta": config.get("rope_theta")}]
     local = [kinds.get("sliding_attention"), {"rope_theta": config.get("rope_local_base_freq")}]
-    return _rope(reader, given, family.theta, context), _rope(reader, local, family.window_theta, context)
+    full = _rope(reader, given, family.theta, context, head_dim)
+    return full, _rope(reader, local, family.window_theta, context, head_dim)
 
 
-def _rope(reader: Reader, parts: list[object], default_theta: float, context: int) -> Rope:
+def _rope(reader: Reader, parts: list[object], default_theta: float, context: int, head_dim: int) -> Rope:
     where = reader.where
     given = [p for p in parts if p]
     if any(not isinstance(p, dict) or any(isinstance(v, dict) for v in p.values()) for p in given):
@@ -223,18 +226,20 @@ def _rope(reader: Reader, parts: list[object], default_theta: float, context: in
     if params.get("type", kind) != kind:
         raise InputError(f"{where}: rope_type is {kind!r}, but type is {params['type']!r}")
     theta = positive(reader, params.get("rope_theta", default_theta), "rope_theta")
-    known = ("default", *(ROPE_SCALINGS if reader.family.rope_types is None else reader.family.rope_types))
+    known = ("default", *reader.family.rope_types)
     if not isinstance(kind, str) or kind not in known:
         raise UnsupportedError(f"{where}: rope scaling {kind!r} is not supported", hint=f"known here: {', '.join(known)}")
     for k, value in params.items():
-        if k not in ROPE_HARMLESS and not (k == "partial_rotary_factor" and value == 1):
+        if k not in ROPE_HARMLESS and not (k == "partial_rotary_factor" and (value == 1 or reader.family.partial_rope)):
             raise UnsupportedError(f"{where}: {k} = {value!r} in the rope settings is not supported")
-    if kind == "default":
-        return {"theta": theta}
-    return {"theta": theta, "scaling": _scaling(reader, kind, params, context)}
+    dims = int(head_dim * positive(reader, params.get("partial_rotary_factor", 1.0), "partial_rotary_factor"))
+    if dims % 2 or dims > head_dim:
+        raise UnsupportedError(f"{where}: rope rotates pairs of values, and {dims} of head_dim {head_dim} are to rotate")
+    out: Rope = {"theta": theta} if dims == head_dim else {"theta": theta, "dims": dims}
+    return out if kind == "default" else {**out, "scaling": _scaling(reader, kind, params, context, dims)}
 
 
-def _scaling(reader: Reader, kind: str, params: Mapping[str, object], context: int) -> dict[str, Attr]:
+def _scaling(reader: Reader, kind: str, params: Mapping[str, object], context: int, dims: int) -> dict[str, Attr]:
     needs, reads = ROPE_SCALINGS[kind]
     for k in needs:
         if k not in params:
@@ -244,13 +249,24 @@ def _scaling(reader: Reader, kind: str, params: Mapping[str, object], context: i
         if k == "truncate":
             if params.get(k, True) is not True:
                 out[k] = False
+        elif kind == "longrope" and k in needs:
+            out[k] = _factors(reader, params[k], k, dims // 2)
         elif k in params:
             out[k] = positive(reader, params[k], k)
     original = reader.config.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
     if kind in ("yarn", "llama3", "dynamic"):
         original = context if kind == "dynamic" else original or context
         out["original_context"] = int(positive(reader, original, "original_max_position_embeddings"))
+    if kind == "longrope":  # transformers reads it beside the rope settings here, or takes 4096
+        original = positive(reader, reader.config.get("original_max_position_embeddings"), "original_max_position_embeddings")
+        return {**out, "original_context": int(original), "factor": out.get("factor", context / original)}
     return _yarn(out, context) if kind == "yarn" else out
+
+
+def _factors(reader: Reader, value: object, key: str, n: int) -> list[Attr]:
+    if not isinstance(value, list) or len(value) != n:
+        raise InputError(f"{reader.where}: {key} = {str(value)[:80]}; a list of {n} numbers was wanted")
+    return [positive(reader, v, key) for v in value]
 
 
 def _yarn(scaling: dict[str, Attr], context: int) -> dict[str, Attr]:

@@ -62,6 +62,21 @@ def test_rope_settings_spelled_as_in_transformers_4_mean_the_same(name: str, tmp
     torch.testing.assert_close(logits(folder, some_tokens()), their_logits(folder, some_tokens()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("phi3") and "rope_parameters" in CASES[c][1]])
+def test_phi3_settings_spelled_as_in_transformers_4_mean_the_same(name: str, tmp_path: Path) -> None:
+    folder = save_random(tmp_path, *CASES[name])
+    new = build(read_checkpoint(folder, Store()))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    scaling = config.pop("rope_parameters")
+    config |= {"rope_theta": scaling.pop("rope_theta"), "partial_rotary_factor": scaling.pop("partial_rotary_factor")}
+    kind = scaling.pop("rope_type")
+    scaling.pop("original_max_position_embeddings", None)
+    path.write_text(json.dumps(config | {"rope_scaling": {"type": kind, **scaling} if kind == "longrope" else None}))
+    assert build(read_checkpoint(folder, Store())).nodes == new.nodes
+    torch.testing.assert_close(logits(folder, some_tokens()), their_logits(folder, some_tokens()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_gemma3_settings_spelled_as_in_transformers_4_mean_the_same(tmp_path: Path, scaled: bool) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0} if scaled else {}

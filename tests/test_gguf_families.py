@@ -59,6 +59,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-no-window": ("Gemma3", GEMMA | {"layer_types": ["full_attention"] * 2}),
     "phi3": ("Phi3", COMMON | {"pad_token_id": None}),
     "phi3-tied-window": ("Phi3", COMMON | {"tie_word_embeddings": True, "sliding_window": 48, "pad_token_id": None}),
+    "phi3-part-of-each-head": ("Phi3", COMMON | {
+        "pad_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
+    }),
     "mixtral": ("Mixtral", COMMON | {"num_local_experts": 4}),
     "mixtral-8-experts": ("Mixtral", COMMON | {"num_local_experts": 8, "tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3Moe", QWEN3_MOE),
@@ -96,6 +100,9 @@ LOST = {
     "attn_logit_softcapping": ("Gemma2", GEMMA | {"attn_logit_softcapping": None}),
     "tie_word_embeddings": ("Gemma2", GEMMA | {"tie_word_embeddings": False}),
     "attention_bias": ("Gemma2", GEMMA | {"attention_bias": True}),
+    "'longrope'": ("Phi3", COMMON | {"pad_token_id": None, "original_max_position_embeddings": 64, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0] * 8, "short_factor": [1.0] * 8,
+    }}),
     "norm_topk_prob = false": ("Qwen3Moe", QWEN3_MOE | {"norm_topk_prob": False}),
     "mlp_only_layers": ("Qwen3Moe", QWEN3_MOE | {"mlp_only_layers": [0]}),
     "decoder_sparse_step": ("Qwen3Moe", QWEN3_MOE | {"decoder_sparse_step": 2}),

@@ -333,8 +333,8 @@ def test_rope_frequencies_of_large_heads_equal_those_of_transformers(kind: str, 
 
 
 def test_an_unknown_rope_scaling_is_refused() -> None:
-    with pytest.raises(GraphError, match="unknown rope scaling 'longrope'"):
-        rope_frequencies(8, 10000.0, {"type": "longrope"}, 10)
+    with pytest.raises(GraphError, match="unknown rope scaling 'other'"):
+        rope_frequencies(8, 10000.0, {"type": "other"}, 10)
 
 
 def test_frequency_factors_as_an_input_divide_the_frequencies() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, save_random
+from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, longrope, save_random
 
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
@@ -129,12 +129,28 @@ def test_experts_that_no_graph_has_are_refused_by_name(tmp_path: Path, config: d
         build(edited(qwen3, **config))
 
 
-@pytest.mark.parametrize("scaling", ["longrope", "yarn", "su"])  # phi3 reads all three as longrope
-def test_phi3_with_a_scaled_rope_is_refused(tmp_path: Path, scaling: str) -> None:
+@pytest.mark.parametrize(("config", "match"), [
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),  # transformers reads it as longrope
+    ({"rope_scaling": {"type": "su", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}}, "rope scaling 'su'"),
+    ({"rope_scaling": {"type": "longrope", "long_factor": [2.0] * 4}}, "has no short_factor"),
+    ({"rope_scaling": {"type": "longrope", "long_factor": [2.0] * 3, "short_factor": [1.0] * 4}}, "long_factor"),
+    ({"rope_scaling": {"type": "longrope", "long_factor": 4 * [2.0], "short_factor": 4 * ["1"]}}, "short_factor = '1'"),
+    ({"partial_rotary_factor": 0.9}, "7 of head_dim 8 are to rotate"),
+    ({"partial_rotary_factor": 1.5}, "12 of head_dim 8 are to rotate"),
+    ({"partial_rotary_factor": 0}, "partial_rotary_factor = 0"),
+])  # fmt: skip
+def test_phi3_with_a_rope_that_no_graph_has_is_refused(
+    tmp_path: Path, config: dict[str, object], match: str
+) -> None:
     phi3 = save_random(tmp_path, "Phi3", SMALL)
-    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
-    with pytest.raises(UnsupportedError, match=scaling):
-        build(edited(phi3, rope_parameters=None, rope_scaling={"type": scaling, **factors}))
+    with pytest.raises((InputError, UnsupportedError), match=match):
+        build(edited(phi3, rope_parameters=None, **config))
+
+
+def test_longrope_needs_to_know_the_original_context(tmp_path: Path) -> None:
+    phi3 = save_random(tmp_path, "Phi3", longrope(16))
+    with pytest.raises(InputError, match="original_max_position_embeddings = None"):
+        build(edited(phi3, original_max_position_embeddings=...))
 
 
 def test_phi3_as_it_was_published_with_code_that_transformers_took_over_is_read(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def rope(kind: str, **more: object) -> dict[str, object]:
     return SMALL | {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **more}}
 
 
+def longrope(original: int, n: int = 4, **more: object) -> dict[str, object]:
+    factors = {"long_factor": [1.5, 2.0, 4.0, 9.0][:n], "short_factor": [1.0, 1.1, 1.2, 1.4][:n]}
+    return rope("longrope", **factors, **more) | {"original_max_position_embeddings": original}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", SMALL | {"tie_word_embeddings": True}),
     "llama grouped heads": ("Llama", SMALL),
@@ -114,6 +119,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe a dense layer": ("Qwen3Moe", SMALL_QWEN3_MOE | {"mlp_only_layers": [1]}),
     "phi3": ("Phi3", SMALL),
     "phi3 tied, window": ("Phi3", SMALL | {"tie_word_embeddings": True, "sliding_window": 8}),
+    "phi3 part of each head": (
+        "Phi3", SMALL | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75}},
+    ),
+    "phi3 longrope, long text": ("Phi3", longrope(16)),
+    "phi3 longrope, short text": ("Phi3", longrope(48)),
+    "phi3 longrope, part of each head, factors": ("Phi3", longrope(16, n=3, partial_rotary_factor=0.75, factor=2.5)),
+    "phi3 longrope, attention factor": ("Phi3", longrope(16, attention_factor=1.3)),
     "gpt2": ("GPT2", SMALL_GPT2),
     "gpt2 untied, n_inner, relu": (
         "GPT2", SMALL_GPT2 | {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
