@@ -14,7 +14,7 @@ import numpy as np
 from qconvert import check, kernels
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats import gguf_arch
-from qconvert.formats.gguf_check import FileReals, Tensor, context, in_runtime, n_vocab, read_tensors
+from qconvert.formats.gguf_check import FileReals, Tensor, by_rows, context, in_runtime, n_vocab, read_tensors
 from qconvert.formats.gguf_header import read_header
 from qconvert.formats.gguf_names import gguf_name
 from qconvert.formats.gguf_vocabulary import vocabulary
@@ -84,9 +84,9 @@ def matched(path: Path, graph: Graph, tensors: Mapping[str, Tensor]) -> dict[str
     if extra := sorted(tensors.keys() - set(names.values())):
         raise InputError(f"{path} has {len(extra)} tensors that the model has not, first {extra[0]}")
     for parameter, name in names.items():
-        n = graph.nodes[parameter].type.dims[0]
-        if len(tensors[name].data) != n:
-            raise InputError(f"{path}: {name} has {len(tensors[name].data)} rows, {parameter} has {n}")
+        n, found = graph.nodes[parameter].type.rows, len(by_rows(tensors[name].data))
+        if found != n:
+            raise InputError(f"{path}: {name} has {found} rows, {parameter} has {n}")
     return names
 
 
@@ -102,8 +102,8 @@ def weights_row(graph: Graph, weights: Weights, names: Mapping[str, str], tensor
 
 
 def error_ratio(graph: Graph, weights: Weights, reals: FileReals, parameter: str, dtype: str) -> float:
-    n, k = (graph.nodes[parameter].type.dims + (1,))[:2]
-    step = rows_per_block(k)
+    kind = graph.nodes[parameter].type
+    n, step = kind.rows, rows_per_block(kind.dims[-1] if len(kind.dims) > 1 else 1)
     file = own = norm = 0.0
     for i in range(0, n, step):
         want = np.asarray(weights.real(parameter, i, min(n, i + step)), np.float64)

@@ -176,6 +176,11 @@ QWEN3 = replace(
     qk_norm=True,
 )
 
+# auto_map of the published models: code that transformers took over
+PHI3_CODE: dict[str, Attr] = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
 PHI3 = replace(
     LLAMA,
     name="phi3",
@@ -205,9 +210,10 @@ PHI3 = replace(
     neutral=table(
         attention_bias=(False,),
         mlp_bias=(False,),
-        auto_map=(  # the code that transformers took over
-            {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
-        ),
+        full_attn_mod=(1,),
+        interpolate_factor=(1,),
+        lm_head_bias=(False,),
+        auto_map=(PHI3_CODE, {**PHI3_CODE, "AutoTokenizer": "Xenova/gpt-4o"}),
     ),
 )
 

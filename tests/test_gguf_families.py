@@ -13,6 +13,7 @@ import torch
 from qconvert import convert
 from qconvert.errors import UnsupportedError
 from qconvert.formats.llama_cpp import LlamaCpp
+from qconvert.verification import verify_file
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
@@ -123,6 +124,18 @@ def test_quantized_experts_are_verified_in_llama_cpp(tmp_path: Path, kind: str) 
     saved(tmp_path / "model", kind, options | {"hidden_size": 256, "intermediate_size": 256})
     result = convert(tmp_path / "model", quant="Q4_K_M", output=tmp_path / "out.gguf")
     assert result.verified
+
+
+def test_one_wrong_row_of_the_last_expert_is_found(tmp_path: Path) -> None:
+    llama_cpp()
+    model = saved(tmp_path / "model", *MODELS["mixtral"])
+    convert(tmp_path / "model", quant="F16", output=tmp_path / "out.gguf")
+    assert not verify_file(tmp_path / "out.gguf", str(tmp_path / "model")).failed
+    with torch.no_grad():
+        model.model.layers[-1].mlp.experts.down_proj[-1, -1] += 1
+    model.save_pretrained(tmp_path / "model")
+    rows = {row.what: row for row in verify_file(tmp_path / "out.gguf", str(tmp_path / "model")).checks}
+    assert rows["weights"].verdict == "fail" and "blk.1.ffn_down_exps.weight" in rows["weights"].reason
 
 
 @pytest.mark.parametrize("name", MODELS)

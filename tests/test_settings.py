@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, longrope, save_random
+from tiny_models import CASES, SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, longrope, save_random
 
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
@@ -62,6 +62,23 @@ GPT2_CONFIG = """{"activation_function": "gelu_new", "architectures": ["GPT2LMHe
 "summary_type": "cls_index",
 "summary_use_proj": true, "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}},
 "vocab_size": 50257}"""
+
+
+GEMMA3_CONFIG = """{"architectures": ["Gemma3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"attn_logit_softcapping": null, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
+"final_logit_softcapping": null, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+"initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+"num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+"query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": null,
+"rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+"transformers_version": "4.50.0.dev0", "use_cache": true, "vocab_size": 262144}"""
+
+
+def test_gemma3_as_it_was_published_is_read() -> None:
+    settings = read_settings(GEMMA3, json.loads(GEMMA3_CONFIG), "config.json")
+    assert [i for i, w in enumerate(settings.windows) if w is None] == [5, 11, 17, 23]
+    assert (settings.rope, settings.window_rope) == ({"theta": 1e6}, {"theta": 1e4})
+    assert settings.tied and settings.act == "gelu_tanh" and settings.attn_scale == 1 / 16
 
 
 @pytest.mark.parametrize(("family", "text"), [(LLAMA, LLAMA2_CONFIG), (GPT2, GPT2_CONFIG)])
@@ -205,6 +222,15 @@ def test_without_architectures_the_model_type_decides(llama: Path) -> None:
     with pytest.raises(UnsupportedError, match="'qwen9' is not supported") as e:
         build(edited(llama, architectures=..., model_type="qwen9"))
     assert e.value.hint in ("nearest: qwen2", "nearest: qwen3")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3 linear scaling", "phi3 longrope, long text", "qwen3-moe a dense layer"])
+def test_config_errors_of_other_families_are_user_errors(name: str, tmp_path: Path) -> None:
+    found = read_checkpoint(save_random(tmp_path, *CASES[name]), Store())
+    for key in [*found.config, "rope_scaling", "rope_local_base_freq", "partial_rotary_factor", "sliding_window_pattern"]:
+        for value in (None, True, -1, 0, 0.5, 1e400, "x", [], {}, [None], {"full_attention": 3}):
+            with suppress(QConvertError):
+                build(found._replace(config=found.config | {key: value}))
 
 
 def test_config_errors_are_user_errors(llama: Path) -> None:
