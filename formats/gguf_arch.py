@@ -22,13 +22,24 @@ class Arch(NamedTuple):
     activation: str = "silu"
     norm_key: str = "layer_norm_rms_epsilon"
     rotary: bool = True
+    output_bias: bool = True  # the attention's output map may have a bias
+    window_period: int | None = None  # the last layer of each period sees everything, the others a window
+    layers_of_27b: int | None = None  # with that many, attention is scaled by width / heads, else by head_dim
+    head: bool = True  # the output head may be another weight than the embedding
 
 
 ARCHS: dict[str, Arch] = {
     "llama": Arch("llama", permuted=True),
     "mistral": Arch("llama", permuted=True),
     "qwen2": Arch("qwen2"),
-    "qwen3": Arch("qwen3"),
+    "qwen3": Arch("qwen3", output_bias=False),
+    "phi3": Arch("phi3"),
+    "mixtral": Arch("llama", permuted=True),
+    "qwen3-moe": Arch("qwen3moe", output_bias=False),
+    "gemma2": Arch(
+        "gemma2", activation="gelu_tanh", output_bias=False, window_period=2, layers_of_27b=46, head=False
+    ),
+    "gemma3": Arch("gemma3", activation="gelu_tanh", output_bias=False, window_period=6, layers_of_27b=62),
     "gpt2": Arch("gpt2", activation="gelu_tanh", norm_key="layer_norm_epsilon", rotary=False),
 }
 
@@ -49,7 +60,8 @@ def describe(graph: Graph) -> Description:
     arch, config = ARCHS[family], cast(Config, graph.meta["config"])
     if config.get("act") != arch.activation:
         raise UnsupportedError(f"llama.cpp's {arch.name} computes {arch.activation}, this model has {config.get('act')}")
-    context, notes = context_length(graph, config)
+    refuse_what_is_lost(arch, config)
+    context, notes = context_length(graph, config, arch)
     values: list[tuple[str, str, object]] = [
         ("block_count", "u32", config["layers"]),
         ("context_length", "u32", context),
@@ -68,22 +80,81 @@ def describe(graph: Graph) -> Description:
         ]
         scaling, factors = rope_keys(config)
         values += scaling
+    values += window_keys(arch, config) + expert_keys(arch, config)
+    for name, key in (("attn_softcap", "attn_logit_softcapping"), ("softcap", "final_logit_softcapping")):
+        if config.get(name) is not None:
+            values.append((key, "f32", config[name]))
     if arch.name == "llama":
         values.append(("vocab_size", "u32", config["vocab"]))
     kvs = [KV("general.architecture", "str", arch.name), *(KV(f"{arch.name}.{k}", t, v) for k, t, v in values)]  # type: ignore[arg-type]
-    hyper = Hyper(arch.name, _int(config, "layers"), _int(config, "heads"), _int(config, "kv_heads"), 0)
+    experts = cast(int, config.get("experts", 0))
+    hyper = Hyper(arch.name, _int(config, "layers"), _int(config, "heads"), _int(config, "kv_heads"), experts)
     return Description(tuple(kvs), hyper, arch.permuted, factors, tuple(notes))
 
 
-def context_length(graph: Graph, config: Config) -> tuple[int, list[str]]:
+def refuse_what_is_lost(arch: Arch, config: Config) -> None:
+    """UnsupportedError for settings of the model that llama.cpp's graph of it has not, and no key can say."""
+    if config.get("attention_bias") and not arch.output_bias:
+        raise UnsupportedError(f"attention_bias: llama.cpp's {arch.name} has no bias on the attention's output")
+    if not config.get("tied") and not arch.head:
+        raise UnsupportedError(f"tie_word_embeddings = false: llama.cpp's {arch.name} has no output head of its own")
+    if config.get("normalize_experts") is False:
+        raise UnsupportedError(
+            f"norm_topk_prob = false: llama.cpp's {arch.name} always divides the experts' shares by their sum"
+        )
+    if "expert_layers" in config and config["expert_layers"] != list(range(_int(config, "layers"))):
+        raise UnsupportedError(
+            f"mlp_only_layers, decoder_sparse_step: llama.cpp's {arch.name} has experts in every layer"
+        )
+    if arch.name == "gemma2" and (config.get("attn_softcap") is None or config.get("softcap") is None):
+        raise UnsupportedError("attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 always has both")
+    squared = _int(config, "head_dim") if arch.rotary else 1
+    if arch.layers_of_27b == config["layers"]:
+        squared = _int(config, "width") // _int(config, "heads")
+    scale = config.get("attn_scale", _int(config, "head_dim") ** -0.5 if arch.rotary else 1.0)
+    assert isinstance(scale, float)
+    if not math.isclose(scale, squared**-0.5):
+        raise UnsupportedError(
+            f"query_pre_attn_scalar = {scale**-2:.6g}: llama.cpp's {arch.name} of {config['layers']} layers has {squared}"
+        )
+
+
+def window_keys(arch: Arch, config: Config) -> list[tuple[str, str, object]]:
+    """The sliding window and the rope of its layers, where llama.cpp's graph has them. Which layers those are is fixed."""
+    layers = config.get("window_layers", [])
+    if arch.window_period is None or (not layers and arch.name == "gemma3"):
+        return []
+    if layers != [i for i in range(_int(config, "layers")) if (i + 1) % arch.window_period]:
+        raise UnsupportedError(
+            f"layer_types: llama.cpp's {arch.name} has a window in all layers but every {arch.window_period}th"
+        )
+    values: list[tuple[str, str, object]] = [("attention.sliding_window", "u32", config["window"])]
+    if (rope := config.get("window_rope")) is not None:
+        values.append(("rope.freq_base_swa", "f32", cast(Config, rope)["theta"]))
+    return values
+
+
+def expert_keys(arch: Arch, config: Config) -> list[tuple[str, str, object]]:
+    if "experts" not in config:
+        return []
+    values: list[tuple[str, str, object]] = [
+        ("expert_count", "u32", config["experts"]),
+        ("expert_used_count", "u32", config["experts_used"]),
+    ]
+    if arch.name != "llama":
+        values.append(("expert_feed_forward_length", "u32", config["expert_ffn"]))
+    return values
+
+
+def context_length(graph: Graph, config: Config, arch: Arch) -> tuple[int, list[str]]:
     """The longest text on which llama.cpp computes what the model does.
 
-    llama.cpp's graphs of these families have no sliding window and no dynamic rope. Both change nothing up to a
-    length, so that length is what the file declares.
+    Most of llama.cpp's graphs have no sliding window, and none has dynamic rope. Both change nothing up to a length,
+    so that length is what the file declares.
     """
     context, notes = _int(config, "context"), []
     windows = [w for n in graph.nodes.values() if n.op == "attention" and isinstance(w := n.attrs.get("window"), int)]
-    if windows and min(windows) < context:
+    if windows and arch.window_period is None and min(windows) < context:
         context = min(windows)
         notes.append(f"sliding_window {context}: llama.cpp has none here, so context_length is {context}, where both agree")
     scaling = _scaling(config)

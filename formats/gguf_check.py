@@ -20,7 +20,7 @@ from qconvert.formats import gguf_vocabulary_check
 from qconvert.formats.gguf_activations import as_ggml, round_q8_0, round_q8_k
 from qconvert.formats.gguf_kernels import kernel_rows
 from qconvert.formats.llama_cpp import LlamaCpp
-from qconvert.graph import Graph
+from qconvert.graph import Graph, n_rows
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
@@ -48,10 +48,15 @@ class FileReals:
         from gguf.quants import dequantize
 
         tensor = self.tensors[self.names[name]]
-        return cast(Array, dequantize(np.asarray(tensor.data[begin:end]), tensor.type))
+        return cast(Array, dequantize(np.asarray(by_rows(tensor.data)[begin:end]), tensor.type))
 
     def dtype(self, name: str) -> str:
         return str(self.tensors[self.names[name]].type.name).lower()
+
+
+def by_rows(data: Any) -> Any:
+    """Stacked experts [E,N,...] as [E*N,...]: how weights count rows."""
+    return data.reshape(-1, data.shape[-1]) if data.ndim > 2 else data
 
 
 def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -93,12 +98,13 @@ def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: 
 
     def blocks() -> Iterator[tuple[Entry, int, int]]:
         for entry in entries:
-            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else entry.shape[0]
-            yield from ((entry, i, min(entry.shape[0], i + step)) for i in range(0, entry.shape[0], step))
+            n = n_rows(entry.shape)
+            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
+            yield from ((entry, i, min(n, i + step)) for i in range(0, n, step))
 
     def compare(block: tuple[Entry, int, int]) -> None:
         entry, begin, end = block
-        data = np.ascontiguousarray(tensors[entry.name].data[begin:end]).view(np.uint8).reshape(-1)
+        data = np.ascontiguousarray(by_rows(tensors[entry.name].data)[begin:end]).view(np.uint8).reshape(-1)
         if not np.array_equal(data, weights.encoded(entry.value, begin, end)):
             wrong.append(f"{entry.name}, rows {begin}..{end}")
 
@@ -131,7 +137,7 @@ def in_runtime(
 
 def runtime_kind(reals: FileReals) -> str:
     """The row of check.LIMITS for the coarsest rounding of activations in the file."""
-    roundings = {as_ggml(reals.dtype(name)) for name in reals.names if reals.tensors[reals.names[name]].data.ndim == 2}
+    roundings = {as_ggml(reals.dtype(name)) for name in reals.names if reals.tensors[reals.names[name]].data.ndim > 1}
     if round_q8_0 in roundings:
         return "runtime blocks of 32"
     if round_q8_k in roundings:

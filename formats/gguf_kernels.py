@@ -27,14 +27,14 @@ class InitParams(c.Structure):
 def kernel_rows(tensors: Mapping[str, Any]) -> list[Row]:
     """Relative error of ggml_mul_mat against f64 over gguf-py's values, for the first tensor of each (type, K).
 
-    tensors: name -> (data [N, row], ggml type), matrices and vectors.
+    tensors: name -> (data [N, row], ggml type), vectors, matrices and stacked matrices.
     """
     firsts: dict[tuple[str, int], str] = {}
     for name, tensor in tensors.items():
         dtype = tensor.type.name.lower()
-        if tensor.data.ndim == 2 and dtype in GGML_TYPES:
+        if tensor.data.ndim > 1 and dtype in GGML_TYPES:
             _, block, nbytes = GGML_TYPES[dtype]
-            firsts.setdefault((dtype, tensor.data.shape[1] * tensor.data.itemsize // nbytes * block), name)
+            firsts.setdefault((dtype, tensor.data.shape[-1] * tensor.data.itemsize // nbytes * block), name)
     rows = []
     for (dtype, k), name in sorted(firsts.items()):
         error = product_error(tensors[name], dtype, k)
@@ -49,7 +49,7 @@ def product_error(tensor: Any, dtype: str, k: int) -> float:
     import torch
     from gguf.quants import dequantize
 
-    data = np.ascontiguousarray(tensor.data[:ROWS])
+    data = np.ascontiguousarray(tensor.data.reshape(-1, tensor.data.shape[-1])[:ROWS])
     x = np.random.default_rng(0).standard_normal((COLUMNS, k)).astype(np.float32)
     rounded = as_ggml(dtype)(torch.from_numpy(x)).numpy().astype(np.float64)
     want = rounded @ np.asarray(dequantize(data, tensor.type), np.float64).T

@@ -14,6 +14,7 @@ def gguf_name(graph: Graph, parameter: str) -> str:
     role, layer = attrs.get("role"), attrs.get("layer")
     if not isinstance(role, str):
         raise GraphError(f"{parameter} has no role; GGUF cannot name it")
+    role = {"ffn_gate_up": "ffn_up"}.get(role, role)  # llama.cpp's name for both in one
     suffix = "bias" if parameter.endswith(".bias") else "weight"
     return f"{role}.{suffix}" if layer is None else f"blk.{layer}.{role}.{suffix}"
 

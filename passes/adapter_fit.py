@@ -10,7 +10,7 @@ from qconvert.adapter_config import CONFIG, in_modules_to_save
 from qconvert.adapters import Adapter
 from qconvert.errors import AdapterError
 from qconvert.graph import Graph
-from qconvert.passes.untie_head import embedding_of, head_of, sites
+from qconvert.passes.untie_head import sites, vocabulary_weights
 
 log = logging.getLogger("qconvert")
 
@@ -73,10 +73,9 @@ def check_missing(graph: Graph, adapter: Adapter, have: Container[str | None], a
 
 
 def check_vocabulary(graph: Graph, adapter: Adapter) -> None:
-    embedding, head = embedding_of(graph), graph.nodes[head_of(graph)].inputs[1]
-    n = graph.nodes[embedding].type.dims[0] if embedding else None
-    if n is not None and graph.nodes[head].type.dims[0] != n:
+    counts = [graph.nodes[weight].type.dims[0] for weight in vocabulary_weights(graph)]
+    if len(set(counts)) > 1:
         raise AdapterError(
-            f"{adapter.name}: the embedding has {n} rows, the head {graph.nodes[head].type.dims[0]}",
+            f"{adapter.name}: the embedding has {counts[0]} rows, the head {counts[1]}",
             hint="the vocabulary was resized, but only one of them was saved; train with save_embedding_layers=True",
         )

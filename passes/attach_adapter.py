@@ -10,10 +10,12 @@ from typing import ClassVar
 from qconvert.adapters import Adapter, Factors, Replacement, TokenRows, is_head
 from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
-from qconvert.ops import OPS
+from qconvert.ops import OPS, infer
 from qconvert.passes.adapter_fit import check_missing, check_unused, check_vocabulary, key_of, other_base
-from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, head_of, is_tied, sites
+from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, is_tied, sites, vocabulary_weights
 from qconvert.sources import TensorInfo
+
+AS_STORED = ("transpose", "shifted")  # what makes a parameter of a tensor that a checkpoint stores otherwise
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class _Attaching:
     def _check_resize(self, name: str, tensor: TensorInfo) -> None:
         """A vocabulary of another length can only be taken whole: the base has no rows to blend with."""
         shape = self.graph.nodes[name].type.shape
-        in_vocabulary = name in (embedding_of(self.graph), self.graph.nodes[head_of(self.graph)].inputs[1])
+        in_vocabulary = name in vocabulary_weights(self.graph)
         if not in_vocabulary or len(tensor.shape) != 2 or tensor.shape[1] != shape[1]:
             raise self._misfit(tensor, name)
         if self.adapter.weight != 1 or free_name(self.graph, name) != f"{name}~base":
@@ -256,13 +258,14 @@ class _Attaching:
 
 
 def _loads(graph: Graph, name: str, new: str, tensor: TensorInfo) -> dict[str, Node]:
-    """A parameter read from another tensor, as the checkpoint stores it: transposed where the base's is."""
+    """A parameter read from another tensor, as the checkpoint stores it: transposed or shifted where the base's is."""
     node = graph.nodes[name]
-    while node.op not in ("load", "transpose"):
+    while node.op not in ("load", *AS_STORED):
         node = graph.nodes[node.inputs[0]]
-    if node.op == "transpose":
+    if node.op in AS_STORED:
         stored = f"{new}~stored"
-        return {stored: _load(tensor), new: Node("transpose", (stored,), Type(tensor.dtype, tensor.shape[::-1]))}
+        kind = infer(node.op, (Type(tensor.dtype, tensor.shape),), **node.attrs)
+        return {stored: _load(tensor), new: Node(node.op, (stored,), kind, node.attrs)}
     return {new: _load(tensor)}
 
 
@@ -284,7 +287,7 @@ def find_parameter(graph: Graph, name: str) -> str | None:
     """By its own name, or with the model's prefix (model., transformer.) put before it or taken away."""
     bare = re.sub(r"^(model|transformer)\.", "", name)
     for candidate in (name, bare, f"model.{name}", f"transformer.{name}"):
-        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", "transpose", "blend", "set_rows"):
+        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", *AS_STORED, "blend", "set_rows"):
             return candidate
     return None
 

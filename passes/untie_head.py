@@ -90,11 +90,21 @@ def is_sum(graph: Graph, node: Node) -> bool:
 
 def head_of(graph: Graph) -> str:
     """The linear that makes the logits. GraphError where something else does."""
-    name = graph.outputs[0]
-    while is_sum(graph, graph.nodes[name]):
-        name = graph.nodes[name].inputs[0]
+    name = _below_output(graph)
     if graph.nodes[name].op != "linear":
         raise GraphError(f"%{name} makes the logits and is {graph.nodes[name].op}, not a linear")
+    return name
+
+
+def has_head(graph: Graph) -> bool:
+    """Whether the graph gives logits; an encoder gives its hidden states."""
+    return graph.nodes[_below_output(graph)].op == "linear"
+
+
+def _below_output(graph: Graph) -> str:
+    name = graph.outputs[0]
+    while graph.nodes[name].op == "softcap" or is_sum(graph, graph.nodes[name]):
+        name = graph.nodes[name].inputs[0]
     return name
 
 
@@ -104,5 +114,12 @@ def embedding_of(graph: Graph) -> str | None:
     return next((v.inputs[1] for v in graph.nodes.values() if v.op == "embed" and v.inputs[0] in tokens), None)
 
 
+def vocabulary_weights(graph: Graph) -> tuple[str, ...]:
+    """The weights with a row for each token: the embedding, and the head's where there is a head."""
+    embedding = embedding_of(graph)
+    head = (graph.nodes[head_of(graph)].inputs[1],) if has_head(graph) else ()
+    return (*(() if embedding is None else (embedding,)), *head)
+
+
 def is_tied(graph: Graph) -> bool:
-    return graph.nodes[head_of(graph)].inputs[1] == embedding_of(graph)
+    return has_head(graph) and graph.nodes[head_of(graph)].inputs[1] == embedding_of(graph)

@@ -6,6 +6,7 @@ graph.meta["dropped"] gives, or an error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +18,16 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family, family_of
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import infer
-from qconvert.settings import Settings, read_settings
+from qconvert.pooling import read_pooling
+from qconvert.settings import Experts, Settings, read_settings
 from qconvert.sources import Checkpoint, Store, TensorInfo
 
 # A weight's shape by its role, in terms of our settings. A bias has the first dimension.
 SHAPES: Mapping[str, tuple[str, ...]] = {
     "token_embd": ("vocab", "width"),
     "position_embd": ("context", "width"),
+    "token_types": ("token_types", "width"),
+    "token_embd_norm": ("width",),
     "output_norm": ("width",),
     "output": ("vocab", "width"),
     "attn_norm": ("width",),
@@ -34,16 +38,34 @@ SHAPES: Mapping[str, tuple[str, ...]] = {
     "attn_output": ("width", "heads * head_dim"),
     "attn_q_norm": ("head_dim",),
     "attn_k_norm": ("head_dim",),
+    "post_attention_norm": ("width",),
+    "attn_output_norm": ("width",),
+    "layer_output_norm": ("width",),
     "ffn_norm": ("width",),
+    "post_ffw_norm": ("width",),
     "ffn_gate": ("ffn", "width"),
     "ffn_up": ("ffn", "width"),
+    "ffn_gate_up": ("2 * ffn", "width"),
+    "ffn_gate_inp": ("experts", "width"),
+    "ffn_gate_exps": ("expert_ffn", "width"),  # of each expert
+    "ffn_up_exps": ("expert_ffn", "width"),
+    "ffn_down_exps": ("width", "expert_ffn"),
     "ffn_down": ("width", "ffn"),
+}
+# The same where all experts are one tensor: its name, its shape, and which half of it the role has.
+FUSED_EXPERTS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = {
+    "ffn_gate_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 0),
+    "ffn_up_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 1),
+    "ffn_down_exps": ("down_proj", ("experts", "width", "expert_ffn"), None),
 }
 BLOCK = 1 << 22  # values compared at a time
 
 
 def build(checkpoint: Checkpoint) -> Graph:
     """The model as a graph: tokens i64[B,T] -> logits f32[B,T,V]; parameters are called as in a model with a head.
+
+    A family without a head gives its hidden states, f32[B,T,D], and for an embedding model the vector of each text,
+    f32[B,D]; it reads token_types and attention_mask too.
 
     UnsupportedError for an architecture or a setting that no family has; InputError for config keys that are unknown,
     and for tensors that are missing, unread or misshapen.
@@ -55,11 +77,11 @@ def build(checkpoint: Checkpoint) -> Graph:
     x = b.embedding()
     for i in range(settings.layers):
         x = b.feed_forward(i, b.attention(i, x))
-    b.head(b.norm("norm", x, "output_norm"))
+    outputs = (b.head(b.norm("norm", x, "output_norm")),) if "output" in family.names else b.pooled(x)
     dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
     keys: dict[str, Attr] = {"used": list(settings.used), "dropped": dict(settings.dropped)}
     meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
-    return Graph(b.nodes, ("logits",), meta)
+    return Graph(b.nodes, outputs, meta)
 
 
 @dataclass
@@ -87,21 +109,44 @@ class _Builder:
         weight, bias = self.weight(role, layer), self.bias(role, layer)
         return self.add(name, self.family.norm, x, weight, *bias, eps=self.settings.eps)
 
+    def norm_if(self, name: str, x: str, role: str, layer: int | None = None) -> str:
+        """x, normed where the family does that here."""
+        return self.norm(name, x, role, layer) if role in self.family.names else x
+
     def embedding(self) -> str:
-        if self.family.position == "rope":
-            return self.add("h", "embed", "tokens", self.weight("token_embd"))
-        token = self.add("token_embd", "embed", "tokens", self.weight("token_embd"))
-        positions = self.add("positions", "positions", "tokens")
-        return self.add("h", "add", token, self.add("position_embd", "embed", positions, self.weight("position_embd")))
+        family = self.family
+        plain = family.position == "rope" and not family.scaled_embedding
+        x = self.add("h" if plain else "token_embd", "embed", "tokens", self.weight("token_embd"))
+        if family.scaled_embedding:
+            x = self.add("h", "times", x, by=math.sqrt(self.settings.width))
+        if "token_types" in family.names:
+            kinds = self.add("token_type_embd", "embed", self.input("token_types", 0), self.weight("token_types"))
+            x = self.add("typed", "add", x, kinds)
+        if family.position == "learned":
+            positions = self.add("positions", "positions", "tokens")
+            at = self.add("position_embd", "embed", positions, self.weight("position_embd"))
+            x = self.add("h", "add", x, at)
+        return self.norm_if("h_norm", x, "token_embd_norm")
+
+    def input(self, name: str, default: int) -> str:
+        self.nodes.setdefault(name, Node("input", (), Type("i64", ("B", "T")), {"default": default}))
+        return name
 
     def attention(self, i: int, x: str) -> str:
         c = self.settings
-        q, k, v = self.qkv(i, self.norm(f"l{i}.attn_norm", x, "attn_norm", i))
-        attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.head_dim**-0.5}
+        q, k, v = self.qkv(i, self.norm_if(f"l{i}.attn_norm", x, "attn_norm", i))
+        attrs: dict[str, Attr] = {"heads": c.heads, "kv_heads": c.kv_heads, "scale": c.attn_scale}
+        if c.attn_softcap is not None:
+            attrs["softcap"] = c.attn_softcap
         if c.windows[i] is not None:
             attrs["window"] = c.windows[i]
-        attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, **attrs)
-        return self.add(f"l{i}.h1", "add", x, self.linear(f"l{i}.attn_out", attn, "attn_output", i))
+        seen: tuple[str, ...] = ()
+        if not self.family.causal:
+            attrs["causal"], seen = False, (self.input("attention_mask", 1),)
+        attn = self.add(f"l{i}.attn", "attention", self.turned(i, q), self.turned(i, k), v, *seen, **attrs)
+        out = self.linear(f"l{i}.attn_out", attn, "attn_output", i)
+        sum_ = self.add(f"l{i}.h1", "add", x, self.norm_if(f"{out}_norm", out, "post_attention_norm", i))
+        return self.norm_if(f"l{i}.h1_norm", sum_, "attn_output_norm", i)
 
     def qkv(self, i: int, x: str) -> tuple[str, str, str]:
         if not self.family.fused_qkv:
@@ -118,22 +163,56 @@ class _Builder:
         """q or k, normed where the family does that, and rotated by position."""
         if self.family.qk_norm:
             x = self.norm(f"{x}_norm", x, f"attn_{x[-1]}_norm", i)
-        if self.settings.rope is None:
+        c = self.settings
+        rope = c.rope if c.window_rope is None or c.windows[i] is None else c.window_rope
+        if rope is None:
             return x
-        name = x.removesuffix("_norm") + "_rope"
-        return self.add(name, "rope", x, head_dim=self.settings.head_dim, **self.settings.rope)
+        return self.add(x.removesuffix("_norm") + "_rope", "rope", x, head_dim=c.head_dim, **rope)
 
     def feed_forward(self, i: int, x: str) -> str:
-        n, act = self.norm(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.act
+        n, experts = self.norm_if(f"l{i}.ffn_norm", x, "ffn_norm", i), self.settings.experts
+        out = self.mlp(i, n) if experts is None or i not in experts.layers else self.mixture(i, n, experts)
+        sum_ = self.add(f"l{i}.h2", "add", x, self.norm_if(f"{out}_norm", out, "post_ffw_norm", i))
+        return self.norm_if(f"l{i}.h2_norm", sum_, "layer_output_norm", i)
+
+    def mlp(self, i: int, n: str) -> str:
+        act = self.settings.act
         if self.family.mlp == "gated":
-            gate = self.add(f"l{i}.act", act, self.linear(f"l{i}.gate", n, "ffn_gate", i))
-            inner = self.add(f"l{i}.gated", "mul", gate, self.linear(f"l{i}.up", n, "ffn_up", i))
+            gate, up = self.gate_and_up(i, n)
+            inner = self.add(f"l{i}.gated", "mul", self.add(f"l{i}.act", act, gate), up)
         else:
             inner = self.add(f"l{i}.act", act, self.linear(f"l{i}.up", n, "ffn_up", i))
-        return self.add(f"l{i}.h2", "add", x, self.linear(f"l{i}.down", inner, "ffn_down", i))
+        return self.linear(f"l{i}.down", inner, "ffn_down", i)
 
-    def head(self, x: str) -> None:
-        self.linear("logits", x, "token_embd" if self.settings.tied else "output")
+    def mixture(self, i: int, x: str, experts: Experts) -> str:
+        router = self.linear(f"l{i}.router", x, "ffn_gate_inp", i)
+        route = self.add(f"l{i}.route", "route", router, used=experts.used, normalize=experts.normalize)
+        stacked = [self.stacked(role, i) for role in FUSED_EXPERTS]
+        return self.add(f"l{i}.experts", "experts", x, route, *stacked, act=self.settings.act)
+
+    def gate_and_up(self, i: int, x: str) -> tuple[str, str]:
+        if not self.family.fused_mlp:
+            return self.linear(f"l{i}.gate", x, "ffn_gate", i), self.linear(f"l{i}.up", x, "ffn_up", i)
+        fused, ffn = self.linear(f"l{i}.gate_up", x, "ffn_gate_up", i), self.settings.ffn
+        return (
+            self.add(f"l{i}.gate", "slice", fused, begin=0, end=ffn),
+            self.add(f"l{i}.up", "slice", fused, begin=ffn, end=2 * ffn),
+        )
+
+    def head(self, x: str) -> str:
+        role = "token_embd" if self.settings.tied else "output"
+        if self.settings.softcap is None:
+            return self.linear("logits", x, role)
+        return self.add("logits", "softcap", self.linear("head", x, role), cap=self.settings.softcap)
+
+    def pooled(self, x: str) -> tuple[str, ...]:
+        """The outputs of an encoder: hidden states, and one vector for each text where the model says how."""
+        pooling = read_pooling(self.checkpoint.folder)
+        if pooling is None:
+            return (x,)
+        seen = self.input("attention_mask", 1)
+        vector = self.add("pooled" if pooling.unit else "embedding", "pool", x, seen, mode=pooling.mode)
+        return x, self.add("embedding", "unit", vector) if pooling.unit else vector
 
     # parameters ----------------------------------------------------------------------------------
 
@@ -147,31 +226,63 @@ class _Builder:
             return ()
         return (self.parameter(role, layer, "bias", SHAPES[role][:1]),)
 
+    def stacked(self, role: str, layer: int) -> str:
+        """A weight [E,N,K] of all experts, stored as one tensor or as one for each."""
+        module = self.family.module(role, layer)
+        name = f"{module.replace('.{e}', '')}.weight"
+        attrs: dict[str, Attr] = {"role": role, "layer": layer}
+        fused, shape, half = FUSED_EXPERTS[role]
+        whole = f"{self.family.fused_experts}.{fused}".format(i=layer)
+        if self.stored(whole) not in self.checkpoint.tensors:
+            assert self.settings.experts is not None
+            parts = [f"{module.format(e=e)}.weight" for e in range(self.settings.experts.n)]
+            for part in parts:
+                self.nodes[part] = self.load(part, SHAPES[role], attrs)
+            return self.add(name, "stack", *parts)
+        if half is None:
+            self.nodes[name] = self.load(whole, shape, attrs)
+            return name
+        self.nodes[f"{name}~stored"] = load = self.load(whole, shape, attrs)
+        n = load.type.dims[1] // 2
+        return self.add(name, "part", f"{name}~stored", begin=half * n, end=(half + 1) * n)
+
+    def load(self, name: str, shape: tuple[str, ...], attrs: Mapping[str, Attr]) -> Node:
+        info = self.find(name)
+        self.check(info, shape)
+        return Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
+
     def parameter(self, role: str, layer: int | None, part: str, shape: tuple[str, ...]) -> str:
         name = f"{self.family.module(role, layer)}.{part}"
         if name in self.nodes:
             return name
-        info = self.find(name)
         turned = part == "weight" and role in self.family.stored_transposed
-        self.check(info, shape[::-1] if turned else shape)
-        attrs: dict[str, Attr] = {"tensor": info.ref, "role": role} | ({} if layer is None else {"layer": layer})
-        stored = Node("load", (), Type(info.dtype, info.shape), attrs)
+        attrs: dict[str, Attr] = {"role": role} | ({} if layer is None else {"layer": layer})
+        stored = self.load(name, shape[::-1] if turned else shape, attrs)
         if turned:
             self.nodes[f"{name}~stored"] = stored
             self.add(name, "transpose", f"{name}~stored")
+        elif self.family.norm_offset and role.endswith("_norm"):
+            self.nodes[f"{name}~stored"] = stored
+            self.add(name, "shifted", f"{name}~stored", by=self.family.norm_offset)
         else:
             self.nodes[name] = stored
         return name
 
     def find(self, name: str) -> TensorInfo:
         tensors, stored = self.checkpoint.tensors, self.stored(name)
-        head = f"{self.family.module('output', None)}.weight"
         if stored not in tensors and self.settings.tied and name == f"{self.family.module('token_embd', None)}.weight":
-            stored = head  # tied both ways: some programs save the head only
+            stored = self.head_name or stored  # tied both ways: some programs save the head only
+        for old, new in self.family.renamed:
+            if stored not in tensors and stored.replace(old, new) in tensors:
+                stored = stored.replace(old, new)
         if stored not in tensors:
             raise InputError(f"{self.checkpoint.folder}: no tensor is called {stored}", hint=self.why_missing(name))
         self.used.add(stored)
         return tensors[stored]
+
+    @property
+    def head_name(self) -> str | None:
+        return f"{self.family.module('output', None)}.weight" if "output" in self.family.names else None
 
     def stored(self, name: str) -> str:
         """The name in this checkpoint: without the prefix where it was saved from the model below the head."""
@@ -183,6 +294,8 @@ class _Builder:
                 f"{info.ref}: {info.dtype} is not a type of weights", hint="convert the checkpoint before quantization"
             )
         sizes = {k: v for k, v in vars(self.settings).items() if isinstance(v, int)}
+        if (experts := self.settings.experts) is not None:
+            sizes |= {"experts": experts.n, "expert_ffn": experts.ffn}
         wanted = tuple(_product(dim, sizes) for dim in shape)
         if info.shape != wanted:
             keys = {k: self.family.config[k].spellings[0] for k in sizes if k in self.family.config}
@@ -197,12 +310,11 @@ class _Builder:
     def dropped(self) -> list[tuple[str, str]]:
         """(ref, reason) of tensors that the graph does not read. InputError for the first without a reason."""
         out = []
-        head = f"{self.family.module('output', None)}.weight"
         for name, info in self.checkpoint.tensors.items():
             if name in self.used:
                 continue
             reason = next((r for pattern, r in self.family.ignorable.items() if re.fullmatch(pattern, name)), None)
-            if reason is None and name == head and self.settings.tied:
+            if reason is None and name == self.head_name and self.settings.tied:
                 reason = self.tied_head(info)
             if reason is None:
                 raise InputError(
@@ -227,7 +339,7 @@ class _Builder:
 
     def why_missing(self, name: str) -> str:
         layer = re.search(r"\.(\d+)\.", name)
-        if name == f"{self.family.module('output', None)}.weight":
+        if name == self.head_name:
             return "config.json says that the head is not tied to the embedding; was the model saved without its head?"
         if name.endswith(".bias") and self.stored(name).removesuffix("bias") + "weight" in self.checkpoint.tensors:
             return "config.json, or the family, says that this map has a bias (attention_bias, mlp_bias)"
@@ -256,7 +368,7 @@ def _product(dim: str, sizes: Mapping[str, int]) -> int:
         return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
     out = 1
     for factor in dim.split(" * "):
-        out *= sizes[factor]
+        out *= int(factor) if factor.isdigit() else sizes[factor]
     return out
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from qconvert.errors import ResourceError, UsageError
+from qconvert.graph import n_rows
 from qconvert.weights import Weights, rows_per_block
 
 
@@ -144,7 +145,7 @@ UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
-            n = entry.shape[0]
+            n = n_rows(entry.shape)
             step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
             for begin in range(0, n, step):
                 yield Block(fds[file.path], entry, begin, min(n, begin + step))
@@ -153,7 +154,7 @@ def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
     fd, entry, begin, end = block
     data = weights.encoded(entry.value, begin, end)
-    row_nbytes = entry.nbytes // entry.shape[0]
+    row_nbytes = entry.nbytes // n_rows(entry.shape)
     if data.nbytes != (end - begin) * row_nbytes:
         raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {begin}..{end}, planned {(end - begin) * row_nbytes}")
     write_all(fd, data.data, entry.offset + begin * row_nbytes)

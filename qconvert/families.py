@@ -41,25 +41,36 @@ class Family:
     model_type: str
     hf: tuple[str, ...]  # `architectures` in config.json; the first is the one with a head
     prefix: str  # of all tensors but the head, in a checkpoint that has a head
-    names: Mapping[str, str]  # role -> module, {i} is the layer
+    names: Mapping[str, str]  # role -> module, {i} is the layer, {e} the expert
     config: Mapping[str, Key]  # our name -> key of config.json
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     mlp: Literal["gated", "plain"] = "gated"
     position: Literal["rope", "learned"] = "rope"
     fused_qkv: bool = False
+    fused_mlp: bool = False  # gate and up are one linear
+    rope_types: tuple[str, ...] | None = None  # scalings of rope that transformers knows here; None: all
+    causal: bool = True  # a token sees only those before it
     qk_norm: bool = False  # q and k are normed, each head by itself, before they rotate
     biases: Mapping[str, str | bool] = field(default_factory=dict)  # role -> always, or where this setting is true
     stored_transposed: frozenset[str] = frozenset()  # roles of weights that lie as [in, out]
-    windows: Literal["none", "all", "by_layer"] = "none"  # which layers have a sliding window
+    norm_offset: float = 0.0  # what is added to the stored weights of norms
+    scaled_embedding: bool = False  # tokens' vectors are multiplied by sqrt(width)
+    windows: Literal["none", "all", "by_layer", "pattern"] = "none"  # which layers have a sliding window
+    theta: float = 10000.0  # of rope, where config.json has none
+    window_theta: float | None = None  # the same for layers with a window, where they have a rope of their own
     neutral: Mapping[str, tuple[Attr, ...]] = field(default_factory=dict)  # keys understood at these values only
+    harmless: Mapping[str, str] = field(default_factory=dict)  # keys that transformers does not read here, and why
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why
 
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of names, and what other checkpoints have in their place
+    fused_experts: str | None = None  # where newer checkpoints have all experts in one tensor: {this}.gate_up_proj
+
     def module(self, role: str, layer: int | None) -> str:
-        return self.names[role].format(i=layer)
+        return self.names[role].format(i=layer, e="{e}")
 
 
 _ROPE_IGNORABLE = MappingProxyType({r".*rotary_emb\.inv_freq": "computed from rope_theta"})
-_SELF_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+SELF_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 LLAMA = Family(
     name="llama",
@@ -96,13 +107,14 @@ LLAMA = Family(
         mlp_bias=key("mlp_bias", default=False),
     ),
     biases=MappingProxyType(
-        dict.fromkeys(_SELF_ATTENTION, "attention_bias") | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
+        dict.fromkeys(SELF_ATTENTION, "attention_bias") | dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias")
     ),
     ignorable=_ROPE_IGNORABLE,
 )
 
 
-def _config(family: Family, *without: str, **keys: Key) -> Mapping[str, Key]:
+def keys_of(family: Family, *without: str, **keys: Key) -> Mapping[str, Key]:
+    """The keys of another family, some left out, some added or changed."""
     return MappingProxyType({k: v for k, v in family.config.items() if k not in without} | keys)
 
 
@@ -111,7 +123,7 @@ MISTRAL = replace(
     name="mistral",
     model_type="mistral",
     hf=("MistralForCausalLM", "MistralModel"),
-    config=_config(
+    config=keys_of(
         LLAMA,
         "attention_bias",
         "mlp_bias",
@@ -129,7 +141,7 @@ QWEN2 = replace(
     name="qwen2",
     model_type="qwen2",
     hf=("Qwen2ForCausalLM", "Qwen2Model"),
-    config=_config(
+    config=keys_of(
         LLAMA,
         "attention_bias",
         "mlp_bias",
@@ -156,11 +168,45 @@ QWEN3 = replace(
             "attn_k_norm": "model.layers.{i}.self_attn.k_norm",
         }
     ),
-    config=_config(
+    config=keys_of(
         QWEN2, head_dim=key("head_dim", default=128), attention_bias=key("attention_bias", default=False)
     ),
-    biases=MappingProxyType(dict.fromkeys(_SELF_ATTENTION, "attention_bias")),
+    biases=MappingProxyType(dict.fromkeys(SELF_ATTENTION, "attention_bias")),
     qk_norm=True,
+)
+
+PHI3 = replace(
+    LLAMA,
+    name="phi3",
+    model_type="phi3",
+    hf=("Phi3ForCausalLM", "Phi3Model"),
+    names=MappingProxyType(
+        {role: name for role, name in LLAMA.names.items() if role not in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")}
+        | {
+            "attn_qkv": "model.layers.{i}.self_attn.qkv_proj",
+            "ffn_gate_up": "model.layers.{i}.mlp.gate_up_proj",
+        }
+    ),
+    config=keys_of(
+        LLAMA,
+        "attention_bias",
+        "mlp_bias",
+        context=key("max_position_embeddings", default=4096),
+        eps=key("rms_norm_eps", default=1e-5),
+        window=key("sliding_window", default=None),
+    ),
+    biases=table(),
+    fused_qkv=True,
+    fused_mlp=True,
+    windows="all",
+    rope_types=(),
+    neutral=table(
+        attention_bias=(False,),
+        mlp_bias=(False,),
+        auto_map=(  # the code that transformers took over
+            {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        ),
+    ),
 )
 
 _GPT2_LINEAR = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")

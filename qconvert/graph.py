@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,15 @@ class Type:
         if not all(isinstance(d, int) for d in self.shape):
             raise GraphError(f"{self} has a symbolic dimension; a weight was wanted")
         return tuple(int(d) for d in self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a weight, counted through: N of [N,K], E*N of stacked experts [E,N,K], the length of a vector."""
+        return n_rows(self.dims)
+
+
+def n_rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
 
 @dataclass(frozen=True)

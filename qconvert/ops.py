@@ -82,6 +82,37 @@ def _dora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape, i[1].shape[1]))
 
 
+def _stack(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    for other in i[1:]:
+        if other != i[0]:
+            raise GraphError(f"{i[0]} and {other} differ")
+    return Type(i[0].dtype, (len(i), *i[0].shape))
+
+
+def _part(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    (e, n, k), begin, end = i[0].dims, attrs["begin"], attrs["end"]
+    assert isinstance(begin, int) and isinstance(end, int)
+    if not 0 <= begin < end <= n:
+        raise GraphError(f"{i[0]} has no rows {begin}..{end}")
+    return Type(i[0].dtype, (e, end - begin, k))
+
+
+def _experts(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    x, route, gate, up, down = i
+    e, n, k = gate.dims
+    if x.shape[-1] != k or route.shape[-1] != e or up.shape != gate.shape or down.shape != (e, k, n):
+        raise GraphError(f"x {x}, the route {route} and the weights {gate}, {up}, {down} do not fit together")
+    return Type("f32", x.shape)
+
+
+def _pool(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    if attrs["mode"] not in ("mean", "cls"):
+        raise GraphError(f"unknown mode {attrs['mode']!r}", hint="mean, cls")
+    if i[0].shape[:2] != i[1].shape:
+        raise GraphError(f"{i[0]} and {i[1]} differ")
+    return Type("f32", (i[0].shape[0], i[0].shape[2]))
+
+
 def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     begin, end = attrs["begin"], attrs["end"]
     assert isinstance(begin, int) and isinstance(end, int)
@@ -97,6 +128,8 @@ OPS: dict[str, Op] = {
     ),
     "constant": Op(_declared, 'numbers small enough to print: {"values": [...]}', True),
     "transpose": Op(_transpose, "w.T", True),
+    "stack": Op(_stack, "(w, w, ...): matrices [N,K] of E experts as one weight [E,N,K]; it has E*N rows", True),
+    "part": Op(_part, "(w[E,N,K]) {begin, end}: rows begin..end of every expert", True),
     "cast": Op(_declared, "w rounded to the node's dtype", True),
     "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
     "dora": Op(
@@ -114,11 +147,12 @@ OPS: dict[str, Op] = {
     ),
     "add_scaled": Op(_real, "(w, d) {scale}: w + scale * d", True),
     "scaled": Op(_real, "(w) {scale}: scale * w", True),
+    "shifted": Op(_real, "(w) {by}: w + by", True),
     "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
-    "input": Op(_declared, "token ids i64[B,T]"),
+    "input": Op(_declared, "() {default?}: i64[B,T], token ids and what goes with them; with a default it may be left out"),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
     "embed": Op(_embed, "(ids, w): rows of w"),
     "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),
@@ -133,20 +167,40 @@ OPS: dict[str, Op] = {
     ),
     "add": Op(_elementwise, "x + y"),
     "mul": Op(_elementwise, "x * y"),
+    "times": Op(_same, "(x) {by}: x * by"),
+    "softcap": Op(_same, "(x) {cap}: cap * tanh(x / cap)"),
     "silu": Op(_same, "x * sigmoid(x)"),
     "gelu": Op(_same, "exact (erf) GELU"),
     "gelu_tanh": Op(_same, "GELU, tanh approximation"),
     "relu": Op(_same, "max(x, 0)"),
+    "route": Op(
+        _same,
+        "(logits[..., E]) {used, normalize}: the `used` largest of softmax(logits), divided by their sum where `normalize`; "
+        "0 for the other experts",
+    ),
+    "experts": Op(
+        _experts,
+        "(x, route, gate[E,F,K], up[E,F,K], down[E,K,F]) {act}: sum over e of route[..., e] * "
+        "(act(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T",
+    ),
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),
+    "pool": Op(
+        _pool,
+        "(x[B,T,D], seen[B,T]) {mode}: one vector of each text: mean over the tokens where `seen` is not 0, or cls: the first",
+    ),
+    "unit": Op(_same, "x / |x| over the last axis"),
     "rope": Op(
         _same,
         "(x[, factors[head_dim/2]]) {head_dim, theta, scaling?, interleaved?}: rotate halves (or neighbours) of each head "
         "by position; factors divide the frequencies",
     ),
     "attention": Op(
-        _same, "(q, k, v) {heads, kv_heads, scale, window?}: causal; with a window, position i sees i-window < j <= i"
+        _same,
+        "(q, k, v[, seen[B,T]]) {heads, kv_heads, scale, causal?, window?, softcap?}: position i sees j <= i, or every j "
+        "where causal is false; with a window i-window < j; with `seen`, only tokens where it is not 0; softcap is of the "
+        "scores, before that",
     ),
 }
 

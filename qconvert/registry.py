@@ -21,7 +21,13 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "pack": "qconvert.passes.pack:Pack",
     },
     "formats": {"gguf": "qconvert.formats.gguf:GGUF"},
-    "families": {name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2")},
+    "families": {
+        **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
+        **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
+        "mixtral": "qconvert.families_moe:MIXTRAL",
+        "qwen3-moe": "qconvert.families_moe:QWEN3_MOE",
+        "bert": "qconvert.families_encoder:BERT",
+    },
     "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
     "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},
 }

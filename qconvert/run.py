@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qconvert.errors import GraphError
-from qconvert.graph import Attr, Graph, Node
+from qconvert.graph import Graph, Node
+from qconvert.rope import Scaling, frequencies
 
 BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
-Scaling = Mapping[str, Attr]
 Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
 RoundInput = Callable[[Node, Tensor], Tensor]
 
@@ -40,11 +40,13 @@ def run(
     want: Iterable[str] | None = None,
     observe: Observe | None = None,
     round_input: RoundInput | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
 
     observe(name, node, inputs): called before each op with its activations (weights left out).
+    inputs: i64[B,T] of the graph's other inputs; what is not there is its default everywhere.
     round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
     """
@@ -53,6 +55,7 @@ def run(
         if name not in graph.nodes:
             raise GraphError(f"no value is called %{name}")
     values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input)
+    values.given = inputs or {}
     need = graph.needed(wanted) - values.fixed
     order = [name for name in graph.nodes if name in need]
     last = {i: name for name in order for i in graph.nodes[name].inputs}
@@ -77,6 +80,7 @@ class Values:
     tokens: Tensor
     dtype: torch.dtype
     round_input: RoundInput | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[str] = field(init=False)
 
@@ -110,6 +114,9 @@ class Values:
 
 
 def evaluate(values: Values, name: str, node: Node) -> Tensor:
+    if node.op == "input" and "default" in node.attrs:
+        given = values.given.get(name)
+        return torch.full_like(values.tokens, _count(node, "default")) if given is None else given
     if node.op not in OPS:
         raise GraphError(f"%{name}: {node.op} is not an op on activations", hint=f"those are {', '.join(OPS)}")
     return OPS[node.op](values, node)
@@ -180,6 +187,36 @@ def _dora_embed(v: Values, node: Node) -> Tensor:
     return _number(node, "weight") * ((g - 1) * v.gather(w_name, ids) + g * scale * F.linear(a.T[ids], b))
 
 
+# experts ------------------------------------------------------------------------------------------
+
+
+def _route(v: Values, node: Node) -> Tensor:
+    probabilities = v[node.inputs[0]].softmax(-1)
+    top, at = probabilities.topk(_count(node, "used"), -1)
+    if node.attrs["normalize"]:
+        top = top / top.sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, at, top)
+
+
+def _experts(v: Values, node: Node) -> Tensor:
+    x_name, route, gate, up, down = node.inputs
+    x, share = v[x_name].flatten(0, -2), v[route].flatten(0, -2)
+    act, y = ACTIVATIONS[str(node.attrs["act"])], torch.zeros_like(x)
+
+    def product(x: Tensor, weight: str, e: int) -> Tensor:
+        if v.round_input is not None:
+            x = v.round_input(Node("linear", (x_name, weight), node.type), x)
+        n = v.graph.nodes[weight].type.dims[1]
+        return F.linear(x, v.rows(weight, e * n, (e + 1) * n))
+
+    for e in range(share.shape[-1]):
+        at = share[:, e].nonzero()[:, 0]  # the tokens that chose this expert
+        if len(at):
+            inner = act(product(x[at], gate, e)) * product(x[at], up, e)
+            y[at] += share[at, e, None] * product(inner, down, e)
+    return y.reshape(v[x_name].shape)
+
+
 # norms, positions, attention ----------------------------------------------------------------------
 
 
@@ -202,10 +239,10 @@ def _layer_norm(v: Values, node: Node) -> Tensor:
 def _rope(v: Values, node: Node) -> Tensor:
     x, head_dim = v[node.inputs[0]], _count(node, "head_dim")
     scaling = cast(Scaling | None, node.attrs.get("scaling"))
-    frequencies, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
+    turns, factor = rope_frequencies(head_dim, _number(node, "theta"), scaling, x.shape[1], v.dtype)
     if len(node.inputs) > 1:
-        frequencies = frequencies / v[node.inputs[1]]  # GGUF's rope_freqs
-    angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * frequencies
+        turns = turns / v[node.inputs[1]]  # GGUF's rope_freqs
+    angles = torch.arange(x.shape[1], dtype=v.dtype)[:, None] * turns
     cos, sin = (factor * angles.cos())[:, None], (factor * angles.sin())[:, None]  # [T,1,head_dim/2]
     heads = _split(x, head_dim)
     pairs = bool(node.attrs.get("interleaved"))  # neighbours rotate together, not the halves of a head
@@ -215,105 +252,64 @@ def _rope(v: Values, node: Node) -> Tensor:
 
 
 def _attention(v: Values, node: Node) -> Tensor:
-    heads, kv_heads = _count(node, "heads"), _count(node, "kv_heads")
+    heads, kv_heads, scale = _count(node, "heads"), _count(node, "kv_heads"), _number(node, "scale")
     head_dim = v[node.inputs[0]].shape[-1] // heads
-    q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs)
-    n = q.shape[2]
-    window = node.attrs.get("window")
-    mask = None
-    if window is not None and _count(node, "window") < n:
-        i = torch.arange(n)
-        age = i[:, None] - i
-        mask = (age >= 0) & (age < _count(node, "window"))
-    y = F.scaled_dot_product_attention(
-        q, k, value, attn_mask=mask, is_causal=mask is None, scale=_number(node, "scale"), enable_gqa=heads != kv_heads
-    )
+    q, k, value = (_split(v[i], head_dim).transpose(1, 2) for i in node.inputs[:3])
+    mask = _attention_mask(v, node, q.shape[2])
+    if "softcap" in node.attrs:
+        y = _capped_attention(q, k, value, mask, scale, _number(node, "softcap"))
+    else:
+        plain = torch.equal(mask, torch.ones_like(mask).tril())  # torch has a faster kernel for it
+        y = F.scaled_dot_product_attention(
+            q, k, value, attn_mask=None if plain else mask, is_causal=plain, scale=scale, enable_gqa=heads != kv_heads
+        )
     return y.transpose(1, 2).flatten(-2)
 
 
-# rope scaling -------------------------------------------------------------------------------------
+def _attention_mask(v: Values, node: Node, n: int) -> Tensor:
+    """Which positions (last axis) each position sees: bool[T,T], or [B,1,T,T] where a mask of tokens is an input."""
+    i = torch.arange(n)
+    age = i[:, None] - i
+    mask = torch.ones(n, n, dtype=torch.bool)
+    if node.attrs.get("causal", True):
+        mask = age >= 0
+    if "window" in node.attrs:
+        mask &= age < _count(node, "window")
+    return mask if len(node.inputs) < 4 else mask & (v[node.inputs[3]] != 0)[:, None, None, :]
+
+
+def _capped_attention(q: Tensor, k: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """q [B,H,T,D], k and value [B,H/g,T,D] -> [B,H,T,D], scores bounded by cap."""
+    k, value = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, value))
+    scores = cap * torch.tanh(scale * (q @ k.transpose(-1, -2)) / cap)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
 
 
 def rope_frequencies(
     head_dim: int, theta: float, scaling: Scaling | None, n_tokens: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, float]:
-    """Radians per position f[head_dim/2], and the factor on cos and sin, for a text of n_tokens.
-
-    scaling: None, or {"type": one of ROPE_SCALINGS, "factor", "original_context", ...}.
-    Source: transformers/modeling_rope_utils.py; the papers are linked there.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(dtype) / head_dim
-    if scaling is None:
-        return 1.0 / theta**exponents, 1.0
-    kind = scaling["type"]
-    if kind not in ROPE_SCALINGS:
-        raise GraphError(f"unknown rope scaling {kind!r}", hint=f"there are {', '.join(ROPE_SCALINGS)}")
-    return ROPE_SCALINGS[str(kind)](exponents, theta, scaling, n_tokens)
+    """rope.frequencies as a tensor f[head_dim/2], and the factor on cos and sin."""
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    values, factor = frequencies(head_dim, theta, scaling, n_tokens, wide)
+    return torch.from_numpy(values).to(dtype), factor
 
 
-def _of(scaling: Scaling, key: str, default: float = 0.0) -> float:
-    value = scaling.get(key)
-    assert value is None or isinstance(value, int | float)
-    return default if value is None else value
-
-
-def _rope_linear(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    return 1.0 / theta**exponents / _of(scaling, "factor"), 1.0
-
-
-def _rope_dynamic(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """NTK-aware: the base grows with the text once it is longer than the original context."""
-    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
-    stretch = factor * max(n_tokens, context) / context - (factor - 1)
-    return 1.0 / (theta * stretch ** (dim / (dim - 2))) ** exponents, 1.0
-
-
-def _rope_yarn(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """Fast dimensions keep their frequency, slow ones are divided by factor, a linear ramp lies between."""
-    factor, context, dim = _of(scaling, "factor"), _of(scaling, "original_context"), 2 * len(exponents)
-
-    def dimension(rotations: float) -> float:
-        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(_of(scaling, "beta_fast", 32)), dimension(_of(scaling, "beta_slow", 1))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low == high:
-        high += 0.001  # a step, without dividing by zero
-    keep = 1 - ((torch.arange(dim // 2, dtype=exponents.dtype) - low) / (high - low)).clamp(0, 1)
-    wavelength = theta**exponents
-    return (1.0 / (factor * wavelength)) * (1 - keep) + (1.0 / wavelength) * keep, yarn_attention_factor(scaling)
-
-
-def yarn_attention_factor(scaling: Scaling) -> float:
-    """What yarn multiplies cos and sin by: as given, or from factor."""
-    factor = _of(scaling, "factor")
-    return _of(scaling, "attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
-
-
-def _rope_llama3(exponents: Tensor, theta: float, scaling: Scaling, n_tokens: int) -> tuple[Tensor, float]:
-    """Long waves are divided by factor, short ones kept, those between interpolated."""
-    factor, context = _of(scaling, "factor"), _of(scaling, "original_context")
-    low, high = _of(scaling, "low_freq_factor"), _of(scaling, "high_freq_factor")
-    plain = 1.0 / theta**exponents
-    turns = context / (2 * math.pi / plain)  # of each wave within the original context
-    smooth = (turns - low) / (high - low)
-    between = (1 - smooth) * plain / factor + smooth * plain
-    return torch.where(turns < low, plain / factor, torch.where(turns > high, plain, between)), 1.0
-
-
-ROPE_SCALINGS: dict[str, Callable[[Tensor, float, Scaling, int], tuple[Tensor, float]]] = {
-    "linear": _rope_linear,
-    "dynamic": _rope_dynamic,
-    "yarn": _rope_yarn,
-    "llama3": _rope_llama3,
-}
+def _pool(v: Values, node: Node) -> Tensor:
+    x, seen = v[node.inputs[0]], v[node.inputs[1]] != 0
+    if node.attrs["mode"] == "cls":
+        return x[torch.arange(len(x)), seen.int().argmax(1)]
+    return (x * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
 
 
 # the table ----------------------------------------------------------------------------------------
 
 Run = Callable[[Values, Node], Tensor]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def _plain(fn: Callable[..., Tensor]) -> Run:
@@ -332,13 +328,16 @@ OPS: dict[str, Run] = {
     "dora_embed": _dora_embed,
     "add": _plain(torch.add),
     "mul": _plain(torch.mul),
-    "silu": _plain(F.silu),
-    "gelu": _plain(F.gelu),
-    "gelu_tanh": _plain(lambda x: F.gelu(x, approximate="tanh")),
-    "relu": _plain(F.relu),
+    "times": lambda v, node: v[node.inputs[0]] * _number(node, "by"),
+    "softcap": lambda v, node: _number(node, "cap") * torch.tanh(v[node.inputs[0]] / _number(node, "cap")),
+    **{name: _plain(act) for name, act in ACTIVATIONS.items()},
+    "route": _route,
+    "experts": _experts,
     "slice": lambda v, node: v[node.inputs[0]][..., _count(node, "begin") : _count(node, "end")],
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
+    "pool": _pool,
+    "unit": _plain(lambda x: F.normalize(x, dim=-1)),
     "rope": _rope,
     "attention": _attention,
 }

@@ -6,6 +6,7 @@ A tensor is named by a ref, ALIAS/FILE#TENSOR: "base/model-00001-of-00002.safete
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -69,6 +70,12 @@ class Store:
         shape = file.types[name][1]
         _check_range(ref, "rows", begin, end, shape[0] if shape else 1)
         return file.read(name, begin, end)
+
+    def read_stacked(self, ref: str, begin: int, end: int) -> Array:
+        """Rows begin..end of [E,N,K], counted through its E*N rows, as [end-begin, K]."""
+        file, name = self._find(ref)
+        _check_range(ref, "rows", begin, end, math.prod(file.types[name][1][:-1]))
+        return file.read_stacked(name, begin, end)
 
     def read_columns(self, ref: str, begin: int, end: int) -> Array:
         """Columns begin..end of a matrix [N,K], as [N, end-begin]."""

@@ -33,6 +33,8 @@ class TensorFile(Protocol):
 
     def read(self, name: str, begin: int, end: int) -> Array: ...
 
+    def read_stacked(self, name: str, begin: int, end: int) -> Array: ...
+
     def read_columns(self, name: str, begin: int, end: int) -> Array: ...
 
     def close(self) -> None: ...
@@ -68,6 +70,11 @@ class SafetensorsFile:
             return self._fill(np.empty((), dtype), entry.begin, name)
         out = np.empty((end - begin, *entry.shape[1:]), dtype)
         return self._fill(out, entry.begin + begin * _row_nbytes(entry), name)
+
+    def read_stacked(self, name: str, begin: int, end: int) -> Array:
+        entry = self.entries[name]
+        out = np.empty((end - begin, entry.shape[-1]), self._numpy(name))
+        return self._fill(out, entry.begin + begin * entry.shape[-1] * out.itemsize, name)
 
     def read_columns(self, name: str, begin: int, end: int) -> Array:
         entry, dtype = self.entries[name], self._numpy(name)
@@ -116,6 +123,10 @@ class TorchFile:
         self._readable(name)
         t = self.tensors[name]
         return self._numpy(t[begin:end] if t.ndim else t)
+
+    def read_stacked(self, name: str, begin: int, end: int) -> Array:
+        self._readable(name)
+        return self._numpy(self.tensors[name].flatten(0, -2)[begin:end])
 
     def read_columns(self, name: str, begin: int, end: int) -> Array:
         self._readable(name)

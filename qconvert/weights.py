@@ -1,6 +1,7 @@
 """Evaluate weights a block of rows at a time: what emitting, checking and the reference evaluator all read.
 
     rows(name, begin, end)   real values f32 or f64 [rows, K] ([rows] for a vector), QTensor, or packed bytes u8[rows, nbytes]
+                             stacked experts [E,N,K] have E*N rows: row n of expert e is e*N + n
     encoded(name, ...)       the bytes that a file holds
 
 Nothing is kept but small inputs (adapter factors), so memory does not grow with the tensor or the model.
@@ -9,7 +10,7 @@ Nothing is kept but small inputs (adapter factors), so memory does not grow with
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -47,7 +48,7 @@ class Weights:
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows as real numbers, dequantized where they are quantized or packed."""
         node = self.graph.nodes[name]
-        value = self.rows(name, begin, node.type.dims[0] if end is None else end)
+        value = self.rows(name, begin, node.type.rows if end is None else end)
         if isinstance(value, QTensor):
             return value.dequantize().astype(self.dtype, copy=False)
         if node.op == "pack":
@@ -93,7 +94,8 @@ def _must_be_finite(name: str, value: Array) -> None:
 
 
 def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    raw = w.store.read(str(node.attrs["tensor"]), begin, end)
+    read = w.store.read_stacked if len(node.type.shape) > 2 else w.store.read
+    raw = read(str(node.attrs["tensor"]), begin, end)
     return _checked(w, node, (begin, 0), raw)
 
 
@@ -122,6 +124,27 @@ def _transpose(w: Weights, name: str, node: Node, begin: int, end: int) -> Array
         raw = w.store.read_columns(str(source.attrs["tensor"]), begin, end)
         return np.ascontiguousarray(_checked(w, source, (0, begin), raw).T)
     return np.ascontiguousarray(w.whole(node.inputs[0]).T[begin:end])
+
+
+def _stack(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return _joined(w, node, [w.real(node.inputs[e], i, j) for e, i, j in _per_expert(node, begin, end)])
+
+
+def _part(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    n, first = w.graph.nodes[node.inputs[0]].type.dims[1], int(_number(node, "begin"))
+    at = [(e * n + first, i, j) for e, i, j in _per_expert(node, begin, end)]
+    return _joined(w, node, [w.real(node.inputs[0], origin + i, origin + j) for origin, i, j in at])
+
+
+def _per_expert(node: Node, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(e, i, j): rows i..j of expert e, which together are rows begin..end of [E,N,K]."""
+    n = node.type.dims[1]
+    for e in range(begin // n, -(-end // n)):
+        yield e, max(0, begin - e * n), min(n, end - e * n)
+
+
+def _joined(w: Weights, node: Node, parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, node.type.dims[2]), w.dtype), *parts])
 
 
 def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
@@ -210,6 +233,10 @@ def _scaled(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     return (_number(node, "scale") * w.real(node.inputs[0], begin, end)).astype(w.dtype)
 
 
+def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return (_number(node, "by") + w.real(node.inputs[0], begin, end)).astype(w.dtype)
+
+
 def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     n = node.type.dims[0]
     head_dim = n // int(_number(node, "heads"))
@@ -253,7 +280,8 @@ def _number(node: Node, attr: str) -> float:
 
 Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
 OPS: dict[str, Op] = {
-    "load": _load, "constant": _constant, "transpose": _transpose, "cast": _cast, "merge": _merge, "dora": _dora,
+    "load": _load, "constant": _constant, "transpose": _transpose,
+    "stack": _stack, "part": _part, "cast": _cast, "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
-    "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
+    "shifted": _shifted, "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
 }  # fmt: skip

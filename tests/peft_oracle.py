@@ -23,6 +23,15 @@ from qconvert.sources import Store, read_checkpoint
 from qconvert.weights import Weights
 
 VOCAB = 40
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "phi3": ("Phi3", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}),
+    "gemma3": ("Gemma3", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}),
+    "gemma2": ("Gemma2", {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 4}),
+}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -40,10 +49,10 @@ def tiny_model(family: str, folder: Path, tied: bool = False, layers: int = 2, w
         )
         model: Any = transformers.GPT2LMHeadModel(config)
     else:
-        kind = {"llama": "Llama", "qwen2": "Qwen2"}[family]
-        config = getattr(transformers, f"{kind}Config")(
+        kind, more = KINDS[family]
+        config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(
             vocab_size=VOCAB, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=None, **ids,
+            num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=None, **ids, **more,
         )  # fmt: skip
         model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():

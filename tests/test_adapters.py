@@ -71,6 +71,18 @@ CASES: dict[str, tuple[str, bool, int | None, dict[str, Any]]] = {
         **Q, "trainable_token_indices": [1, 5], "ensure_weight_tying": True,
     }),
     "resized and targeted, tied": ("llama", True, 44, {"target_modules": ["embed_tokens"], "r": 4}),
+    "phi3": ("phi3", False, None, {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "r": 4}),
+    "mixtral attention": ("mixtral", False, None, {"target_modules": LINEARS[:4], "r": 4}),
+    "qwen3-moe attention": ("qwen3-moe", False, None, {"target_modules": LINEARS[:4], "r": 4, "use_dora": True}),
+    "gemma3": ("gemma3", True, None, {"target_modules": LINEARS, "r": 4, "modules_to_save": ["q_norm"]}),
+    "gemma2": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4}),
+    "gemma2 dora": ("gemma2", True, None, {"target_modules": LINEARS, "r": 4, "use_dora": True}),
+    "gemma2 embedding": ("gemma2", True, None, {"target_modules": ["embed_tokens"], "r": 4}),
+    "gemma2 norms and embedding saved": ("gemma2", True, None, {
+        **Q, "modules_to_save": ["norm", "input_layernorm", "embed_tokens"],
+    }),
+    "gemma2 tokens": ("gemma2", True, None, {**Q, "trainable_token_indices": [1, 5]}),
+    "gemma2 head": ("gemma2", True, None, {"target_modules": ["lm_head"], "r": 4}),
 }  # fmt: skip
 for tied in (False, True):
     more: dict[str, tuple[int | None, dict[str, Any]]] = {
@@ -97,7 +109,7 @@ for tied in (False, True):
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Path]:
-    kinds = [("llama", False), ("llama", True), ("qwen2", False), ("gpt2", True)]
+    kinds = {(family, tied) for family, tied, *_ in CASES.values()}
     return {k: tiny_model(k[0], tmp_path_factory.mktemp("base"), k[1]) for k in kinds}
 
 

@@ -77,6 +77,15 @@ def test_a_missing_head_is_explained(llama: Path) -> None:
     assert "not tied" in str(e.value.hint)
 
 
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    mixtral = save_random(tmp_path, "Mixtral", SMALL | {"num_local_experts": 4})
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    with pytest.raises(InputError, match=f"no tensor is called {name}"):
+        build(with_tensors(mixtral, lambda t: t.pop(name)))
+    with pytest.raises(InputError, match=r"gate\.weight: shape \[4, 32\], .* \[num_local_experts, hidden_size\]"):
+        build(edited(mixtral, num_local_experts=5))
+
+
 def test_an_unread_tensor_is_named(llama: Path) -> None:
     extra = TensorInfo("base/model.safetensors#model.layers.0.self_attn.q_proj.bias", "f32", (32,))
     with pytest.raises(InputError, match=r"q_proj\.bias: llama models have no such tensor") as e:

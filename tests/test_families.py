@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CASES, logits, one_thread, save_random, some_tokens, their_logits, their_logits_in_f64
+import transformers
+from tiny_models import CASES, SMALL_GEMMA3, logits, one_thread, save_random, some_tokens, their_logits, their_logits_in_f64
 
 from qconvert.build import build
 from qconvert.ops import verify
@@ -47,7 +48,7 @@ def test_a_real_model_gives_the_logits_of_transformers(name: str, shared_data: P
     torch.testing.assert_close(logits(path, tokens), their_logits(path, tokens), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [c for c in CASES if "rope" in c or "yarn" in c])
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("llama") and ("rope" in c or "yarn" in c)])
 def test_rope_settings_spelled_as_in_transformers_4_mean_the_same(name: str, tmp_path: Path) -> None:
     folder = save_random(tmp_path, *CASES[name])
     new = build(read_checkpoint(folder, Store()))
@@ -59,6 +60,40 @@ def test_rope_settings_spelled_as_in_transformers_4_mean_the_same(name: str, tmp
     old = build(read_checkpoint(folder, Store()))
     assert old.nodes == new.nodes
     torch.testing.assert_close(logits(folder, some_tokens()), their_logits(folder, some_tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gemma3_settings_spelled_as_in_transformers_4_mean_the_same(tmp_path: Path, scaled: bool) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0} if scaled else {}
+    ropes = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e3} | scaling,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+    }
+    options = SMALL_GEMMA3 | {"num_hidden_layers": 4, "layer_types": None, "sliding_window_pattern": 3}
+    folder = save_random(tmp_path, "Gemma3", options | {"rope_parameters": ropes})
+    new = build(read_checkpoint(folder, Store()))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        del config[key]
+    config |= {"rope_theta": 5e3, "rope_local_base_freq": 700, "rope_scaling": scaling or None, "sliding_window_pattern": 3}
+    path.write_text(json.dumps(config))
+    assert build(read_checkpoint(folder, Store())).nodes == new.nodes
+    assert [new.nodes[f"l{i}.q_rope"].attrs["theta"] for i in range(4)] == [700.0, 700.0, 5e3, 700.0]
+    torch.testing.assert_close(logits(folder, some_tokens()), their_logits(folder, some_tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith(("mixtral", "qwen3-moe"))])
+def test_experts_stored_as_one_tensor_mean_the_same(name: str, tmp_path: Path) -> None:
+    old = save_random(tmp_path / "old", *CASES[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    new = tmp_path / "new"
+    graph = build(read_checkpoint(new, Store()))
+    verify(graph)
+    assert any(node.op == "part" for node in graph.nodes.values())
+    assert graph.parameters() == build(read_checkpoint(old, Store())).parameters()
+    assert torch.equal(logits(new, some_tokens()), logits(old, some_tokens()))
 
 
 def test_every_key_of_config_json_is_accounted_for(folder: Path) -> None:

@@ -243,6 +243,51 @@ def test_dora_of_an_embedding_equals_peft(block: int, monkeypatch: pytest.Monkey
     torch.testing.assert_close(2 * path, layer(tokens) - layer.base_layer(tokens), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("used", "normalize"), [(1, False), (2, True), (4, True), (4, False)])
+def test_a_token_takes_its_most_probable_experts(used: int, normalize: bool) -> None:
+    text = f"""
+    %t : i64[B,T] = input()
+    %E : f32[11,4] = load()
+    %h : f32[B,T,4] = embed(%t, %E)
+    %y : f32[B,T,4] = route(%h) {{"used": {used}, "normalize": {str(normalize).lower()}}}
+    return %y
+    """
+    weights, tokens = Arrays(E=random(11, 4)), ids(1, 5, n=11)
+    for got, x in zip(run(parse(text), weights, tokens)["y"][0], weights["E"][tokens[0]], strict=True):
+        share = np.exp(x) / np.exp(x).sum()
+        share[np.argsort(share)[: 4 - used]] = 0
+        np.testing.assert_allclose(got, share / share.sum() if normalize else share, rtol=1e-6)
+
+
+def test_activations_are_rounded_before_each_product_of_an_expert() -> None:
+    text = """
+    %t : i64[B,T] = input()
+    %E : f32[11,4] = load()
+    %h : f32[B,T,4] = embed(%t, %E)
+    %gate : f32[4,6,4] = load()
+    %up : f32[4,6,4] = load()
+    %down : f32[4,4,6] = load()
+    %r : f32[B,T,4] = route(%h) {"used": 1, "normalize": true}
+    %y : f32[B,T,4] = experts(%h, %r, %gate, %up, %down) {"act": "silu"}
+    return %y
+    """
+    graph = parse(text)
+    verify(graph)
+    w = Arrays(E=random(11, 4), gate=random(24, 4, seed=1), up=random(24, 4, seed=2), down=random(16, 6, seed=3))
+    seen: list[tuple[str, int]] = []
+
+    def rounded(node: Node, x: Tensor) -> Tensor:
+        seen.append((node.inputs[1], x.shape[-1]))
+        return x.round()
+
+    got = run(graph, w, [[3]], round_input=rounded)["y"][0, 0]
+    assert seen == [("gate", 4), ("up", 4), ("down", 6)]
+    x, e = torch.tensor(w["E"][3]), int(w["E"][3].argmax())
+    gate, up, down = (torch.tensor(w[n]).unflatten(0, (4, -1))[e] for n in ("gate", "up", "down"))
+    want = down @ (nn.functional.silu(gate @ x.round()) * (up @ x.round())).round()
+    torch.testing.assert_close(got, want)
+
+
 def test_rms_norm_works_on_each_chunk_as_wide_as_its_weight() -> None:
     weights = Arrays(E=random(11, 8), w=random(4, seed=1))
     tokens = ids(1, 5, n=11)

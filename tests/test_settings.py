@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import SMALL, SMALL_GPT2, edited, save_random
+from tiny_models import SMALL, SMALL_GEMMA3, SMALL_GPT2, SMALL_QWEN3_MOE, edited, save_random
 
 from qconvert.build import build
 from qconvert.errors import InputError, QConvertError, UnsupportedError
-from qconvert.families import GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, Family
+from qconvert.families import GPT2, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, Family
+from qconvert.families_gemma import GEMMA2, GEMMA3
+from qconvert.families_moe import MIXTRAL, QWEN3_MOE
 from qconvert.settings import Settings, read_settings
 from qconvert.sources import Store, read_checkpoint
 
@@ -31,6 +33,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("family", "kind"), [
     (LLAMA, "Llama"), (MISTRAL, "Mistral"), (QWEN2, "Qwen2"), (QWEN3, "Qwen3"), (GPT2, "GPT2"),
+    (GEMMA2, "Gemma2"), (GEMMA3, "Gemma3Text"), (PHI3, "Phi3"), (MIXTRAL, "Mixtral"),
+    (QWEN3_MOE, "Qwen3Moe"),
 ])  # fmt: skip
 def test_every_key_of_transformers_is_known_and_every_default_is_its_own(family: Family, kind: str) -> None:
     config = getattr(transformers, f"{kind}Config")()
@@ -94,6 +98,51 @@ def test_a_model_that_brings_its_own_code_is_refused_and_a_tokenizer_that_does_i
 def test_a_value_that_no_graph_has_is_refused_with_exit_5(llama: Path, key: str, value: object) -> None:
     with pytest.raises(UnsupportedError, match=key.replace("rope_parameters", "rope")):
         build(edited(llama, **{key: value}))
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+    ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters"),
+    ({"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0}}}, "rope scaling 'yarn'"),
+    ({"sliding_window": None}, "contradict|no sliding_window"),
+    ({"layer_types": ..., "_sliding_window_pattern": 4}, "_sliding_window_pattern = 4"),  # transformers takes 6 here
+    ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+])  # fmt: skip
+def test_a_gemma3_that_no_graph_has_is_refused_by_name(tmp_path: Path, config: dict[str, object], match: str) -> None:
+    gemma3 = save_random(tmp_path, "Gemma3", SMALL_GEMMA3)
+    with pytest.raises((InputError, UnsupportedError), match=match):
+        build(edited(gemma3, **config))
+
+
+@pytest.mark.parametrize(("config", "match"), [
+    ({"num_experts_per_tok": 6}, "num_experts_per_tok = 6, but there are 5 experts"),
+    ({"mlp_only_layers": "all"}, "mlp_only_layers = 'all'"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+    ({"norm_topk_prob": None}, "norm_topk_prob = None"),
+    ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size = 8"),
+])  # fmt: skip
+def test_experts_that_no_graph_has_are_refused_by_name(tmp_path: Path, config: dict[str, object], match: str) -> None:
+    qwen3 = save_random(tmp_path, "Qwen3Moe", SMALL_QWEN3_MOE)
+    with pytest.raises(InputError, match=match):
+        build(edited(qwen3, **config))
+
+
+@pytest.mark.parametrize("scaling", ["longrope", "yarn", "su"])  # phi3 reads all three as longrope
+def test_phi3_with_a_scaled_rope_is_refused(tmp_path: Path, scaling: str) -> None:
+    phi3 = save_random(tmp_path, "Phi3", SMALL)
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4}
+    with pytest.raises(UnsupportedError, match=scaling):
+        build(edited(phi3, rope_parameters=None, rope_scaling={"type": scaling, **factors}))
+
+
+def test_phi3_as_it_was_published_with_code_that_transformers_took_over_is_read(tmp_path: Path) -> None:
+    phi3 = save_random(tmp_path, "Phi3", SMALL)
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    build(edited(phi3, auto_map=code, attention_bias=False))
+    with pytest.raises(UnsupportedError, match="auto_map"):
+        build(edited(phi3, auto_map=code | {"AutoModelForCausalLM": "modeling.Own"}))
 
 
 @pytest.mark.parametrize("key", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])

@@ -31,6 +31,7 @@ TENSORS = {
     "new": torch.randn(3, K, generator=torch.Generator().manual_seed(7)),
     "bias": torch.randn(N, generator=torch.Generator().manual_seed(8)),
     "wt": torch.randn(K, N, generator=torch.Generator().manual_seed(9)),
+    "experts": torch.randn(3, N, K, generator=torch.Generator().manual_seed(10)),
 }
 V = {n: t.double().numpy() for n, t in TENSORS.items()}  # the same as float64: the oracle's numbers
 Make = Callable[..., Weights]
@@ -143,10 +144,24 @@ CASES: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         rows_set(V["w2"], 1),
     ),
     "permute_rope": ((f'%out : {WNK} = permute_rope(%w) {{"heads": 3}}',), permuted(V["w"], 3)),
+    "shifted": ((f'%out : {WNK} = shifted(%w) {{"by": 1.5}}',), V["w"] + 1.5),
+    "stack": ((f"%out : f32[3,{N},{K}] = stack(%w, %w2, %w)",), np.concatenate([V["w"], V["w2"], V["w"]])),
+    "part of a load": (
+        (f'%out : f32[3,9,{K}] = part(%experts) {{"begin": 5, "end": 14}}',),
+        V["experts"][:, 5:14].reshape(27, K),
+    ),
+    "part of a stack": (
+        (f"%s : f32[2,{N},{K}] = stack(%w, %w2)", f'%out : f32[2,8,{K}] = part(%s) {{"begin": 16, "end": 24}}'),
+        np.concatenate([V["w"][16:], V["w2"][16:]]),
+    ),
+    "experts in one tensor": (
+        (f'%out : f32[3,{N},{K}] = scaled(%experts) {{"scale": 1}}',),
+        V["experts"].reshape(3 * N, K),
+    ),
     "permute_rope of a bias": ((f'%out : f32[{N}] = permute_rope(%bias) {{"heads": 2}}',), permuted(V["bias"], 2)),
 }
 each_case = pytest.mark.parametrize(("lines", "want"), CASES.values(), ids=CASES)
-MOVES = ("load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows")
+MOVES = ("load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows", "stack")
 
 
 @each_case

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from qconvert.build import build
 from qconvert.run import run
@@ -26,7 +25,18 @@ SMALL: dict[str, Any] = {
 SMALL_GPT2: dict[str, Any] = {
     "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+SMALL_GEMMA2 = SMALL | {
+    "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}  # fmt: skip
+SMALL_GEMMA3 = SMALL | {
+    "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+SMALL_QWEN3_MOE = SMALL | {
+    "head_dim": 12, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+}  # fmt: skip
 N_TOKENS = 40  # longer than every window and original context below
 
 
@@ -72,6 +82,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         SMALL | WINDOW | {"attention_bias": True, "max_window_layers": 0},
     ),
+    "gemma2": ("Gemma2", SMALL_GEMMA2),
+    "gemma2 tied, biases": ("Gemma2", SMALL_GEMMA2 | {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma2 no caps, listed layers": (
+        "Gemma2",
+        SMALL_GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None,
+                        "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "gemma3": ("Gemma3", SMALL_GEMMA3),
+    "gemma3 tied, biases": ("Gemma3", SMALL_GEMMA3 | {"tie_word_embeddings": True, "attention_bias": True}),
+    "gemma3 query scalar of head_dim, capped logits": (
+        "Gemma3", SMALL_GEMMA3 | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3 linear scaling": (
+        "Gemma3",
+        SMALL_GEMMA3 | {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 900.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+        }},
+    ),
+    "mixtral": ("Mixtral", SMALL | {"num_local_experts": 4}),
+    "mixtral tied, window, one expert a token": (
+        "Mixtral",
+        SMALL | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 8, "tie_word_embeddings": True},
+    ),
+    "qwen3-moe": ("Qwen3Moe", SMALL_QWEN3_MOE),
+    "qwen3-moe normalized": ("Qwen3Moe", SMALL_QWEN3_MOE | {"norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3-moe every other layer, biases, window": (
+        "Qwen3Moe", SMALL_QWEN3_MOE | WINDOW | {"decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "qwen3-moe a dense layer": ("Qwen3Moe", SMALL_QWEN3_MOE | {"mlp_only_layers": [1]}),
+    "phi3": ("Phi3", SMALL),
+    "phi3 tied, window": ("Phi3", SMALL | {"tie_word_embeddings": True, "sliding_window": 8}),
     "gpt2": ("GPT2", SMALL_GPT2),
     "gpt2 untied, n_inner, relu": (
         "GPT2", SMALL_GPT2 | {"n_inner": 40, "activation_function": "relu", "tie_word_embeddings": False},
@@ -92,7 +134,8 @@ def save_random(folder: Path, kind: str, options: dict[str, Any]) -> Path:
     """A transformers model whose every parameter is random, biases and norms too."""
     torch.manual_seed(0)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-    model = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**options))
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    model = getattr(transformers, name)(config(**options))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape) * (0.5 if p.dim() == 1 else p.shape[-1] ** -0.5))
@@ -119,20 +162,23 @@ def no_float32() -> Iterator[None]:
     """transformers computes norms and rope in torch.float32 by name, whatever the model's dtype: make that f64."""
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.multiple(torch, float32=torch.float64, float=torch.float64):
+        names = mock.patch.multiple(torch, float32=torch.float64, float=torch.float64)
+        with names, mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def their_logits_in_f64(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors = {name: tensor.double() for name, tensor in loaded.state_dict().items()}
     config = transformers.AutoConfig.from_pretrained(folder)
     with no_float32(), torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
-        out: torch.Tensor = model(tokens).logits
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float64, experts_implementation="eager"
+        )
+        model.load_state_dict(tensors)
+        out: torch.Tensor = model.eval()(tokens).logits
     return out
 
 
