@@ -70,6 +70,21 @@ def test_scalars_vectors_cubes_and_empty_tensors_are_read(tmp_path: Path) -> Non
         np.testing.assert_array_equal(got, value.numpy())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_rows_of_stacked_matrices_are_counted_through(name: str, tmp_path: Path) -> None:
+    stack = torch.randn(4, 3, 5)
+    if name.endswith(".bin"):
+        torch.save({"w": stack}, tmp_path / name)
+    else:
+        save_file({"w": stack}, tmp_path / name)
+    store = stored(tmp_path)
+    ref = store.tensors("base")["w"].ref
+    for begin, end in ((0, 12), (2, 7), (3, 6), (11, 12), (4, 4)):
+        np.testing.assert_array_equal(store.read_stacked(ref, begin, end), stack.reshape(12, 5).numpy()[begin:end])
+    with pytest.raises(InputError, match="rows"):
+        store.read_stacked(ref, 3, 13)
+
+
 def test_columns_of_a_wide_matrix_are_read_without_reading_the_rest(tmp_path: Path) -> None:
     wide = np.random.default_rng(0).normal(size=(20, 50_000)).astype(np.float32)
     write(tmp_path / "model.safetensors", {"w": wide})
