@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan
-from qconvert.errors import GraphError, UsageError
+from qconvert.errors import GraphError, UnsupportedError, UsageError
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_names import gguf_name, sort_key
@@ -47,6 +47,8 @@ class GGUF:
 
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
+        if request.group is not None:
+            raise UnsupportedError(f"--group {request.group}: GGUF's types fix their blocks", hint="--to onnx has --group")
         if request.bits is not None and request.bits not in gguf_mix.BITS:
             raise UsageError(
                 f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import NamedTuple
 
 from qconvert.errors import InputError
@@ -13,11 +12,10 @@ from qconvert.formats.gguf_pretokenizers import PreTokenizer, find_pre, known_by
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.graph import Graph
 from qconvert.request import Request
-from qconvert.target import Source
+from qconvert.target import TOKENIZER_FILES, Source, tokenizer_folder
 from qconvert.tokenizer import Tokenizer, read_tokenizer
 
 log = logging.getLogger("qconvert")
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class Vocabulary(NamedTuple):
@@ -36,7 +34,7 @@ def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
     try:
         tokenizer = read_tokenizer(folder, config["vocab"], model_folder=source.checkpoint.folder)
     except InputError:
-        if request.dry_run and not any((folder / f).exists() for f in FILES):
+        if request.dry_run and not any((folder / f).exists() for f in TOKENIZER_FILES):
             return Vocabulary(
                 None, PreTokenizer("", False, "no tokenizer"), (), ("no tokenizer: its header bytes are not counted",)
             )
@@ -50,9 +48,3 @@ def vocabulary(source: Source, graph: Graph, request: Request) -> Vocabulary:
     return Vocabulary(
         tokenizer, pre, tuple(gguf_tokenizer.metadata(tokenizer, pre.name)), tuple(gguf_tokenizer.notes(tokenizer))
     )
-
-
-def tokenizer_folder(source: Source) -> Path:
-    """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder."""
-    folders = [source.checkpoint.folder, *(source.store.roots[a.alias] for a in source.adapters)]
-    return next((f for f in reversed(folders) if any((f / name).exists() for name in FILES)), folders[0])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from qconvert.errors import GraphError
 from qconvert.graph import Graph, Node, Type
-from qconvert.scheme import SCHEMES
+from qconvert.scheme import scheme_of
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ class Quantize:
             if dtype == node.type.dtype:
                 return None
             real, kind = f"{name}~real", Type(dtype, node.type.shape)
-            if dtype not in SCHEMES:
+            scheme = scheme_of(dtype)
+            if scheme is None:
                 return {real: node, name: Node("cast", (real,), kind)}
-            if node.type.dims[-1] % SCHEMES[dtype].block:
+            if node.type.dims[-1] % scheme.block:
                 raise GraphError(
-                    f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {SCHEMES[dtype].block}"
+                    f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {scheme.block}"
                 )
             return {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
 

@@ -46,7 +46,7 @@ def cli() -> None:
     """Convert a Hugging Face checkpoint and its adapters into a quantized file that its runtime has proven.
 
     \b
-    qconvert MODEL[+ADAPTER[:WEIGHT]]... --to gguf --bits 4     convert (the default command)
+    qconvert MODEL[+ADAPTER[:WEIGHT]]... --to gguf --bits 4     convert (the default command); or --to onnx
     qconvert inspect FILE                                       what is in a file or folder
     qconvert verify FILE --against MODEL[+ADAPTER]              prove a file that exists
 
@@ -68,10 +68,11 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command()
 @click.argument("model", required=False)
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable.")
-@click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]", help="gguf, or gguf:Q4_K_M at once.")
-@click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, Q8_0, F16 ...; see --list types.")
-@click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K. Default 4.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name by GGUF's convention, here.")
+@click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]", help="gguf, onnx, or gguf:Q4_K_M at once.")
+@click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, F16 ... or int4, fp16 ...; see --list types.")
+@click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4: int8 int4. Default 4.")
+@click.option("--group", type=int, help="ONNX: weights that share a scale, 16 32 64 128 256. Default 32.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing.")
 @click.option("--no-check", is_flag=True, help="Skip the proof.")
 @click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file.")
@@ -194,7 +195,7 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
     from threading import Lock
 
     total = sum(e.nbytes for e in plan.entries)
-    name, start, lock = plan.files[0].path.name, time.monotonic(), Lock()
+    name, start, lock = (plan.folder or plan.files[0].path).name, time.monotonic(), Lock()
     done = drawn = 0.0
     terminal = sys.stderr.isatty()
 

@@ -94,7 +94,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
             rows, runtime = [Row("runtime", "not verified", None, None, "skip", "--no-check")], None
         report = replace(report, checks=rows, runtime=runtime)
         judge(report, request)
-    return Result(tuple(f.path for f in plan.files), report, plan)
+    return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
 
 
 def read_source(request: Request, store: Store) -> Source:
@@ -155,7 +155,7 @@ def check_memory() -> None:
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
-    plan, bpw, size = lowered.plan, bpw_of(lowered.plan), size_of(lowered.plan)
+    plan, bpw, size = lowered.plan, bpw_of(lowered.plan, lowered.graph), size_of(lowered.plan)
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, plan, refs)
     outputs = [

@@ -19,7 +19,10 @@ from qconvert.weights import Weights, rows_per_block
 
 
 class Entry(NamedTuple):
-    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file."""
+    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file.
+
+    planes: where a row's bytes are cut in pieces that lie apart (codes, scales): each piece's offset and nbytes per row.
+    """
 
     name: str
     value: str  # in the graph
@@ -27,6 +30,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    planes: tuple[tuple[int, int], ...] = ()
 
 
 class FilePlan(NamedTuple):
@@ -37,9 +41,18 @@ class FilePlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything about the output but the weights' values; made from headers alone."""
+    """Everything about the output but the weights' values; made from headers alone.
+
+    folder: of all files, where they are one output; it is made beside its final name, so that they find each other.
+    """
 
     files: tuple[FilePlan, ...]
+    folder: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The folder that must exist before the first byte."""
+        return self.folder.parent if self.folder else self.files[0].path.parent
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +86,9 @@ def preflight(plan: Plan, force: bool) -> None:
             raise UsageError(f"{file.path} is a folder", hint="-o FILE")
         if file.path.exists() and not force:
             raise UsageError(f"{file.path} exists already", hint="--force overwrites it; -o FILE writes elsewhere")
-    folder = plan.files[0].path.parent
+    folder = plan.place
+    if plan.folder and plan.folder.exists() and not plan.folder.is_dir():
+        raise UsageError(f"{plan.folder} is a file; the output is a folder", hint="-o FOLDER")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -94,9 +109,12 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
 
     An error, inside the body too, leaves nothing behind. ResourceError where the disk refuses.
     """
-    parts = {file.path: file.path.with_name(f".{file.path.name}.{os.getpid()}.part") for file in plan.files}
+    staging = plan.folder and plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.part")
+    parts = {file.path: part_of(file.path, staging) for file in plan.files}
     try:
         try:
+            if staging:
+                staging.mkdir()
             with open_parts(plan, parts) as fds:
                 in_parallel(blocks(plan, fds), lambda b: write_block(b, weights, progress), threads)
                 for fd in fds.values():
@@ -104,13 +122,24 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
         except OSError as e:
             raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="nothing was left behind") from e
         yield tuple(parts.values())
-        for path, part in parts.items():
-            part.replace(path)
-        sync_folder(plan.files[0].path.parent)
+        if staging and plan.folder and not plan.folder.exists():
+            staging.rename(plan.folder)
+        else:
+            for path, part in parts.items():
+                part.replace(path)
+        sync_folder(plan.place)
     finally:
         for part in parts.values():
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+        if staging:
+            with suppress(OSError):
+                staging.rmdir()
+
+
+def part_of(path: Path, staging: Path | None) -> Path:
+    """Where a file lies until it has its name."""
+    return staging / path.name if staging else path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
@@ -157,7 +186,10 @@ def write_block(block: Block, weights: Weights, progress: Progress) -> None:
     row_nbytes = entry.nbytes // n_rows(entry.shape)
     if data.nbytes != (end - begin) * row_nbytes:
         raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {begin}..{end}, planned {(end - begin) * row_nbytes}")
-    write_all(fd, data.data, entry.offset + begin * row_nbytes)
+    rows, at = data.reshape(end - begin, row_nbytes), 0
+    for offset, nbytes in entry.planes or ((entry.offset, row_nbytes),):
+        write_all(fd, rows[:, at : at + nbytes].ravel().data, offset + begin * nbytes)
+        at += nbytes
     progress(data.nbytes)
 
 

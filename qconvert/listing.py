@@ -17,6 +17,7 @@ def lines(group: str) -> list[str]:
 def types() -> list[str]:
     """Usual names of the mixes, and the tensor types with their bits per weight."""
     from qconvert.formats.gguf_mix import BITS, FILE_TYPES
+    from qconvert.formats.onnx import QUANTS
     from qconvert.scheme import SCHEMES
 
     by_bits = {name: f"--bits {bits}" for bits, name in BITS.items()}
@@ -24,4 +25,5 @@ def types() -> list[str]:
     tensors = [
         (s.name, f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}") for s in SCHEMES.values()
     ]
-    return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines()]
+    return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines(),
+            "ONNX (--to onnx --quant)", *table([(name,) for name in QUANTS]).splitlines()]  # fmt: skip

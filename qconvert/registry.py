@@ -20,7 +20,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
     },
-    "formats": {"gguf": "qconvert.formats.gguf:GGUF"},
+    "formats": {"gguf": "qconvert.formats.gguf:GGUF", "onnx": "qconvert.formats.onnx:ONNX"},
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
@@ -28,8 +28,11 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "qwen3-moe": "qconvert.families_moe:QWEN3_MOE",
         "bert": "qconvert.families_encoder:BERT",
     },
-    "runtimes": {"llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp"},
-    "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS"},
+    "runtimes": {
+        "llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp",
+        "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
+    },
+    "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS", "onnx": "qconvert.formats.onnx_layouts:LAYOUTS"},
 }
 
 

@@ -64,12 +64,16 @@ def code_nbytes(entry: Entry) -> int:
     return math.prod(entry.shape) * layout_of(entry.dtype).scheme.bits // 8 if "." in entry.dtype else 0
 
 
-def bpw_of(plan: Plan) -> Bpw:
-    linears = [e for e in plan.entries if len(e.shape) > 1 and "embd" not in e.name]
+def bpw_of(plan: Plan, graph: Graph) -> Bpw:
+    linears = [e for e in plan.entries if len(e.shape) > 1 and not _embeds(graph, e)]
     n = max(1, sum(math.prod(e.shape) for e in linears))
     everything = max(1, sum(math.prod(e.shape) for e in plan.entries))
     code_bits = sum(8 * (code_nbytes(e) or e.nbytes) for e in linears)
     return Bpw(code_bits / n, 8 * sum(e.nbytes for e in linears) / n, 8 * plan.nbytes / everything)
+
+
+def _embeds(graph: Graph, entry: Entry) -> bool:
+    return str(graph.root(entry.value).attrs.get("role", "")).endswith("_embd")
 
 
 class Fate(NamedTuple):

@@ -29,6 +29,7 @@ class Request:
     to: str = "gguf"
     quant: str | None = None
     bits: int | None = None
+    group: int | None = None
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     dry_run: bool = False

@@ -22,10 +22,10 @@ Bytes = npt.NDArray[np.uint8]
 class Level:
     """One array of metadata. `group` weights along a row share one entry.
 
-    w = scale * code, then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
+    w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
     """
 
-    role: Literal["scale", "offset", "min"]
+    role: Literal["zero", "scale", "offset", "min"]
     dtype: str  # f16, f32, i8, u6 … : the digits are its bits
     group: int
 
@@ -65,7 +65,7 @@ class QTensor(NamedTuple):
         n, k = self.codes.shape
         value = np.asarray(self.scheme.table, np.float32)[self.codes] if self.scheme.table else self.codes
         out = value.astype(np.float32)
-        for role in ("scale", "offset", "min"):
+        for role in ("zero", "scale", "offset", "min"):
             levels = [(v, level.group) for level, v in zip(self.scheme.levels, self.levels, strict=True) if level.role == role]
             if not levels:
                 continue
@@ -129,3 +129,20 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("iq4_xs", 4, (Level("scale", "f16", 256), Level("scale", "i6", 32)), IQ4_TABLE),
     )
 }
+
+GROUPS = (16, 32, 64, 128, 256)
+# One float scale a group, and (uint4) an integer zero point: codes -8..7, 0..15, -128..127
+AFFINE: dict[str, Scheme] = {
+    s.name: s
+    for group in GROUPS
+    for s in (
+        Scheme(f"int4_g{group}", 4, (Level("scale", "f32", group),)),
+        Scheme(f"uint4_g{group}", 4, (Level("scale", "f32", group), Level("zero", "u4", group))),
+        Scheme(f"int8_g{group}", 8, (Level("scale", "f32", group),)),
+    )
+}
+
+
+def scheme_of(name: str) -> Scheme | None:
+    """ggml's scheme of that name, or the affine one; None where there is none."""
+    return SCHEMES.get(name) or AFFINE.get(name)

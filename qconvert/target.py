@@ -15,6 +15,8 @@ from qconvert.request import Request
 from qconvert.sources import Checkpoint, Store
 from qconvert.weights import Weights
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 class Source(NamedTuple):
     """The inputs, read: `base` without adapters, `graph` with each beside its linears (the reference of all checks)."""
@@ -25,6 +27,12 @@ class Source(NamedTuple):
     store: Store
     base: Graph
     graph: Graph
+
+
+def tokenizer_folder(source: Source) -> Path:
+    """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder."""
+    folders = [source.checkpoint.folder, *(source.store.roots[a.alias] for a in source.adapters)]
+    return next((f for f in reversed(folders) if any((f / name).exists() for name in TOKENIZER_FILES)), folders[0])
 
 
 class Legal(NamedTuple):

@@ -120,3 +120,48 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     plan, _ = subject(tmp_path / "file" / "below")
     with pytest.raises(ResourceError, match="cannot make the folder"):
         preflight(plan, force=False)
+
+
+def planar(folder: Path) -> tuple[Plan, Weights]:
+    """A matrix whose first four columns lie at 64 and whose last lies at 0, in a folder of its own."""
+    values = [[float(i * K + j) for j in range(5)] for i in range(N)]
+    graph = Graph({"w": Node("constant", (), Type("f32", (N, 5)), {"values": values})}, ("w",))  # type: ignore[dict-item]
+    entry = Entry("w", "w", "f32", (N, 5), 20 * N, 256, ((256, 16), (0, 4)))
+    files = (
+        FilePlan(folder / "out" / "model", b"MODEL", (), 5),
+        FilePlan(folder / "out" / "data", b"", (entry,), 256 + 16 * N),
+    )
+    return Plan(files, folder / "out"), Weights(graph, Store())
+
+
+def test_pieces_of_a_row_land_where_the_plan_says(tmp_path: Path) -> None:
+    plan, weights = planar(tmp_path)
+    with written(plan, weights, 2):
+        pass
+    want = np.array([[i * K + j for j in range(5)] for i in range(N)], np.float32)
+    data = (tmp_path / "out" / "data").read_bytes()
+    assert np.array_equal(np.frombuffer(data[256:], "<f4").reshape(N, 4), want[:, :4])
+    assert np.array_equal(np.frombuffer(data[: 4 * N], "<f4"), want[:, 4])
+
+
+def test_a_folder_appears_whole_and_its_files_have_their_names_before(tmp_path: Path) -> None:
+    plan, weights = planar(tmp_path)
+    preflight(plan, force=False)
+    with written(plan, weights, 2) as parts:
+        assert [p.name for p in parts] == ["model", "data"] and parts[0].read_bytes() == b"MODEL"
+        assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
+    plan, weights = planar(tmp_path)
+    with pytest.raises(RuntimeError), written(plan, weights, 2):
+        raise RuntimeError("check")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    plan, _ = planar(tmp_path)
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        preflight(plan, force=True)

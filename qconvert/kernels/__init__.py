@@ -3,6 +3,7 @@
 search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer, byte for byte
 widen_bf16(u16[...]) -> f32[...]                     exact
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
+affine(x f32[N,K], group, bits, zero_point) -> codes i8[N,K], scales f32[N,K/group], zeros: least squared error
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qconvert.kernels.affine import affine as affine
     from qconvert.kernels.ggml_search import search as search
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import widen_bf16 as widen_bf16
 
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")
-_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search"}
+_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,223 @@
+"""ONNX: a folder that onnxruntime and onnxruntime-genai run: model.onnx, its weights beside it, tokenizer, configuration.
+
+legalize (types of the weights) -> passes -> plan (protobuf, places in the data file) -> emit
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import ClassVar, cast
+
+from qconvert import __version__
+from qconvert.emit import Entry, FilePlan, Plan
+from qconvert.errors import UnsupportedError, UsageError, require
+from qconvert.formats.onnx_arch import check_supported, context_length
+from qconvert.formats.onnx_layouts import LAYOUTS
+from qconvert.graph import Graph, Type
+from qconvert.passes.pack import Pack
+from qconvert.passes.quantize import Quantize
+from qconvert.report import Row
+from qconvert.request import Fallback, Request
+from qconvert.scheme import GROUPS
+from qconvert.target import Legal, Lowered, Source
+from qconvert.tokenizer import Tokenizer
+from qconvert.weights import Weights
+
+PLAIN = {"fp32": "f32", "fp16": "f16"}
+QUANTS = (*PLAIN, "int4", "uint4", "int8")
+BITS = {4: "int4", 8: "int8"}
+GROUP = 32
+ALIGNMENT = 64
+DTYPE_NBYTES = {"f32": 4, "f16": 2}
+FLAGS_OF_GGUF = {
+    "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
+    "token_embedding_type": "--token-embedding-type", "leave_output_tensor": "--leave-output-tensor",
+    "split_max_size": "--split-max-size", "pre_tokenizer": "--pre-tokenizer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """quant: a name of QUANTS; group: weights along a row that share a scale, None for plain types."""
+
+    quant: str
+    group: int | None
+    fallback: Fallback
+    name: str  # of the model and its adapters
+    tokenizer: Tokenizer | None
+    files: Mapping[str, bytes]  # what lies beside the model
+    metadata: Mapping[str, str]
+
+
+class ONNX:
+    name: ClassVar[str] = "onnx"
+
+    def options(self, request: Request, source: Source, graph: Graph) -> Options:
+        """The user's words as this format's record. UsageError for types that do not exist."""
+        require("onnx", "--to onnx", '"qconvert[onnx]"')
+        for field, flag in FLAGS_OF_GGUF.items():
+            if getattr(request, field):
+                raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
+        quant, group = chosen(request)
+        from qconvert.formats.onnx_genai import companions, tokenizer_of
+
+        check_supported(graph)
+        tokenizer = tokenizer_of(source, graph)
+        files = companions(source, graph, context_length(graph)[0], tokenizer)
+        name = " + ".join(names_of(source, graph))
+        return Options(quant, group, request.fallback, name, tokenizer, files, provenance(source, graph, quant))
+
+    def legalize(self, graph: Graph, options: Options) -> Legal:
+        """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
+        check_supported(graph)
+        types, fallbacks = types_of(graph, options)
+        if fallbacks and options.fallback == "error":
+            f = fallbacks[0]
+            raise UnsupportedError(f"{f['tensor']}: {f['reason']}", hint="--fallback warn takes what divides")
+        solver = "mse" if options.group else "search"
+        passes = (Quantize(options.quant, solver, types), Pack("onnx"))
+        shown = fallbacks if options.fallback == "warn" else ()
+        _, notes = context_length(graph)
+        label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
+        return Legal(passes, label, tuple(shown), notes)
+
+    def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
+        return Path("-".join([*names_of(source, graph), options.quant, "onnx"]))
+
+    def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
+        """The protobuf, and a place in the data file for every weight."""
+        from qconvert.formats.onnx_lowering import Lowering
+        from qconvert.formats.onnx_proto import DATA_FILE, Model
+
+        entries, nbytes = places(graph)
+        model = Model()
+        for entry in entries:
+            add_weight(model, graph, entry)
+        Lowering(graph, model, context_length(graph)[0]).run()
+        files = {"model.onnx": model.serialized(options.name, options.metadata), **options.files}
+        plans = [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
+        plans.insert(1, FilePlan(path / DATA_FILE, b"", tuple(entries), nbytes))
+        return Plan(tuple(plans), path)
+
+    def prove(
+        self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]:
+        """Every check there is for an ONNX folder; see onnx_check."""
+        from qconvert.formats import onnx_check  # loads torch
+
+        return onnx_check.prove(source, lowered, weights, parts, threads)
+
+
+def chosen(request: Request) -> tuple[str, int | None]:
+    """Type and group that were asked for; 4 bits in groups of 32 by default."""
+    if request.bits is not None and request.bits not in BITS:
+        raise UsageError(f"--bits {request.bits}: ONNX has {', '.join(map(str, BITS))}", hint="or --quant fp16, fp32")
+    quant = (request.quant or BITS[request.bits or 4]).lower()
+    if quant not in QUANTS:
+        near = get_close_matches(quant, QUANTS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(QUANTS)}"
+        raise UsageError(f"--quant {request.quant}: ONNX has no such type", hint=hint)
+    if quant in PLAIN:
+        if request.group is not None:
+            raise UsageError(f"--group {request.group}: {quant} has no groups")
+        return quant, None
+    group = GROUP if request.group is None else request.group
+    if group not in GROUPS:
+        raise UsageError(f"--group {group}: MatMulNBits has {', '.join(map(str, GROUPS))}")
+    return quant, group
+
+
+def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Weight -> dtype or scheme, and what did not get the group that was asked for."""
+    types, fallbacks = {}, []
+    matrices = quantizable(graph)
+    for name in graph.parameters():
+        dims = graph.nodes[name].type.dims
+        if options.group is None or name not in matrices:
+            types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
+            continue
+        fits = [g for g in GROUPS if g <= options.group and dims[-1] % g == 0]
+        types[name] = f"{options.quant}_g{fits[-1]}" if fits else "f32"
+        if not fits or fits[-1] != options.group:
+            reason = f"rows of {dims[-1]} do not divide into groups of {options.group}"
+            wanted = f"{options.quant}_g{options.group}"
+            fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
+    return types, fallbacks
+
+
+def quantizable(graph: Graph) -> set[str]:
+    """Weights of linears, and the embedding of tokens."""
+    tokens = {n for n, node in graph.nodes.items() if node.op == "input"}
+    linears = {n.inputs[1] for n in graph.nodes.values() if n.op == "linear"}
+    return linears | {n.inputs[1] for n in graph.nodes.values() if n.op == "embed" and n.inputs[0] in tokens}
+
+
+# the data file ------------------------------------------------------------------------------------
+
+
+def places(graph: Graph) -> tuple[list[Entry], int]:
+    """An entry for every weight, and the data file's nbytes."""
+    entries, at = [], 0
+    for name in graph.parameters():
+        kind = graph.nodes[name].type
+        planes = []
+        for nbytes in row_planes(kind):
+            planes.append((at, nbytes))
+            at += nbytes * kind.dims[0]
+            at += -at % ALIGNMENT
+        total = sum(nbytes for _, nbytes in planes) * kind.dims[0]
+        entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0][0], tuple(planes)))
+    return entries, at
+
+
+def row_planes(kind: Type) -> tuple[int, ...]:
+    """nbytes of each piece of one row."""
+    if kind.dtype in LAYOUTS:
+        return LAYOUTS[kind.dtype].planes(kind.dims[1])
+    return (math.prod(kind.dims[1:]) * DTYPE_NBYTES[kind.dtype],)
+
+
+def add_weight(model: object, graph: Graph, entry: Entry) -> None:
+    """Its initializers: one, or codes, scales and zero points; the codes also as rows where they are gathered."""
+    from qconvert.formats.onnx_lowering import part_names, rows_name
+    from qconvert.formats.onnx_proto import Model
+
+    m, n = cast(Model, model), entry.shape[0]
+    if entry.dtype not in LAYOUTS:
+        m.external(entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
+        return
+    scheme = LAYOUTS[entry.dtype].scheme
+    groups, blob = entry.shape[1] // scheme.block, scheme.block * scheme.bits // 8
+    readers = {node.op for node in graph.nodes.values() if entry.value in node.inputs}
+    (codes_at, nbytes), (scales_at, _), *zeros = entry.planes
+    codes, scales, zero_points = part_names(entry.name)
+    if "linear" in readers:
+        m.external(codes, "u8", (n, groups, blob), codes_at, n * nbytes)
+    if "embed" in readers:
+        m.external(rows_name(entry.name), "u8", (n, nbytes), codes_at, n * nbytes)
+    m.external(scales, "f32", (n, groups), scales_at, 4 * n * groups)
+    for at, width in zeros:
+        m.external(zero_points, "u8", (n, width), at, n * width)
+
+
+# names --------------------------------------------------------------------------------------------
+
+
+def names_of(source: Source, graph: Graph) -> list[str]:
+    """The model and its adapters, without the paths they came from."""
+    adapters = graph.meta.get("adapters", [])
+    listed = [str(a["name"]) for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
+    name = source.name.partition("@")[0]
+    return [Path(source.name).resolve().name if Path(source.name).exists() else name.rpartition("/")[2], *listed]
+
+
+def provenance(source: Source, graph: Graph, quant: str) -> dict[str, str]:
+    base, *adapters = names_of(source, graph)
+    facts = {"qconvert.version": __version__, "qconvert.quant": quant, "qconvert.base_model": base}
+    if source.checkpoint.revision:
+        facts["qconvert.base_revision"] = source.checkpoint.revision
+    return facts | {f"qconvert.adapter.{i}": name for i, name in enumerate(adapters)}

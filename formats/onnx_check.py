@@ -1,0 +1,271 @@
+"""Prove an ONNX folder: its bytes against the graph, its form by onnx's checker, its answers in onnxruntime.
+
+file reader: the onnx package       runtime: onnxruntime's own kernels, prompts at once and by the cache; onnxruntime-genai
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qconvert import check
+from qconvert.check import LIMITS, LogProbs, Tokens
+from qconvert.emit import Entry, in_parallel
+from qconvert.errors import VerificationError
+from qconvert.formats.onnx_arch import context_length
+from qconvert.formats.onnx_genai import n_vocab
+from qconvert.formats.onnx_genai_check import genai_rows
+from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
+from qconvert.formats.onnx_layouts import LAYOUTS
+from qconvert.formats.onnx_lowering import part_names, rows_name
+from qconvert.formats.onnx_runtime import Model, OnnxRuntime
+from qconvert.graph import Graph, Node
+from qconvert.report import Row, judged
+from qconvert.run import Reals, run
+from qconvert.scheme import Array
+from qconvert.target import Lowered, Source
+from qconvert.tokenizer import hard_corpus
+from qconvert.weights import Weights, rows_per_block
+
+RUNTIME = "runtime onnxruntime"
+STEPS = 8  # of a sequence's last tokens, one at a time by the cache
+NEW_TOKENS = 16
+
+
+def prove(
+    source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+) -> tuple[list[Row], dict[str, str] | None]:
+    """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
+    path, graph = parts[0], lowered.graph
+    entries = lowered.plan.entries
+    initializers = read_initializers(path)
+    rows = [checker_row(path), bytes_row(entries, initializers, weights, threads)]
+    if rows[1].verdict == "fail":
+        return rows, None
+    tokenizer = lowered.options.tokenizer
+    encode = tokenizer and tokenizer.reference()
+    prompts = check.prompts_for(encode or no_words, hard_corpus(), n_vocab(graph), room(graph))
+    reals = FileReals(graph, {e.value: planes_of(e, initializers) for e in entries})
+    with check.torch_threads(threads):
+        merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
+        (quantized,) = run(graph, reals, prompts).values()
+        rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
+        del merged
+        answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
+    return rows + answers, runtime
+
+
+# the file -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the onnx package finds a tensor's bytes."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dims: tuple[int, ...]
+
+
+def read_initializers(path: Path) -> dict[str, Place]:
+    """Every tensor outside the protobuf. VerificationError where its length is not what its shape takes."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    places = {}
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        found, dims = ExternalDataInfo(tensor), tuple(tensor.dims)
+        wanted = int(np.prod(dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        if found.length != wanted:
+            raise VerificationError(f"{path}: {tensor.name} has {found.length} bytes, {list(dims)} takes {wanted}")
+        places[tensor.name] = Place(path.parent / found.location, found.offset or 0, wanted, dims)
+    return places
+
+
+def checker_row(path: Path) -> Row:
+    """onnx.checker's full check, shapes inferred; nodes of com.microsoft are opaque to it."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(os.fspath(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        return judged("onnx.checker", "complaints", 1.0, 0.0, str(e).splitlines()[0])
+    return judged("onnx.checker", "complaints", 0.0, 0.0)
+
+
+def planes_of(entry: Entry, initializers: Mapping[str, Place]) -> list[Place]:
+    """The pieces of a weight. VerificationError for one that is missing, or codes that lie in two places."""
+    if entry.dtype not in LAYOUTS:
+        names = [entry.name]
+    else:
+        codes, *more = part_names(entry.name)
+        both = [n for n in (codes, rows_name(entry.name)) if n in initializers]
+        if len({(initializers[n].offset, initializers[n].nbytes) for n in both}) > 1:
+            raise VerificationError(f"{entry.name}: its codes lie in two places")
+        names = [*(both[:1] or [codes]), *more[: len(entry.planes) - 1]]
+    if missing := [n for n in names if n not in initializers]:
+        raise VerificationError(f"{missing[0]} is missing from the file")
+    return [initializers[n] for n in names]
+
+
+def read_rows(planes: Sequence[Place], n: int, begin: int, end: int) -> Array:
+    """u8[rows, nbytes] of rows begin..end of n, all pieces side by side."""
+    pieces = []
+    for place in planes:
+        width = place.nbytes // n
+        data = np.fromfile(place.file, np.uint8, (end - begin) * width, offset=place.offset + begin * width)
+        pieces.append(data.reshape(end - begin, -1))
+    return np.concatenate(pieces, axis=1)
+
+
+@dataclass(frozen=True)
+class FileReals:
+    """The file's weights as real numbers; that its bytes are the graph's is a check of its own."""
+
+    graph: Graph
+    planes: Mapping[str, Sequence[Place]]  # weight -> its pieces
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        kind = self.graph.nodes[name].type
+        n, *rest = kind.dims
+        data = read_rows(self.planes[name], n, begin, n if end is None else end)
+        if kind.dtype in LAYOUTS:
+            return LAYOUTS[kind.dtype].unpack(data).dequantize()
+        return data.view({"f32": "<f4", "f16": "<f2"}[kind.dtype]).astype(np.float32).reshape(-1, *rest)
+
+
+def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weights: Weights, threads: int) -> Row:
+    """Every tensor that the onnx package finds equals the graph's, byte for byte; the first that does not is named."""
+    wrong: list[str] = []
+
+    def compare(entry: Entry) -> None:
+        n, planes = entry.shape[0], planes_of(entry, initializers)
+        step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
+        for begin in range(0, n, step):
+            end = min(n, begin + step)
+            data = read_rows(planes, n, begin, end).reshape(-1)
+            if not np.array_equal(data, weights.encoded(entry.value, begin, end)):
+                wrong.append(f"{entry.name}, rows {begin}..{end}")
+
+    in_parallel(entries, compare, threads)
+    return judged("file bytes", f"of {len(entries)} tensors differ", float(len(wrong)), 0.0, min(wrong, default=""))
+
+
+def first_rows(graph: Graph, planes: Mapping[str, Sequence[Place]]) -> dict[str, tuple[str, Array, tuple[str, ...]]]:
+    """Of each quantized weight its layout, up to 64 rows from the file, and the ops that read it."""
+    found = {}
+    for name, places in planes.items():
+        kind = graph.nodes[name].type
+        if kind.dtype in LAYOUTS:
+            n = kind.dims[0]
+            readers = tuple(sorted({node.op for node in graph.nodes.values() if name in node.inputs}))
+            found[name] = (kind.dtype, read_rows(places, n, 0, min(n, ROWS)), readers)
+    return found
+
+
+# the runtime --------------------------------------------------------------------------------------
+
+
+def in_runtime(
+    path: Path, lowered: Lowered, reals: FileReals, exact: torch.Tensor, prompts: Tokens, threads: int
+) -> tuple[list[Row], dict[str, str] | None]:
+    """onnxruntime loads the file: kernels, logits with activations in f32, logits as it is, and the same through genai."""
+    runtime, graph, tokenizer = OnnxRuntime(), lowered.graph, lowered.options.tokenizer
+    if reason := runtime.missing():
+        return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
+    rows = kernel_rows(kernels_of(first_rows(graph, reals.planes)))
+    rows += exact_rows(path, exact, prompts, threads)
+    rows += rounded_rows(path, graph, reals, exact, prompts, threads)
+    n_new = min(NEW_TOKENS, context_length(graph)[0] - len(prompts[0]))
+    rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new, threads)
+    return rows, {"name": runtime.name, "version": runtime.version()}
+
+
+def exact_rows(path: Path, want: torch.Tensor, prompts: Tokens, threads: int) -> list[Row]:
+    """Logits of whole prompts, and of the first one's last tokens by the cache, with activations in f32.
+
+    One prompt alone by the cache: 8-bit weights beside f32 activations are a slow path of onnxruntime's.
+    """
+    limit, _ = LIMITS["runtime onnxruntime"]
+    model = OnnxRuntime().open(path, len(prompts[0]), threads, exact=True)
+    try:
+        at_once = np.max([relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True)])
+        cached = relative(model.decoded(prompts[0], steps(prompts)), want[0])
+    finally:
+        model.close()
+    return [
+        judged(f"{RUNTIME}, prompts", "relative error", float(at_once), limit),
+        judged(f"{RUNTIME}, {steps(prompts)} cached steps", "relative error", cached, limit),
+    ]
+
+
+def rounded_rows(
+    path: Path, graph: Graph, reals: Reals, exact: torch.Tensor, prompts: Tokens, threads: int
+) -> list[Row]:
+    """The file as it is: where its kernels round activations to 8 bits, the graph rounds them alike."""
+    if not any(node.type.dtype in LAYOUTS for node in graph.nodes.values()):
+        return []
+    model = OnnxRuntime().open(path, len(prompts[0]), threads)
+    try:
+        at_once, cached = (torch.log_softmax(x, -1) for x in both_ways(model, prompts))
+    finally:
+        model.close()
+    (rounded,) = run(graph, reals, prompts, round_input=lambda node, x: round_activations(graph, node, x)).values()
+    want = torch.log_softmax(rounded, -1)
+    kind, name = "runtime 8-bit activations", f"{RUNTIME}, 8-bit activations"
+    cost = check.distance(torch.log_softmax(exact, -1), at_once, prompts)
+    return [
+        check.arithmetic_row(f"{name}, prompts", kind, check.distance(want, at_once, prompts)),
+        check.arithmetic_row(f"{name}, {steps(prompts)} cached steps", kind, check.distance(want, cached, prompts)),
+        Row("price of 8-bit activations", "mean KL", cost.mean_kl, None, "info"),
+    ]
+
+
+def round_activations(graph: Graph, node: Node, x: torch.Tensor) -> torch.Tensor:
+    """x as MatMulNBits rounds it at level 4: 8 bits, a scale for each of the weight's groups.
+
+    Measured: as the kernels of onnxruntime 1.31 do on x86, to 3e-7.
+    """
+    dtype = graph.nodes[node.inputs[1]].type.dtype
+    if dtype not in LAYOUTS:
+        return x
+    groups = x.reshape(*x.shape[:-1], -1, LAYOUTS[dtype].scheme.block)
+    scale = groups.abs().amax(-1, keepdim=True) / 127.0
+    return (torch.round(groups * torch.where(scale > 0, 1 / scale, 0.0)) * scale).reshape(x.shape)
+
+
+def both_ways(model: Model, prompts: Tokens) -> tuple[LogProbs, LogProbs]:
+    """Logits f32[B,T,V] of prompts at once, and by the cache."""
+    at_once = torch.stack([torch.from_numpy(model.logits(p)) for p in prompts])
+    return at_once, torch.stack([torch.from_numpy(model.decoded(p, steps(prompts))) for p in prompts])
+
+
+def steps(prompts: Tokens) -> int:
+    return min(STEPS, len(prompts[0]) - 1)
+
+
+def relative(got: Array, want: torch.Tensor) -> float:
+    """Of one prompt: |got - want| / |want|; NaN stays NaN, which fails."""
+    return float((torch.from_numpy(got) - want).norm() / want.norm().clamp_min(1e-30))
+
+
+# what to ask --------------------------------------------------------------------------------------
+
+
+def no_words(text: str) -> list[int]:
+    """Without a tokenizer prompts are random ids."""
+    return []
+
+
+def room(graph: Graph) -> int:
+    """How long a prompt may be, so that some tokens can follow."""
+    context, _ = context_length(graph)
+    return context - min(NEW_TOKENS, context // 4)

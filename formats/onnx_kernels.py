@@ -1,0 +1,108 @@
+"""onnxruntime's own kernels on this very file: one row per distinct type and row length of its quantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qconvert.check import LIMITS
+from qconvert.formats.onnx_layouts import LAYOUTS, MatMulNBits
+from qconvert.formats.onnx_proto import IR_VERSION, OPSET
+from qconvert.report import Row, judged
+from qconvert.scheme import Array
+
+ROWS, COLUMNS = 64, 4
+
+
+class Quantized(NamedTuple):
+    """The first rows of a weight as the file has them: u8[N, row nbytes], and the op that reads them."""
+
+    name: str
+    layout: MatMulNBits
+    rows: Array
+    op: str  # linear or embed
+
+
+def kernel_rows(weights: Mapping[tuple[str, int, str], Quantized]) -> list[Row]:
+    """Each kernel against f64 over the unpacked values: exact arithmetic is judged, 8-bit activations are told."""
+    limit, _ = LIMITS["kernel"]
+    rows = []
+    for (scheme, k, op), weight in sorted(weights.items(), key=lambda item: item[0]):
+        if op == "embed":
+            row = judged(f"kernel gather {scheme} x {k}", "relative error", gather_error(weight), limit)
+        else:
+            row = judged(f"kernel {scheme} x {k}", "relative error", product_error(weight, 0), limit)
+        rows.append(row if row.verdict == "pass" else row._replace(reason=f"on {weight.name}"))
+        if op == "linear":
+            what = f"kernel {scheme} x {k}, 8-bit activations"
+            rows.append(Row(what, "relative error", product_error(weight, 4), None, "info"))
+    return rows
+
+
+def product_error(weight: Quantized, level: int) -> float:
+    """|MatMulNBits(x, W) - x W'| / |x W'| with x[4, K] normal."""
+    scheme, values = weight.layout.scheme, real(weight)
+    n, k = values.shape
+    x = np.random.default_rng(0).standard_normal((COLUMNS, k)).astype(np.float32)
+    codes, scales, *zeros = planes(weight, k)
+    codes = codes.reshape(n, k // scheme.block, -1)
+    got = run_node("MatMulNBits", [x, codes, scales.view(np.float32), *zeros], (COLUMNS, n), K=k, N=n, bits=scheme.bits,
+                   block_size=scheme.block, accuracy_level=level)  # fmt: skip
+    return distance(got, x.astype(np.float64) @ values.T)
+
+
+def gather_error(weight: Quantized) -> float:
+    scheme, values = weight.layout.scheme, real(weight)
+    ids = np.arange(len(values))[::-1].astype(np.int64)
+    codes, scales, *zeros = planes(weight, values.shape[1])
+    got = run_node("GatherBlockQuantized", [codes, ids, scales.view(np.float32), *zeros], values.shape, gather_axis=0,
+                   quantize_axis=1, block_size=scheme.block, bits=scheme.bits)  # fmt: skip
+    return distance(got, values[ids])
+
+
+def real(weight: Quantized) -> Array:
+    return weight.layout.unpack(weight.rows).dequantize().astype(np.float64)
+
+
+def planes(weight: Quantized, k: int) -> list[Array]:
+    cuts = np.cumsum(weight.layout.planes(k))[:-1]
+    return [np.ascontiguousarray(p) for p in np.split(weight.rows, cuts, axis=1)]
+
+
+def distance(got: Array, want: Array) -> float:
+    return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
+
+
+def run_node(op: str, arrays: list[Array], shape: tuple[int, ...], **attrs: Any) -> Array:
+    """One contrib node alone in onnxruntime; all inputs but token ids and activations are constants, as in the file."""
+    import onnxruntime
+    from onnx import helper, numpy_helper
+
+    free = 1 if op == "GatherBlockQuantized" else 0
+    names = [f"input{i}" for i in range(len(arrays))]
+    node = helper.make_node(op, names, ["y"], domain="com.microsoft", **attrs)
+    kind = helper.np_dtype_to_tensor_dtype(arrays[free].dtype)
+    x = helper.make_tensor_value_info(names[free], kind, arrays[free].shape)
+    constants = [numpy_helper.from_array(a, n) for i, (a, n) in enumerate(zip(arrays, names, strict=True)) if i != free]
+    graph = helper.make_graph([node], op, [x], [helper.make_tensor_value_info("y", 1, shape)], constants)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {names[free]: arrays[free]})
+    out: Array = y
+    return out
+
+
+def kernels_of(entries: Mapping[str, tuple[str, Array, tuple[str, ...]]]) -> dict[tuple[str, int, str], Quantized]:
+    """name -> (layout, first rows, ops that read it); of each (scheme, K, op) the first weight."""
+    found: dict[tuple[str, int, str], Quantized] = {}
+    for name, (dtype, rows, readers) in entries.items():
+        layout = LAYOUTS[dtype]
+        for op in readers:
+            key = (layout.scheme.name, layout.row_weights(rows.shape[1]), op)
+            found.setdefault(key, Quantized(name, layout, rows, op))
+    return found

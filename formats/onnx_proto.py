@@ -1,0 +1,80 @@
+"""An ONNX model as it is put together: nodes with names, constants inline, weights by their place in the data file.
+
+Opset 23 and IR 11 are what onnxruntime 1.23 to 1.31 load; the onnx package's own defaults are newer than any runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from qconvert import __version__
+from qconvert.scheme import Array
+
+OPSET, IR_VERSION = 23, 11
+DATA_FILE = "model.onnx.data"
+DTYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "u8": TensorProto.UINT8, "i64": TensorProto.INT64,
+          "i32": TensorProto.INT32}  # fmt: skip
+Shape = Sequence[int | str]
+
+
+@dataclass
+class Model:
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    inputs: list[ValueInfoProto] = field(default_factory=list)
+    outputs: list[ValueInfoProto] = field(default_factory=list)
+    values: list[ValueInfoProto] = field(default_factory=list)
+    _paths: set[str] = field(default_factory=set)
+
+    def node(self, op: str, path: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attrs: Any) -> None:
+        """path: the module it belongs to, by which viewers group; no two nodes get one name."""
+        name, n = f"/{path.replace('.', '/')}/{op}", 1
+        while name in self._paths:
+            n += 1
+            name = f"{name.rpartition('_')[0] if n > 2 else name}_{n}"
+        self._paths.add(name)
+        self.nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, domain=domain, **attrs))
+
+    def constant(self, values: Array) -> str:
+        """A small array inside the model file, once however often it is used."""
+        listed = values.reshape(-1).tolist()
+        spelled = "_".join(map(str, listed)) if len(listed) < 5 else hashlib.sha256(values.tobytes()).hexdigest()[:12]
+        name = f"const.{values.dtype}.{values.ndim}d.{spelled}"
+        self.initializers[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def external(self, name: str, dtype: str, dims: Sequence[int], offset: int, nbytes: int) -> None:
+        """A tensor whose bytes lie in the data file; several may share a place."""
+        tensor = TensorProto(name=name, data_type=DTYPES[dtype], dims=dims, data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", DATA_FILE), ("offset", offset), ("length", nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers[name] = tensor
+
+    def value(self, name: str, dtype: str, shape: Shape) -> str:
+        """Declare what an edge is; returns its name."""
+        self.values.append(info(name, dtype, shape))
+        return name
+
+    def serialized(self, name: str, metadata: Mapping[str, str]) -> bytes:
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.initializers.values()))
+        graph.value_info.extend(self.values)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model: ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        model.producer_name, model.producer_version = "qconvert", __version__
+        helper.set_model_props(model, dict(metadata))
+        data: bytes = model.SerializeToString(deterministic=True)
+        return data
+
+
+def info(name: str, dtype: str, shape: Shape) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, DTYPES[dtype], list(shape))
+
+
+def i64(*values: int) -> Array:
+    return np.array(values, np.int64)
