@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.across import extremes, mask_bits, peak_of
-from qconvert.kernels.half import put_half
+from qconvert.kernels.half import halves, put_four, put_half
 from qconvert.kernels.lanes import (
     absolute,
     any_lane,
@@ -82,6 +82,16 @@ def _offset_scales(row, x, first, divisor, low, high, scales, inverses, biases):
     _scales(row, d, F(0.5), scales, inverses, biases)
 
 
+@njit(forceinline=True)
+def _put_head(row, out, at, scales, low, heads, j):  # type: ignore[no-untyped-def]
+    """Scale and minimum of one block as f16: made for all lanes at once where there are several."""
+    if count(row) > 1:
+        put_four(out, at, heads[j])
+    else:
+        put_half(row, out, at, scales[j])
+        put_half(row, out, at + 2, low[j])
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def q8_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
@@ -119,12 +129,13 @@ def q4_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
 def q4_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
+    heads = np.empty(n, np.int32)
     for first in range(0, blocks, n):
         _offset_scales(row, x, first, F(15), low, high, scales, inverses, biases)
+        store(heads, 0, halves(load(row, scales, 0)) | halves(load(row, low, 0)) << 16)
         for block in range(first, min(first + n, blocks)):
             at, o = block * 32, block * 20
-            put_half(row, out, o, scales[block - first])
-            put_half(row, out, o + 2, low[block - first])
+            _put_head(row, out, o, scales, low, heads, block - first)
             least, inverse, bias = low[block - first], inverses[block - first], biases[block - first]
             for i in range(0, 16, n):
                 down = minimum(to_int((load(row, x, at + i) - least) * inverse + bias), 15)
@@ -161,12 +172,13 @@ def q5_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
 def q5_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
+    heads = np.empty(n, np.int32)
     for first in range(0, blocks, n):
         _offset_scales(row, x, first, F(31), low, high, scales, inverses, biases)
+        store(heads, 0, halves(load(row, scales, 0)) | halves(load(row, low, 0)) << 16)
         for block in range(first, min(first + n, blocks)):
             at, o = block * 32, block * 24
-            put_half(row, out, o, scales[block - first])
-            put_half(row, out, o + 2, low[block - first])
+            _put_head(row, out, o, scales, low, heads, block - first)
             least, inverse, bias = low[block - first], inverses[block - first], biases[block - first]
             fifth = U(0)
             for i in range(0, 16, n):

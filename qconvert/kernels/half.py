@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from qconvert.kernels.lanes import I32, count
+from qconvert.kernels.lanes import I32, count, pointer
 
 U = np.uint32
 EXPONENT_OF_HALF = U(0x38000000)  # the difference between the exponents' biases, 127 - 15, in place
@@ -60,6 +60,31 @@ def hardware_single(typingctx, lanes, half):  # type: ignore[no-untyped-def]
         return builder.fpext(builder.bitcast(builder.trunc(args[1], ir.IntType(16)), ir.HalfType()), ir.FloatType())
 
     return types.float32(lanes, types.uint32), emit
+
+
+@intrinsic
+def halves(typingctx, v):  # type: ignore[no-untyped-def]
+    """Lanes of f32 -> the bits of the nearest f16 as int32; 0 in kernels without vectors."""
+    bits = v.of(types.int32)
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        if v.n == 1:
+            return I32(0)
+        half = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), v.n))
+        return builder.zext(builder.bitcast(half, ir.VectorType(ir.IntType(16), v.n)), bits.llvm())
+
+    return bits(v), emit
+
+
+@intrinsic
+def put_four(typingctx, out, at, value):  # type: ignore[no-untyped-def]
+    """Write an int32 into out u8[at : at + 4], little-endian; not checked."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        builder.store(args[2], pointer(context, builder, out, args[0], args[1], I32)).align = 1
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.int32), emit
 
 
 @njit(forceinline=True)

@@ -204,7 +204,7 @@ def _unary(intrinsic_name: str) -> Any:
     return function
 
 
-absolute, square_root = _unary("fabs"), _unary("sqrt")
+absolute, square_root, rounded = _unary("fabs"), _unary("sqrt"), _unary("roundeven")
 
 
 @intrinsic

@@ -21,6 +21,7 @@ from qconvert.kernels.lanes import (
     minimum,
     nearest,
     nearest_any,
+    rounded,
     scratch,
     select,
     splat,
@@ -48,19 +49,31 @@ def _peak(lanes, X):  # type: ignore[no-untyped-def]
     return peak, size
 
 
-BELOW_33 = 13  # the ranges up to 32.4 give no code below -32, so there is nothing to clamp
+BELOW_33 = 12  # the first ranges give no code below -32, so there is nothing to clamp (an even number: they go in pairs)
 
 
 @njit(forceinline=True)
-def _sums_6(lanes, X, W, WX, factor, low):  # type: ignore[no-untyped-def]
-    """Sums of w * x * code and of w * code * code over each lane's 16 values."""
+def _sums_6(lanes, X, W, WX, first, second, low):  # type: ignore[no-untyped-def]
+    """Sums of w * x * code and of w * code * code over each lane's 16 values, for two factors at once."""
     n = count(lanes)
-    sum_lx = sum_l2 = splat(lanes, F(0))
+    lx1 = l21 = lx2 = l22 = splat(lanes, F(0))
     for i in range(16):
-        code = nearest(factor * load(lanes, X, i * n), low, 31)
-        sum_lx = sum_lx + load(lanes, WX, i * n) * code
-        sum_l2 = sum_l2 + load(lanes, W, i * n) * code * code
-    return sum_lx, sum_l2
+        x, w, wx = load(lanes, X, i * n), load(lanes, W, i * n), load(lanes, WX, i * n)
+        code1, code2 = minimum(rounded(first * x), F(31)), minimum(rounded(second * x), F(31))
+        if low is not None:
+            code1, code2 = maximum(code1, F(-32)), maximum(code2, F(-32))
+        lx1, lx2 = lx1 + wx * code1, lx2 + wx * code2
+        l21, l22 = l21 + w * code1 * code1, l22 + w * code2 * code2
+    return lx1, l21, lx2, l22
+
+
+@njit(forceinline=True)
+def _better_6(sum_lx, sum_l2, factor, best_factor, scale, best):  # type: ignore[no-untyped-def]
+    """Where a factor's fit beats the best so far, take it."""
+    better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
+    best_factor = select(better, factor, best_factor)
+    scale = select(better, sum_lx / sum_l2, scale)
+    return best_factor, scale, select(better, scale * sum_lx, best)
 
 
 @njit(forceinline=True)
@@ -86,16 +99,14 @@ def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
         sum_l2 = sum_l2 + w * code * code
     scale = select(sum_l2 != F(0), sum_lx / sum_l2, zero)
     best = scale * sum_lx
-    for step in range(RANGES_6.size):
-        factor = RANGES_6[step] / peak
+    for step in range(0, RANGES_6.size, 2):
+        first, second = RANGES_6[step] / peak, RANGES_6[step + 1] / peak
         if step < BELOW_33:
-            sum_lx, sum_l2 = _sums_6(lanes, X, W, WX, factor, None)
+            lx1, l21, lx2, l22 = _sums_6(lanes, X, W, WX, first, second, None)
         else:
-            sum_lx, sum_l2 = _sums_6(lanes, X, W, WX, factor, -32)
-        better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
-        best_factor = select(better, factor, best_factor)
-        scale = select(better, sum_lx / sum_l2, scale)
-        best = select(better, scale * sum_lx, best)
+            lx1, l21, lx2, l22 = _sums_6(lanes, X, W, WX, first, second, -32)
+        best_factor, scale, best = _better_6(lx1, l21, first, best_factor, scale, best)
+        best_factor, scale, best = _better_6(lx2, l22, second, best_factor, scale, best)
     none = size < TINY
     store(fit, at, select(none, zero, scale))
     store(fit, at + stride, select(none, zero, best_factor))
