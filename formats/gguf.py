@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan
-from qconvert.errors import GraphError, UnsupportedError, UsageError
+from qconvert.errors import GraphError, UnsupportedError, UsageError, uninterrupted
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_names import gguf_name, sort_key
@@ -107,13 +107,15 @@ class GGUF:
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
     ) -> tuple[list[Row], dict[str, str] | None]:
         """Every check there is for a GGUF file; see gguf_check."""
-        from qconvert.formats import gguf_check  # loads torch
+        with uninterrupted():
+            from qconvert.formats import gguf_check  # loads torch
 
         return gguf_check.prove(source, lowered, weights, parts, threads)
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
         """Every check that a file made elsewhere can be put to; see gguf_verify."""
-        from qconvert.formats import gguf_verify  # loads torch
+        with uninterrupted():
+            from qconvert.formats import gguf_verify  # loads torch
 
         return gguf_verify.verify(path, source, merged, threads)
 

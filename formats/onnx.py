@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan
-from qconvert.errors import UnsupportedError, UsageError, require
+from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import check_supported, context_length
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.graph import Graph, Type
@@ -107,7 +107,8 @@ class ONNX:
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
     ) -> tuple[list[Row], dict[str, str] | None]:
         """Every check there is for an ONNX folder; see onnx_check."""
-        from qconvert.formats import onnx_check  # loads torch
+        with uninterrupted():
+            from qconvert.formats import onnx_check  # loads torch
 
         return onnx_check.prove(source, lowered, weights, parts, threads)
 

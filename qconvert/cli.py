@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -262,12 +263,10 @@ def main() -> None:
         cli.main(args=args or ["--help"], prog_name="qconvert", standalone_mode=False)
     except QConvertError as e:
         sys.exit(fail(e, args))
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("\ninterrupted; nothing was left behind", err=True)
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted; nothing was left behind", err=True)
-        sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # an interpreter that was interrupted within an extension would end by the signal instead
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)

@@ -15,6 +15,10 @@ QConvertError                 1  a bug in qconvert, where nothing below fits
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -77,7 +81,24 @@ class GraphError(QConvertError):
 def require(module: str, for_: str, install: str | None = None) -> ModuleType:
     """Import an optional module, or say which feature wants it and how to install it."""
     try:
-        return import_module(module)
+        with uninterrupted():
+            return import_module(module)
     except ImportError as e:
         package = install or module.partition(".")[0]
         raise MissingDependency(f"{for_} needs {module} ({e})", hint=f"pip install {package}") from e
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is done: torch and its like abort when it strikes while they are imported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    struck: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: struck.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if struck:
+        raise KeyboardInterrupt

@@ -105,6 +105,22 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_torch_is_imported_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "class Strike:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch._C': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Strike())\n"
+        "from qconvert.cli import main; sys.argv = ['qconvert', *sys.argv[2:]]; main()"
+    )
+    args = [sys.executable, "-c", script, str(ROOT), str(TINY), "--bits", "4", "-o", str(tmp_path / "a.gguf")]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; nothing was left behind" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_check_exits_6_and_the_report_says_so(tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import qconvert.formats.gguf_check as g\n"
