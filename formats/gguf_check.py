@@ -5,7 +5,7 @@ file readers:  gguf-py (independent of ours)      runtime: llama.cpp's own kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,18 +14,18 @@ import numpy as np
 
 from qconvert import check
 from qconvert.check import Tokens
-from qconvert.emit import Entry, in_parallel
+from qconvert.emit import Entry, in_parallel, row_ranges
 from qconvert.errors import InputError
 from qconvert.formats import gguf_vocabulary_check
 from qconvert.formats.gguf_activations import as_ggml, round_q8_0, round_q8_k
 from qconvert.formats.gguf_kernels import kernel_rows
 from qconvert.formats.llama_cpp import LlamaCpp
-from qconvert.graph import Graph, n_rows
+from qconvert.graph import Graph
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import Tokenizer, hard_corpus
-from qconvert.weights import Weights, rows_per_block
+from qconvert.weights import Weights
 
 RUNTIME = "runtime llama.cpp"
 
@@ -96,12 +96,6 @@ def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: 
     """Every tensor of the file equals the graph's, byte for byte; the first that does not is named."""
     wrong: list[str] = [f"{e.name} is missing" for e in entries if e.name not in tensors]
 
-    def blocks() -> Iterator[tuple[Entry, int, int]]:
-        for entry in entries:
-            n = n_rows(entry.shape)
-            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
-            yield from ((entry, i, min(n, i + step)) for i in range(0, n, step))
-
     def compare(block: tuple[Entry, int, int]) -> None:
         entry, begin, end = block
         data = np.ascontiguousarray(by_rows(tensors[entry.name].data)[begin:end]).view(np.uint8).reshape(-1)
@@ -109,7 +103,7 @@ def bytes_row(entries: Sequence[Entry], tensors: Mapping[str, Tensor], weights: 
             wrong.append(f"{entry.name}, rows {begin}..{end}")
 
     if not wrong:
-        in_parallel(blocks(), compare, threads)
+        in_parallel(((e, *block) for e in entries for block in row_ranges(e.shape)), compare, threads)
     return judged("file bytes", f"of {len(entries)} tensors differ", float(len(wrong)), 0.0, min(wrong, default=""))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from qconvert import check
 from qconvert.check import LIMITS, LogProbs, Tokens
-from qconvert.emit import Entry, in_parallel
+from qconvert.emit import Entry, in_parallel, row_ranges
 from qconvert.errors import VerificationError
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_genai import n_vocab
@@ -30,7 +30,7 @@ from qconvert.run import Reals, run
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import hard_corpus
-from qconvert.weights import Weights, rows_per_block
+from qconvert.weights import Weights
 
 RUNTIME = "runtime onnxruntime"
 STEPS = 8  # of a sequence's last tokens, one at a time by the cache
@@ -148,9 +148,7 @@ def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weigh
 
     def compare(entry: Entry) -> None:
         n, planes = entry.shape[0], planes_of(entry, initializers)
-        step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
-        for begin in range(0, n, step):
-            end = min(n, begin + step)
+        for begin, end in row_ranges(entry.shape):
             data = read_rows(planes, n, begin, end).reshape(-1)
             if not np.array_equal(data, weights.encoded(entry.value, begin, end)):
                 wrong.append(f"{entry.name}, rows {begin}..{end}")

@@ -118,10 +118,11 @@ def run_convert(
     **options: Any,
 ) -> None:
     from qconvert.conversion import convert as run
+    from qconvert.pipeline import split_passes
     from qconvert.printing import plan_text, report_text
 
     set_up_log(quiet, verbose)
-    chosen = [... if p.strip() == "..." else p for p in split_passes(passes)]
+    chosen = [... if p == "..." else p for p in split_passes(passes)]
     result: Result = run(
         model, passes=chosen, check=not no_check, dry_run=dry_run, progress=lambda plan: bar(plan, quiet), **options
     )
@@ -130,13 +131,6 @@ def run_convert(
     if not quiet and not dry_run:
         click.echo(report_text(result.report), err=True)
     write_json(result.report, json_file)
-
-
-def split_passes(text: str) -> list[str]:
-    """Commas outside of braces part passes."""
-    import re
-
-    return [p for p in re.findall(r"[^,{]+(?:\{[^}]*\})?", text) if p.strip()]
 
 
 @cli.command()

@@ -174,10 +174,16 @@ UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
-            n = n_rows(entry.shape)
-            step = rows_per_block(entry.shape[-1]) if len(entry.shape) > 1 else n
-            for begin in range(0, n, step):
-                yield Block(fds[file.path], entry, begin, min(n, begin + step))
+            for begin, end in row_ranges(entry.shape):
+                yield Block(fds[file.path], entry, begin, end)
+
+
+def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the blocks in which a tensor's rows are evaluated; a vector is one block."""
+    n = n_rows(shape)
+    step = rows_per_block(shape[-1]) if len(shape) > 1 else n
+    for begin in range(0, n, step):
+        yield begin, min(n, begin + step)
 
 
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:

@@ -98,7 +98,12 @@ def spec_of(p: Pass | Function) -> str:
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
     """`a,b{x=1 y=z}` to passes, by the names in the registry. UsageError names a wrong option."""
-    return tuple(_parse_pass(m[0].strip()) for m in re.finditer(r"[^,{]+(?:\{[^}]*\})?", text) if m[0].strip())
+    return tuple(map(_parse_pass, split_passes(text)))
+
+
+def split_passes(text: str) -> list[str]:
+    """The specs of a pipeline: commas outside of braces part them."""
+    return [spec.strip() for spec in re.findall(r"[^,{]+(?:\{[^}]*\})?", text) if spec.strip()]
 
 
 def _parse_pass(spec: str) -> Pass:
