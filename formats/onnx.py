@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
-from qconvert.formats.onnx_arch import check_supported, context_length
+from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
@@ -44,6 +44,7 @@ FLAGS_OF_GGUF = {
 class Options:
     """quant: a name of QUANTS; group: weights along a row that share a scale, None for plain types."""
 
+    form: Form
     quant: str
     group: int | None
     fallback: Fallback
@@ -62,18 +63,18 @@ class ONNX:
         for field, flag in FLAGS_OF_GGUF.items():
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
-        quant, group = chosen(request)
+        form, (quant, group) = form_of(request), chosen(request)
         from qconvert.formats.onnx_genai import companions, tokenizer_of
 
-        check_supported(graph)
+        check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)
-        files = companions(source, graph, context_length(graph)[0], tokenizer)
+        files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
         name = " + ".join(names_of(source, graph))
-        return Options(quant, group, request.fallback, name, tokenizer, files, provenance(source, graph, quant))
+        return Options(form, quant, group, request.fallback, name, tokenizer, files, provenance(source, graph, quant))
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
-        check_supported(graph)
+        check_supported(graph, options.form)
         types, fallbacks = types_of(graph, options)
         if fallbacks and options.fallback == "error":
             f = fallbacks[0]
@@ -90,15 +91,15 @@ class ONNX:
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """The protobuf, and a place in the data file for every weight."""
-        from qconvert.formats.onnx_lowering import Lowering
+        from qconvert.formats.onnx_forms import serialized
         from qconvert.formats.onnx_proto import DATA_FILE, Model
 
         entries, nbytes = places(graph)
         model = Model()
         for entry in entries:
             add_weight(model, graph, entry)
-        Lowering(graph, model, context_length(graph)[0]).run()
-        files = {"model.onnx": model.serialized(options.name, options.metadata), **options.files}
+        data = serialized(graph, model, options.form, context_length(graph)[0], options.name, options.metadata)
+        files = {"model.onnx": data, **options.files}
         plans = [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         plans.insert(1, FilePlan(path / DATA_FILE, b"", tuple(entries), nbytes))
         return Plan(tuple(plans), path)
@@ -111,6 +112,17 @@ class ONNX:
             from qconvert.formats import onnx_check  # loads torch
 
         return onnx_check.prove(source, lowered, weights, parts, threads)
+
+
+def form_of(request: Request) -> Form:
+    if request.form not in FORMS:
+        raise UsageError(f"--form {request.form}: there are {', '.join(FORMS)}")
+    return FORMS[request.form]
+
+
+def shares_cache(graph: Graph, form: Form) -> bool:
+    """Past and present may be one buffer: only GroupQueryAttention writes into what it reads."""
+    return fused_attention(graph, form) == {n for n, node in graph.nodes.items() if node.op == "attention"}
 
 
 def chosen(request: Request) -> tuple[str, int | None]:

@@ -1,26 +1,46 @@
-"""What onnxruntime's nodes cannot be told of a model, and up to which length the folder computes what the model does."""
+"""What a form of ONNX file can be told of a model, and up to which length the file computes what the model does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 from qconvert.errors import UnsupportedError
 from qconvert.graph import Attr, Graph, Node
 
+
+class Form(NamedTuple):
+    """A dialect. contrib: nodes of com.microsoft may be used; bodies: their definitions in standard nodes lie in the file."""
+
+    name: str
+    opset: int
+    ir_version: int
+    contrib: bool
+    bodies: bool
+    runs_in: str
+
+
+FORMS: Mapping[str, Form] = {
+    form.name: form
+    for form in (
+        Form("ort", 23, 11, True, True, "onnxruntime 1.23, and what executes the bodies of functions"),
+        Form("portable", 23, 11, False, False, "whatever has opset 23: onnxruntime 1.23"),
+        Form("legacy", 21, 10, True, False, "onnxruntime 1.20"),
+    )
+}
 # op -> the attributes that its nodes say; an op or an attribute that is not here would be lost
 UNDERSTOOD: Mapping[str, frozenset[str]] = {
     op: frozenset(attrs.split())
     for op, attrs in {
         "input": "", "positions": "", "embed": "", "linear": "", "add": "", "mul": "", "times": "by", "softcap": "cap",
         "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end", "rms_norm": "eps", "layer_norm": "eps",
-        "rope": "head_dim theta scaling", "attention": "heads kv_heads scale window softcap",
+        "rope": "head_dim theta scaling dims interleaved", "attention": "heads kv_heads scale window softcap",
     }.items()
 }  # fmt: skip
 
 
-def check_supported(graph: Graph) -> None:
-    """UnsupportedError for what has no node here, and for attention that GroupQueryAttention refuses or cannot say."""
+def check_supported(graph: Graph, form: Form) -> None:
+    """UnsupportedError for what has no node here."""
     fixed = graph.constants()
     for name, node in graph.nodes.items():
         if name in fixed:
@@ -29,8 +49,10 @@ def check_supported(graph: Graph) -> None:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op}", hint="--to gguf may have it")
         if lost := node.attrs.keys() - UNDERSTOOD[node.op]:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op} with {', '.join(sorted(lost))}")
-        if node.op == "attention":
-            check_attention(graph, name, node)
+        if node.op == "attention" and form.opset < 23 and (why := why_not_fused(graph, node)):
+            raise UnsupportedError(f"%{name}: {why}", hint="--form ort has standard nodes for it")
+        if node.op == "attention" and len(node.inputs) > 3:
+            raise UnsupportedError(f"%{name}: --to onnx has no attention with a mask as input")
         if node.op == "rope" and len(node.inputs) > 1:
             raise UnsupportedError(f"%{name}: --to onnx has no rope by factors")
     inputs = [n for n, node in graph.nodes.items() if node.op == "input"]
@@ -38,23 +60,28 @@ def check_supported(graph: Graph) -> None:
         raise UnsupportedError(f"--to onnx writes decoders of one input, this model has {', '.join(inputs)}")
 
 
-def check_attention(graph: Graph, name: str, node: Node) -> None:
-    if len(node.inputs) > 3:
-        raise UnsupportedError(f"%{name}: --to onnx has no attention with a mask as input")
-    q, k, v = (graph.nodes[i] for i in node.inputs)
+def fused_attention(graph: Graph, form: Form) -> frozenset[str]:
+    """Attention that GroupQueryAttention says in this form."""
+    found = {n for n, node in graph.nodes.items() if node.op == "attention" and not why_not_fused(graph, node)}
+    return frozenset(found if form.contrib else ())
+
+
+def why_not_fused(graph: Graph, node: Node) -> str | None:
+    """What onnxruntime's GroupQueryAttention refuses or cannot be told of an attention; None where it can say it."""
+    q, k, v = (graph.nodes[i] for i in node.inputs[:3])
     head_dim = cast(int, q.type.shape[-1]) // cast(int, node.attrs["heads"])
     multiple = 16 if q.op == "rope" else 8
     if head_dim % multiple:
-        raise UnsupportedError(
-            f"%{name}: heads of {head_dim}; onnxruntime's GroupQueryAttention wants multiples of {multiple}",
-            hint="--to gguf has no such limit",
-        )
+        return f"heads of {head_dim}; onnxruntime's GroupQueryAttention wants multiples of {multiple}"
     alike = q.op == k.op == "rope" and q.attrs == k.attrs and q.attrs["head_dim"] == head_dim and v.op != "rope"
     if not alike and "rope" in (q.op, k.op, v.op):
-        raise UnsupportedError(f"%{name}: GroupQueryAttention rotates whole heads of queries and keys, both alike")
+        return "GroupQueryAttention rotates whole heads of queries and keys, both alike"
+    if alike and (dims := cast(int, q.attrs.get("dims", head_dim))) % 16:
+        return f"{dims} values of each head rotate; GroupQueryAttention wants multiples of 16"
     for turned in node.inputs[:2] if alike else ():
         if others := [u for u in graph.users()[turned] if graph.nodes[u].op != "attention"]:
-            raise UnsupportedError(f"%{others[0]} reads the rotated %{turned}, which only attention has here")
+            return f"%{others[0]} reads the rotated %{turned} too, which GroupQueryAttention keeps to itself"
+    return None
 
 
 def context_length(graph: Graph) -> tuple[int, tuple[str, ...]]:

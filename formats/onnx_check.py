@@ -1,6 +1,7 @@
 """Prove an ONNX folder: its bytes against the graph, its form by onnx's checker, its answers in onnxruntime.
 
-file reader: the onnx package       runtime: onnxruntime's own kernels, prompts at once and by the cache; onnxruntime-genai
+file reader: the onnx package         second oracle: its reference implementation, functions inlined
+runtime: onnxruntime's own kernels, prompts at once and by the cache; onnxruntime-genai
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import part_names, rows_name
+from qconvert.formats.onnx_reference import reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
 from qconvert.graph import Graph, Node
 from qconvert.report import Row, judged
@@ -56,6 +58,7 @@ def prove(
         (quantized,) = run(graph, reals, prompts).values()
         rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
         del merged
+        rows += reference_rows(path, prompts[0], quantized[0])
         answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
     return rows + answers, runtime
 

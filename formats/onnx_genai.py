@@ -37,13 +37,15 @@ def n_vocab(graph: Graph) -> int:
     return cast(int, graph.nodes[graph.outputs[0]].type.shape[-1])
 
 
-def companions(source: Source, graph: Graph, context: int, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """File name -> bytes."""
+def companions(
+    source: Source, graph: Graph, context: int, tokenizer: Tokenizer | None, share_cache: bool
+) -> dict[str, bytes]:
+    """File name -> bytes. share_cache: past and present may be one buffer."""
     folder = tokenizer_folder(source)
     files = {name: inside(folder, name).read_bytes() for name in FILES if (folder / name).is_file()}
     if "generation_config.json" not in files and (source.checkpoint.folder / "generation_config.json").is_file():
         files["generation_config.json"] = inside(source.checkpoint.folder, "generation_config.json").read_bytes()
-    config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)))
+    config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)), share_cache)
     return {"genai_config.json": (json.dumps(config, indent=2) + "\n").encode(), **files}
 
 
@@ -73,7 +75,7 @@ def within(ids: object, vocab: int) -> object:
     return ids if isinstance(ids, int) and ids < vocab else None
 
 
-def genai_config(graph: Graph, context: int, ids: Mapping[str, object]) -> dict[str, object]:
+def genai_config(graph: Graph, context: int, ids: Mapping[str, object], share_cache: bool) -> dict[str, object]:
     """genai_config.json, with the keys that the model builder of onnxruntime-genai 0.18 writes."""
     config = cast(Mapping[str, Attr], graph.meta["config"])
     decoder = {
@@ -89,7 +91,7 @@ def genai_config(graph: Graph, context: int, ids: Mapping[str, object]) -> dict[
     }
     search = {
         "do_sample": False, "early_stopping": True, "max_length": min(context, MAX_LENGTH), "min_length": 0, "num_beams": 1,
-        "num_return_sequences": 1, "past_present_share_buffer": True, "repetition_penalty": 1.0, "temperature": 1.0,
+        "num_return_sequences": 1, "past_present_share_buffer": share_cache, "repetition_penalty": 1.0, "temperature": 1.0,
         "top_k": 1, "top_p": 1.0,
     }  # fmt: skip
     return {

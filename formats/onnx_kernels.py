@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qconvert.check import LIMITS
+from qconvert.formats.onnx_arch import FORMS
 from qconvert.formats.onnx_layouts import LAYOUTS, MatMulNBits
-from qconvert.formats.onnx_proto import IR_VERSION, OPSET
+from qconvert.formats.onnx_proto import CONTRIB
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 
@@ -82,13 +83,13 @@ def run_node(op: str, arrays: list[Array], shape: tuple[int, ...], **attrs: Any)
 
     free = 1 if op == "GatherBlockQuantized" else 0
     names = [f"input{i}" for i in range(len(arrays))]
-    node = helper.make_node(op, names, ["y"], domain="com.microsoft", **attrs)
+    node = helper.make_node(op, names, ["y"], domain=CONTRIB, **attrs)
     kind = helper.np_dtype_to_tensor_dtype(arrays[free].dtype)
     x = helper.make_tensor_value_info(names[free], kind, arrays[free].shape)
     constants = [numpy_helper.from_array(a, n) for i, (a, n) in enumerate(zip(arrays, names, strict=True)) if i != free]
     graph = helper.make_graph([node], op, [x], [helper.make_tensor_value_info("y", 1, shape)], constants)
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    opsets = [helper.make_opsetid("", FORMS["ort"].opset), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=FORMS["ort"].ir_version)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

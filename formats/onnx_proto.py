@@ -1,6 +1,6 @@
 """An ONNX model as it is put together: nodes with names, constants inline, weights by their place in the data file.
 
-Opset 23 and IR 11 are what onnxruntime 1.23 to 1.31 load; the onnx package's own defaults are newer than any runtime.
+Opset and IR are the form's: the onnx package's own defaults are newer than any runtime.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qconvert import __version__
+from qconvert.formats.onnx_arch import Form
 from qconvert.scheme import Array
 
-OPSET, IR_VERSION = 23, 11
+CONTRIB = "com.microsoft"
 DATA_FILE = "model.onnx.data"
 DTYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "u8": TensorProto.UINT8, "i64": TensorProto.INT64,
-          "i32": TensorProto.INT32}  # fmt: skip
+          "i32": TensorProto.INT32, "bool": TensorProto.BOOL}  # fmt: skip
 Shape = Sequence[int | str]
 
 
@@ -61,11 +62,14 @@ class Model:
         self.values.append(info(name, dtype, shape))
         return name
 
-    def serialized(self, name: str, metadata: Mapping[str, str]) -> bytes:
+    def serialized(self, name: str, metadata: Mapping[str, str], form: Form, functions: Sequence[FunctionProto] = ()) -> bytes:
         graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.initializers.values()))
         graph.value_info.extend(self.values)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-        model: ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        domains = sorted({node.domain for node in self.nodes} - {""})
+        opsets = [helper.make_opsetid("", form.opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model: ModelProto = helper.make_model(
+            graph, opset_imports=opsets, ir_version=form.ir_version, functions=list(functions)
+        )
         model.producer_name, model.producer_version = "qconvert", __version__
         helper.set_model_props(model, dict(metadata))
         data: bytes = model.SerializeToString(deterministic=True)

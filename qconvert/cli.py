@@ -73,6 +73,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, F16 ... or int4, fp16 ...; see --list types.")
 @click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4: int8 int4. Default 4.")
 @click.option("--group", type=int, help="ONNX: weights that share a scale, 16 32 64 128 256. Default 32.")
+@click.option("--form", type=click.Choice(["ort", "portable", "legacy"]), default="ort", show_default=True,
+              help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing.")
 @click.option("--no-check", is_flag=True, help="Skip the proof.")

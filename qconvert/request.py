@@ -30,6 +30,7 @@ class Request:
     quant: str | None = None
     bits: int | None = None
     group: int | None = None
+    form: str = "ort"  # of ONNX
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     dry_run: bool = False

@@ -169,18 +169,18 @@ def test_a_weight_that_is_not_what_the_graph_says_fails_by_name_and_leaves_nothi
 
 
 def test_a_node_that_computes_something_else_fails_in_the_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qconvert.formats import onnx_lowering
+    from qconvert.formats import onnx_contrib
 
-    true = onnx_lowering.OPS["attention"]
+    true = onnx_contrib.OPS["attention"]
 
     def rotated_wrongly(e: Any, name: str, node: Any) -> None:
         true(e, name, node)
         next(a for a in e.model.nodes[-1].attribute if a.name == "do_rotary").i = 0
         del e.model.nodes[-1].input[7:]
 
-    monkeypatch.setitem(onnx_lowering.OPS, "attention", rotated_wrongly)
+    monkeypatch.setitem(onnx_contrib.OPS, "attention", rotated_wrongly)
     with pytest.raises(VerificationError, match="runtime onnxruntime, prompts"):
-        convert(TINY, to="onnx", quant="fp32", output=tmp_path / "out")
+        convert(TINY, to="onnx", quant="fp32", form="legacy", output=tmp_path / "out")
     assert os.listdir(tmp_path) == []
 
 

@@ -1,0 +1,21 @@
+"""A graph as an ONNX file of one form: onnxruntime's nodes with their bodies, standard nodes alone, or the older opset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qconvert.formats import onnx_contrib, onnx_standard
+from qconvert.formats.onnx_arch import Form
+from qconvert.formats.onnx_functions import with_bodies
+from qconvert.formats.onnx_lowering import Lowering
+from qconvert.formats.onnx_proto import Model
+from qconvert.graph import Graph
+
+
+def serialized(
+    graph: Graph, model: Model, form: Form, context: int, name: str, metadata: Mapping[str, str]
+) -> bytes:
+    """`model` has the weights' places; what it computes is added here."""
+    Lowering(graph, model, form, context).run(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
+    functions = with_bodies(model) if form.bodies else ()
+    return model.serialized(name, {**metadata, "qconvert.form": form.name}, form, functions)

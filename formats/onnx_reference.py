@@ -1,0 +1,64 @@
+"""The second oracle: the file as standard nodes alone, run by the onnx package's reference implementation.
+
+Functions are inlined by the onnx package too, so nothing of onnxruntime takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qconvert.check import LIMITS
+from qconvert.formats.onnx_proto import CONTRIB
+from qconvert.formats.onnx_runtime import Model
+from qconvert.report import Row, judged
+from qconvert.scheme import Array
+
+MOST_NBYTES = 1 << 28  # of weights: it keeps all of them, and several copies of each as it goes
+N_TOKENS, N_CACHED = 8, 2
+
+
+def reference_rows(path: Path, prompt: Sequence[int], want: torch.Tensor) -> list[Row]:
+    """Logits of a prompt's first tokens, some at once and the last by the cache, against `want` f32[T,V]."""
+    what = "onnx.reference"
+    nbytes = sum(f.stat().st_size for f in path.parent.iterdir())
+    if nbytes > MOST_NBYTES:
+        return [Row(what, "not run", None, None, "skip", f"{nbytes >> 20} MB are too much for it")]
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(path)
+    if not model.functions and any(node.domain == CONTRIB for node in model.graph.node):
+        return [Row(what, "not run", None, None, "skip", "the file has no bodies for onnxruntime's nodes (--form ort has)")]
+    session = Interpreted(onnx.inliner.inline_local_functions(model))
+    tokens = prompt[:N_TOKENS]
+    got = Model(path, len(tokens), session).decoded(tokens, min(N_CACHED, len(tokens) - 1))
+    wanted = want[: len(got)].numpy()
+    error = float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+    return [judged(what, "relative error", error, LIMITS["runtime onnxruntime"][0], f"{len(got)} tokens")]
+
+
+class Interpreted:
+    """A model of standard nodes, with the two methods of an onnxruntime session that a decoder is run by."""
+
+    def __init__(self, model: Any) -> None:
+        from onnx.reference import ReferenceEvaluator
+
+        self._evaluator = ReferenceEvaluator(model)
+        self._inputs = model.graph.input
+
+    def get_inputs(self) -> list[Input]:
+        return [Input(i.name, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in self._inputs]
+
+    def run(self, wanted: None, feeds: Mapping[str, Array]) -> list[Array]:
+        out: list[Array] = self._evaluator.run(wanted, dict(feeds))
+        return out
+
+
+class Input(NamedTuple):
+    name: str
+    shape: list[int]

@@ -1,0 +1,127 @@
+"""Ops in ai.onnx alone: what any runtime of opset 23 can execute, in the forms that onnxruntime fuses as it loads."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from qconvert.formats import onnx_lowering as common
+from qconvert.formats.onnx_lowering import MASK, Lower, Lowering, module, n_new, n_total, product, rotated, rotation
+from qconvert.formats.onnx_proto import i64
+from qconvert.graph import Node
+
+END = np.iinfo(np.int64).max
+
+
+def _linear(e: Lowering, name: str, node: Node) -> None:
+    x, weight, *bias = node.inputs
+    path, turned = module(weight), f"{weight}.turned"
+    n, k = e.graph.nodes[weight].type.dims
+
+    def turn() -> None:
+        e.model.node("Transpose", path, [e.real(weight)], [e.model.value(turned, "f32", (k, n))], perm=[1, 0])
+
+    e.once(turned, turn)
+    product(e, "MatMul", name, [e.edge(x), turned], bias, path)
+
+
+# positions and what they see ----------------------------------------------------------------------
+
+
+def position_ids(e: Lowering) -> str:
+    """i64[B,T]: how many tokens of its own text come before each new one; padding does not count."""
+    m, both = e.model, ("batch_size", "total_sequence_length")
+
+    def make() -> None:
+        m.node("CumSum", MASK, [MASK, m.constant(np.array(1, np.int64))], [m.value("mask.counted", "i64", both)])
+        m.node("Sub", MASK, ["mask.counted", m.constant(np.array(1, np.int64))], [m.value("mask.before", "i64", both)])
+        m.node("Max", MASK, ["mask.before", m.constant(np.array(0, np.int64))], [m.value("mask.positions", "i64", both)])
+        new = m.value("position_ids", "i64", ("batch_size", "sequence_length"))
+        m.node("Slice", MASK, ["mask.positions", first_new(e), m.constant(i64(END)), m.constant(i64(1))], [new])
+
+    return e.once("position_ids", make)
+
+
+def first_new(e: Lowering) -> str:
+    """i64[1]: where the new tokens begin, counted from the end."""
+    name = "tokens.first"
+    return e.once(name, lambda: e.model.node("Neg", MASK, [n_new(e)], [e.model.value(name, "i64", (1,))]))
+
+
+def ages(e: Lowering) -> str:
+    """i64[T,S]: how far each key lies behind each new token."""
+    m = e.model
+
+    def make() -> None:
+        zero, one = (m.constant(np.array(v, np.int64)) for v in (0, 1))
+        m.node("Squeeze", MASK, [n_total(e)], [m.value("keys.n", "i64", ())])
+        m.node("Range", MASK, [zero, "keys.n", one], [m.value("keys", "i64", ("total_sequence_length",))])
+        at = m.value("queries", "i64", ("sequence_length",))
+        m.node("Slice", MASK, ["keys", first_new(e), m.constant(i64(END))], [at])
+        column = m.value("queries.column", "i64", ("sequence_length", 1))
+        m.node("Unsqueeze", MASK, [at, m.constant(i64(1))], [column])
+        m.node("Sub", MASK, [column, "keys"], [m.value("ages", "i64", ("sequence_length", "total_sequence_length"))])
+
+    return e.once("ages", make)
+
+
+def visible(e: Lowering, window: int | None) -> str:
+    """bool[B,1,T,S]: keys that a token attends to: itself, and those before it that are no padding and not too far back.
+
+    A token that is padding sees itself, so that no row is empty: its NaN would spread by the cache.
+    """
+    m, pair = e.model, ("sequence_length", "total_sequence_length")
+    name = "visible" if window is None else f"visible.{window}"
+    shape = ("batch_size", 1, *pair)
+
+    def seen() -> None:
+        m.node("Cast", MASK, [MASK], [m.value("mask.bool", "bool", ("batch_size", pair[1]))], to=9)
+        rows = m.value("mask.rows", "bool", ("batch_size", 1, 1, pair[1]))
+        m.node("Unsqueeze", MASK, ["mask.bool", m.constant(i64(1, 2))], [rows])
+        zero = m.constant(np.array(0, np.int64))
+        m.node("Equal", MASK, [ages(e), zero], [m.value("mask.self", "bool", pair)])
+        m.node("GreaterOrEqual", MASK, [ages(e), zero], [m.value("mask.causal", "bool", pair)])
+        m.node("Or", MASK, [rows, "mask.self"], [m.value("mask.seen", "bool", shape)])
+        m.node("And", MASK, ["mask.seen", "mask.causal"], [m.value("visible", "bool", shape)])
+
+    def near() -> None:
+        bound = m.constant(np.array(window, np.int64))
+        m.node("Less", MASK, [ages(e), bound], [m.value(f"{name}.near", "bool", pair)])
+        m.node("And", MASK, [e.once("visible", seen), f"{name}.near"], [m.value(name, "bool", shape)])
+
+    return e.once(name, seen if window is None else near)
+
+
+def _positions(e: Lowering, name: str, node: Node) -> None:
+    e.model.node("Identity", name, [position_ids(e)], [e.model.value(name, "i64", e.shape(name))])
+
+
+def rope(e: Lowering, name: str, node: Node) -> None:
+    x, head_dim = node.inputs[0], cast(int, node.attrs["head_dim"])
+    inputs = [e.edge(x), *rotation(e, node), position_ids(e)]
+    e.say(
+        "RotaryEmbedding", name, inputs, num_heads=int(e.shape(x)[-1]) // head_dim,
+        rotary_embedding_dim=rotated(node) % head_dim, interleaved=int(bool(node.attrs.get("interleaved"))),
+    )  # fmt: skip
+
+
+def attention(e: Lowering, name: str, node: Node) -> None:
+    q = node.inputs[0]
+    heads, kv_heads = (cast(int, node.attrs[key]) for key in ("heads", "kv_heads"))
+    past, present = e.cache(e.n_layers, kv_heads, int(e.shape(q)[-1]) // heads)
+    e.n_layers += 1
+    mask = visible(e, cast(int | None, node.attrs.get("window")))
+    e.model.node(
+        "Attention", name, [*node.inputs, mask, *past], [e.declare(name), *present], q_num_heads=heads,
+        kv_num_heads=kv_heads, scale=float(cast(float, node.attrs["scale"])),
+        softcap=float(cast(float, node.attrs.get("softcap") or 0)),
+    )  # fmt: skip
+
+
+OPS: dict[str, Lower] = common.OPS | {
+    "positions": _positions,
+    "linear": _linear,
+    "rope": rope,
+    "attention": attention,
+}
