@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import ClassVar, cast
 
 from qconvert import __version__
-from qconvert.emit import Entry, FilePlan, Plan
+from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
+from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
@@ -178,20 +179,23 @@ def places(graph: Graph) -> tuple[list[Entry], int]:
     for name in graph.parameters():
         kind = graph.nodes[name].type
         planes = []
-        for nbytes in row_planes(kind):
-            planes.append((at, nbytes))
-            at += nbytes * kind.dims[0]
+        for nbytes, bits in row_planes(kind):
+            planes.append(Plane(at, nbytes, bits))
+            at += planes[-1].file_nbytes(kind.dims[0])
             at += -at % ALIGNMENT
-        total = sum(nbytes for _, nbytes in planes) * kind.dims[0]
-        entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0][0], tuple(planes)))
+        total = sum(plane.file_nbytes(kind.dims[0]) for plane in planes)
+        entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0].offset, tuple(planes)))
     return entries, at
 
 
-def row_planes(kind: Type) -> tuple[int, ...]:
-    """nbytes of each piece of one row."""
+def row_planes(kind: Type) -> list[tuple[int, int | None]]:
+    """nbytes of each piece of one row, and bits of a value where rows become columns."""
     if kind.dtype in LAYOUTS:
-        return LAYOUTS[kind.dtype].planes(kind.dims[1])
-    return (math.prod(kind.dims[1:]) * DTYPE_NBYTES[kind.dtype],)
+        return [(nbytes, None) for nbytes in LAYOUTS[kind.dtype].planes(kind.dims[1])]
+    if kind.dtype in COLUMNS:
+        layout = COLUMNS[kind.dtype]
+        return list(zip(layout.planes(kind.dims[1]), layout.bits, strict=True))
+    return [(math.prod(kind.dims[1:]) * DTYPE_NBYTES[kind.dtype], None)]
 
 
 def add_weight(model: object, graph: Graph, entry: Entry) -> None:
@@ -200,20 +204,26 @@ def add_weight(model: object, graph: Graph, entry: Entry) -> None:
     from qconvert.formats.onnx_proto import Model
 
     m, n = cast(Model, model), entry.shape[0]
+    if entry.dtype in COLUMNS:
+        layout, names = COLUMNS[entry.dtype], part_names(entry.name)
+        dims = layout.dims(n, entry.shape[1])
+        for name, dtype, shape, plane in zip(names, layout.dtypes, dims, entry.planes, strict=False):
+            m.external(name, dtype, shape, plane.offset, plane.file_nbytes(n))
+        return
     if entry.dtype not in LAYOUTS:
         m.external(entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
         return
     scheme = LAYOUTS[entry.dtype].scheme
     groups, blob = entry.shape[1] // scheme.block, scheme.block * scheme.bits // 8
     readers = {node.op for node in graph.nodes.values() if entry.value in node.inputs}
-    (codes_at, nbytes), (scales_at, _), *zeros = entry.planes
+    (codes_at, nbytes, _), (scales_at, *_), *zeros = entry.planes
     codes, scales, zero_points = part_names(entry.name)
     if "linear" in readers:
         m.external(codes, "u8", (n, groups, blob), codes_at, n * nbytes)
     if "embed" in readers:
         m.external(rows_name(entry.name), "u8", (n, nbytes), codes_at, n * nbytes)
     m.external(scales, "f32", (n, groups), scales_at, 4 * n * groups)
-    for at, width in zeros:
+    for at, width, _ in zeros:
         m.external(zero_points, "u8", (n, width), at, n * width)
 
 

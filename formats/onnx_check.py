@@ -7,8 +7,9 @@ runtime: onnxruntime's own kernels, prompts at once and by the cache; onnxruntim
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from qconvert import check
 from qconvert.check import LIMITS, LogProbs, Tokens
-from qconvert.emit import Entry, in_parallel, row_ranges
+from qconvert.emit import Entry, encoded_rows, entry_ranges, in_parallel
 from qconvert.errors import VerificationError
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_genai import n_vocab
@@ -27,6 +28,7 @@ from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_reference import reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
 from qconvert.graph import Graph, Node
+from qconvert.layouts import layout_of
 from qconvert.report import Row, judged
 from qconvert.run import Reals, run
 from qconvert.scheme import Array
@@ -74,6 +76,7 @@ class Place:
     offset: int
     nbytes: int
     dims: tuple[int, ...]
+    bits: int | None = None  # of a value, where rows of the weight are columns here
 
 
 def read_initializers(path: Path) -> dict[str, Place]:
@@ -86,11 +89,20 @@ def read_initializers(path: Path) -> dict[str, Place]:
         if not uses_external_data(tensor):
             continue
         found, dims = ExternalDataInfo(tensor), tuple(tensor.dims)
-        wanted = int(np.prod(dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        wanted = -(-int(np.prod(dims)) * bits_of(tensor.data_type) // 8)
         if found.length != wanted:
             raise VerificationError(f"{path}: {tensor.name} has {found.length} bytes, {list(dims)} takes {wanted}")
         places[tensor.name] = Place(path.parent / found.location, found.offset or 0, wanted, dims)
     return places
+
+
+def bits_of(data_type: int) -> int:
+    import onnx
+
+    name = onnx.TensorProto.DataType.Name(data_type)
+    if name in ("FLOAT", "DOUBLE"):
+        return 32 if name == "FLOAT" else 64
+    return int(re.sub(r"E.*|\D", "", name) or 8)
 
 
 def checker_row(path: Path) -> Row:
@@ -106,7 +118,7 @@ def checker_row(path: Path) -> Row:
 
 def planes_of(entry: Entry, initializers: Mapping[str, Place]) -> list[Place]:
     """The pieces of a weight. VerificationError for one that is missing, or codes that lie in two places."""
-    if entry.dtype not in LAYOUTS:
+    if "." not in entry.dtype:
         names = [entry.name]
     else:
         codes, *more = part_names(entry.name)
@@ -116,17 +128,35 @@ def planes_of(entry: Entry, initializers: Mapping[str, Place]) -> list[Place]:
         names = [*(both[:1] or [codes]), *more[: len(entry.planes) - 1]]
     if missing := [n for n in names if n not in initializers]:
         raise VerificationError(f"{missing[0]} is missing from the file")
-    return [initializers[n] for n in names]
+    bits = [plane.bits for plane in entry.pieces]
+    return [replace(initializers[name], bits=b) for name, b in zip(names, bits, strict=True)]
 
 
 def read_rows(planes: Sequence[Place], n: int, begin: int, end: int) -> Array:
     """u8[rows, nbytes] of rows begin..end of n, all pieces side by side."""
     pieces = []
     for place in planes:
+        if place.bits is not None:
+            pieces.append(read_columns(place, n, begin, end))
+            continue
         width = place.nbytes // n
         data = np.fromfile(place.file, np.uint8, (end - begin) * width, offset=place.offset + begin * width)
         pieces.append(data.reshape(end - begin, -1))
     return np.concatenate(pieces, axis=1)
+
+
+def read_columns(place: Place, n: int, begin: int, end: int) -> Array:
+    """Columns begin..end of n as rows u8[rows, nbytes]: one value in a byte, or as many as it takes."""
+    bits = place.bits or 8
+    stride, size, first = n * bits // 8, max(1, bits // 8), begin * bits // 8
+    array = np.memmap(place.file, np.uint8, "r", place.offset, (place.nbytes // stride, stride))
+    data = np.array(array[:, first : -(-end * bits // 8)])
+    if bits < 8:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        values = (data[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(data), -1)
+        skipped = begin - first * 8 // bits
+        return np.ascontiguousarray(values[:, skipped : skipped + end - begin].T)
+    return np.ascontiguousarray(data.view(f"u{size}").T).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -140,8 +170,8 @@ class FileReals:
         kind = self.graph.nodes[name].type
         n, *rest = kind.dims
         data = read_rows(self.planes[name], n, begin, n if end is None else end)
-        if kind.dtype in LAYOUTS:
-            return LAYOUTS[kind.dtype].unpack(data).dequantize()
+        if "." in kind.dtype:
+            return layout_of(kind.dtype).unpack(data).dequantize()
         return data.view({"f32": "<f4", "f16": "<f2"}[kind.dtype]).astype(np.float32).reshape(-1, *rest)
 
 
@@ -151,9 +181,9 @@ def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weigh
 
     def compare(entry: Entry) -> None:
         n, planes = entry.shape[0], planes_of(entry, initializers)
-        for begin, end in row_ranges(entry.shape):
-            data = read_rows(planes, n, begin, end).reshape(-1)
-            if not np.array_equal(data, weights.encoded(entry.value, begin, end)):
+        for begin, end in entry_ranges(entry):
+            data = read_rows(planes, n, begin, end)
+            if not np.array_equal(data, encoded_rows(weights, entry, begin, end)):
                 wrong.append(f"{entry.name}, rows {begin}..{end}")
 
     in_parallel(entries, compare, threads)

@@ -20,7 +20,8 @@ from qconvert.scheme import Array
 CONTRIB = "com.microsoft"
 DATA_FILE = "model.onnx.data"
 DTYPES = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "u8": TensorProto.UINT8, "i64": TensorProto.INT64,
-          "i32": TensorProto.INT32, "bool": TensorProto.BOOL}  # fmt: skip
+          "i32": TensorProto.INT32, "bool": TensorProto.BOOL, "i8": TensorProto.INT8, "u4": TensorProto.UINT4,
+          "i4": TensorProto.INT4, "u2": 25, "i2": 26}  # fmt: skip
 Shape = Sequence[int | str]
 
 

@@ -13,15 +13,41 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
+from qconvert.scheme import Bytes
 from qconvert.weights import Weights, rows_per_block
 
 
-class Entry(NamedTuple):
-    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file.
+class Plane(NamedTuple):
+    """A piece of each row that lies apart from the others (codes, scales): `nbytes` of a row as Weights.encoded gives it.
 
-    planes: where a row's bytes are cut in pieces that lie apart (codes, scales): each piece's offset and nbytes per row.
+    bits None: the pieces lie one behind another. Else they are the columns of an array [values, N] of `bits` bits each:
+    encoded gives a value as one byte (or `bits` / 8); in the file values share bytes with their neighbours along N, the
+    first in the low bits, so N values must fill whole bytes.
+    """
+
+    offset: int
+    nbytes: int
+    bits: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """Values of a column."""
+        assert self.bits is not None
+        return self.nbytes // max(1, self.bits // 8)
+
+    def file_nbytes(self, n: int) -> int:
+        """What n rows take in the file."""
+        return self.nbytes * n if self.bits is None else self.depth * (n * self.bits // 8)
+
+
+class Entry(NamedTuple):
+    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file; nbytes is what it takes there.
+
+    planes: where a row's bytes are cut in pieces that lie apart; none: the rows are whole, at `offset`.
     """
 
     name: str
@@ -30,7 +56,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     nbytes: int
     offset: int
-    planes: tuple[tuple[int, int], ...] = ()
+    planes: tuple[Plane, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Plane, ...]:
+        return self.planes or (Plane(self.offset, self.nbytes // n_rows(self.shape)),)
 
 
 class FilePlan(NamedTuple):
@@ -72,6 +102,7 @@ class Block(NamedTuple):
 
 Progress = Callable[[int], None]  # told the bytes written since the last call
 T = TypeVar("T")
+COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
 
 
 def default_threads() -> int:
@@ -174,29 +205,77 @@ UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
-            for begin, end in row_ranges(entry.shape):
+            for begin, end in entry_ranges(entry):
                 yield Block(fds[file.path], entry, begin, end)
 
 
-def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of the blocks in which a tensor's rows are evaluated; a vector is one block."""
-    n = n_rows(shape)
-    step = rows_per_block(shape[-1]) if len(shape) > 1 else n
+def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the blocks in which an entry is written. Columns are written in long runs, one a value of a row."""
+    if all(p.bits is None for p in entry.planes):
+        yield from row_ranges(entry.shape)
+        return
+    n, step = n_rows(entry.shape), rows_per_block(sum(p.nbytes for p in entry.planes), COLUMNS_NBYTES)
+    step = max(256, step // 256 * 256)
     for begin in range(0, n, step):
         yield begin, min(n, begin + step)
 
 
+def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the blocks in which a tensor's rows, or some of them, are evaluated; a vector is one block."""
+    n = n_rows(shape) if end is None else end
+    step = rows_per_block(shape[-1]) if len(shape) > 1 else n
+    for i in range(begin, n, step):
+        yield i, min(n, i + step)
+
+
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
     fd, entry, begin, end = block
-    data = weights.encoded(entry.value, begin, end)
-    row_nbytes = entry.nbytes // n_rows(entry.shape)
-    if data.nbytes != (end - begin) * row_nbytes:
-        raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {begin}..{end}, planned {(end - begin) * row_nbytes}")
-    rows, at = data.reshape(end - begin, row_nbytes), 0
-    for offset, nbytes in entry.planes or ((entry.offset, row_nbytes),):
-        write_all(fd, rows[:, at : at + nbytes].ravel().data, offset + begin * nbytes)
-        at += nbytes
-    progress(data.nbytes)
+    rows, at = encoded_rows(weights, entry, begin, end), 0
+    for plane in entry.pieces:
+        piece = rows[:, at : at + plane.nbytes]
+        at += plane.nbytes
+        if plane.bits is None:
+            write_all(fd, piece.ravel().data, plane.offset + begin * plane.nbytes)
+        else:
+            write_columns(fd, plane, piece, begin, n_rows(entry.shape))
+    progress(sum(plane.file_nbytes(end - begin) for plane in entry.pieces))
+
+
+def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
+    """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
+    width = sum(plane.nbytes for plane in entry.pieces)
+    parts = []
+    for i, j in row_ranges(entry.shape, begin, end):
+        data = weights.encoded(entry.value, i, j)
+        if data.nbytes != (j - i) * width:
+            raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {i}..{j}, planned {(j - i) * width}")
+        parts.append(data.reshape(j - i, width))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> None:
+    """Rows u8[rows, nbytes] as the columns begin.. of n."""
+    assert plane.bits is not None
+    size, stride, first = max(1, plane.bits // 8), n * plane.bits // 8, begin * plane.bits // 8
+    for at in range(0, plane.depth, 256):
+        part = np.ascontiguousarray(piece[:, at * size : (at + 256) * size])
+        lines = side_by_side(part.view(f"u{size}").T, plane.bits)
+        if lines.shape[1] == stride:
+            write_all(fd, lines.ravel().data, plane.offset + at * stride)
+            continue
+        for i, line in enumerate(lines, at):
+            write_all(fd, line.data, plane.offset + i * stride + first)
+
+
+def side_by_side(values: Bytes, bits: int) -> Bytes:
+    """[k,n] of one value in a byte (or bits / 8) -> u8[k, n * bits / 8]; the first value lies in the low bits."""
+    if bits >= 8:
+        return np.ascontiguousarray(values).view(np.uint8)
+    per = 8 // bits
+    packed = np.array(values[:, ::per], order="C")
+    for i in range(1, per):
+        packed |= values[:, i::per] << np.uint8(i * bits)
+    return packed
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

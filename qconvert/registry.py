@@ -32,7 +32,11 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp",
         "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
     },
-    "layouts": {"gguf": "qconvert.formats.gguf_layouts:LAYOUTS", "onnx": "qconvert.formats.onnx_layouts:LAYOUTS"},
+    "layouts": {
+        "gguf": "qconvert.formats.gguf_layouts:LAYOUTS",
+        "onnx": "qconvert.formats.onnx_layouts:LAYOUTS",
+        "onnx_kn": "qconvert.formats.onnx_columns:LAYOUTS",
+    },
 }
 
 

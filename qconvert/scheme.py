@@ -20,18 +20,22 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Level:
-    """One array of metadata. `group` weights along a row share one entry.
+    """One array of metadata. `group` weights along a row share one entry; None: the whole row does.
 
     w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
     """
 
     role: Literal["zero", "scale", "offset", "min"]
     dtype: str  # f16, f32, i8, u6 … : the digits are its bits
-    group: int
+    group: int | None
 
     @property
     def bits(self) -> int:
         return int("".join(c for c in self.dtype if c.isdigit()))
+
+    def entries(self, k: int) -> int:
+        """Of a row of k weights."""
+        return 1 if self.group is None else k // self.group
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,12 @@ class Scheme:
     @property
     def block(self) -> int:
         """Rows must be a multiple of this many weights."""
-        return max(level.group for level in self.levels)
+        return max(level.group or 1 for level in self.levels)
 
     @property
     def bits_per_weight(self) -> float:
-        return self.bits + sum(level.bits / level.group for level in self.levels)
+        """What a whole row shares is not counted."""
+        return self.bits + sum(level.bits / level.group for level in self.levels if level.group)
 
 
 class QTensor(NamedTuple):
@@ -66,7 +71,8 @@ class QTensor(NamedTuple):
         value = np.asarray(self.scheme.table, np.float32)[self.codes] if self.scheme.table else self.codes
         out = value.astype(np.float32)
         for role in ("zero", "scale", "offset", "min"):
-            levels = [(v, level.group) for level, v in zip(self.scheme.levels, self.levels, strict=True) if level.role == role]
+            both = zip(self.scheme.levels, self.levels, strict=True)
+            levels = [(v, level.group or k) for level, v in both if level.role == role]
             if not levels:
                 continue
             (factor, group), *finer = levels
@@ -142,7 +148,10 @@ AFFINE: dict[str, Scheme] = {
     )
 }
 
+# One scale for all weights of an output: what integer matrix products take
+PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),))}
+
 
 def scheme_of(name: str) -> Scheme | None:
     """ggml's scheme of that name, or the affine one; None where there is none."""
-    return SCHEMES.get(name) or AFFINE.get(name)
+    return SCHEMES.get(name) or AFFINE.get(name) or PER_ROW.get(name)

@@ -20,7 +20,7 @@ from qconvert import kernels
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
-from qconvert.scheme import AFFINE, SCHEMES, Array, Bytes, QTensor
+from qconvert.scheme import SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
 
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
@@ -247,7 +247,7 @@ def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Ar
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
-    if node.type.dtype in AFFINE:
+    if node.type.dtype not in SCHEMES:
         return _affine(w, node, begin, end)
     scheme = SCHEMES[node.type.dtype]
     return layout_of(f"gguf.{scheme.name}").unpack(_search(w, node, begin, end))
@@ -257,11 +257,12 @@ def _affine(w: Weights, node: Node, begin: int, end: int) -> QTensor:
     """Codes, scales and zero points of least squared error."""
     if node.attrs.get("solver") != "mse":
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of affine schemes is mse")
-    scheme = AFFINE[node.type.dtype]
+    scheme = cast(Scheme, scheme_of(node.type.dtype))
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(node.inputs[0], value)
     zeros = any(level.role == "zero" for level in scheme.levels)
-    found = kernels.affine(np.ascontiguousarray(value, np.float32), scheme.block, scheme.bits, zeros)
+    group = scheme.levels[0].group or value.shape[1]
+    found = kernels.affine(np.ascontiguousarray(value, np.float32), group, scheme.bits, zeros)
     return QTensor(scheme, found.codes, (found.scales, found.zeros) if zeros else (found.scales,))
 
 

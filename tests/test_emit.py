@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, in_parallel, preflight, written
+from qconvert.emit import Entry, FilePlan, Plan, Plane, in_parallel, preflight, written
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.sources import Store
@@ -126,7 +126,7 @@ def planar(folder: Path) -> tuple[Plan, Weights]:
     """A matrix whose first four columns lie at 64 and whose last lies at 0, in a folder of its own."""
     values = [[float(i * K + j) for j in range(5)] for i in range(N)]
     graph = Graph({"w": Node("constant", (), Type("f32", (N, 5)), {"values": values})}, ("w",))  # type: ignore[dict-item]
-    entry = Entry("w", "w", "f32", (N, 5), 20 * N, 256, ((256, 16), (0, 4)))
+    entry = Entry("w", "w", "f32", (N, 5), 20 * N, 256, (Plane(256, 16), Plane(0, 4)))
     files = (
         FilePlan(folder / "out" / "model", b"MODEL", (), 5),
         FilePlan(folder / "out" / "data", b"", (entry,), 256 + 16 * N),
