@@ -17,10 +17,13 @@ from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
+from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
+from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
+from qconvert.pipeline import Pass
 from qconvert.report import Row
 from qconvert.request import Fallback, Request
 from qconvert.scheme import GROUPS
@@ -76,12 +79,15 @@ class ONNX:
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
         check_supported(graph, options.form)
-        types, fallbacks = types_of(graph, options)
+        untie = portable_head(graph, options)
+        for each in untie:
+            graph = each(graph)
+        types, columns, fallbacks = types_of(graph, options)
         if fallbacks and options.fallback == "error":
             f = fallbacks[0]
             raise UnsupportedError(f"{f['tensor']}: {f['reason']}", hint="--fallback warn takes what divides")
         solver = "mse" if options.group else "search"
-        passes = (Quantize(options.quant, solver, types), Pack("onnx"))
+        passes: tuple[Pass, ...] = (*untie, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
         _, notes = context_length(graph)
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
@@ -145,22 +151,49 @@ def chosen(request: Request) -> tuple[str, int | None]:
     return quant, group
 
 
-def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Weight -> dtype or scheme, and what did not get the group that was asked for."""
-    types, fallbacks = {}, []
-    matrices = quantizable(graph)
+def portable_head(graph: Graph, options: Options) -> tuple[UntieHead, ...]:
+    """Standard nodes gather rows and multiply columns, so no bytes serve both an embedding and a quantized head."""
+    apart = options.form.contrib or options.group is None or not is_tied(graph)
+    return () if apart else (UntieHead(),)
+
+
+def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, str], list[dict[str, str]]]:
+    """Weight -> dtype or scheme; weight -> layouts, where it lies [K,N]; and what did not get the scheme that was asked for."""
+    types, columns, fallbacks = {}, {}, []
+    matrices, embedding = quantizable(graph), embedding_of(graph)
     for name in graph.parameters():
         dims = graph.nodes[name].type.dims
         if options.group is None or name not in matrices:
             types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
             continue
-        fits = [g for g in GROUPS if g <= options.group and dims[-1] % g == 0]
-        types[name] = f"{options.quant}_g{fits[-1]}" if fits else "f32"
-        if not fits or fits[-1] != options.group:
-            reason = f"rows of {dims[-1]} do not divide into groups of {options.group}"
-            wanted = f"{options.quant}_g{options.group}"
+        wanted, types[name] = f"{options.quant}_g{options.group}", fitting(options, dims, name == embedding)
+        if types[name] != "f32" and not options.form.contrib and name != embedding:
+            columns[name] = COLUMNS_PREFIX
+        if types[name] != wanted:
+            reason = why_other(options, dims, name == embedding)
             fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
-    return types, fallbacks
+    return types, columns, fallbacks
+
+
+def fitting(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
+    """The scheme for a weight [N,K]: of the largest group that divides rows, of 8 bits where less cannot lie [K,N]."""
+    group = next((g for g in GROUPS[::-1] if options.group and g <= options.group and dims[-1] % g == 0), None)
+    if group is None:
+        return "f32"
+    if options.form.contrib:
+        return f"{options.quant}_g{group}"
+    if embeds:
+        return f"{options.quant.removeprefix('u')}_g{group}"
+    wanted = f"{options.quant}_g{group}"
+    return wanted if COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0]) else f"int8_g{group}"
+
+
+def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
+    if options.group and dims[-1] % options.group:
+        return f"rows of {dims[-1]} do not divide into groups of {options.group}"
+    if embeds:
+        return "standard nodes gather rows without zero points"
+    return f"{dims[0]} outputs do not fill bytes side by side"
 
 
 def quantizable(graph: Graph) -> set[str]:

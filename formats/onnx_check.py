@@ -20,6 +20,7 @@ from qconvert.check import LIMITS, LogProbs, Tokens
 from qconvert.emit import Entry, encoded_rows, entry_ranges, in_parallel
 from qconvert.errors import VerificationError
 from qconvert.formats.onnx_arch import context_length
+from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_genai import n_vocab
 from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
@@ -195,7 +196,7 @@ def first_rows(graph: Graph, planes: Mapping[str, Sequence[Place]]) -> dict[str,
     found = {}
     for name, places in planes.items():
         kind = graph.nodes[name].type
-        if kind.dtype in LAYOUTS:
+        if kind.dtype in LAYOUTS or kind.dtype in COLUMNS:
             n = kind.dims[0]
             readers = tuple(sorted({node.op for node in graph.nodes.values() if name in node.inputs}))
             found[name] = (kind.dtype, read_rows(places, n, 0, min(n, ROWS)), readers)
@@ -242,7 +243,7 @@ def rounded_rows(
     path: Path, graph: Graph, reals: Reals, exact: torch.Tensor, prompts: Tokens, threads: int
 ) -> list[Row]:
     """The file as it is: where its kernels round activations to 8 bits, the graph rounds them alike."""
-    if not any(node.type.dtype in LAYOUTS for node in graph.nodes.values()):
+    if not any(node.type.dtype in LAYOUTS or node.type.dtype in COLUMNS for node in graph.nodes.values()):
         return []
     model = OnnxRuntime().open(path, len(prompts[0]), threads)
     try:
@@ -266,9 +267,9 @@ def round_activations(graph: Graph, node: Node, x: torch.Tensor) -> torch.Tensor
     Measured: as the kernels of onnxruntime 1.31 do on x86, to 3e-7.
     """
     dtype = graph.nodes[node.inputs[1]].type.dtype
-    if dtype not in LAYOUTS:
+    if dtype not in LAYOUTS and dtype not in COLUMNS:
         return x
-    groups = x.reshape(*x.shape[:-1], -1, LAYOUTS[dtype].scheme.block)
+    groups = x.reshape(*x.shape[:-1], -1, layout_of(dtype).scheme.block)
     scale = groups.abs().amax(-1, keepdim=True) / 127.0
     return (torch.round(groups * torch.where(scale > 0, 1 / scale, 0.0)) * scale).reshape(x.shape)
 

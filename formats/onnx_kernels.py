@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from qconvert.check import LIMITS
+from qconvert.emit import side_by_side
 from qconvert.formats.onnx_arch import FORMS
-from qconvert.formats.onnx_layouts import LAYOUTS, MatMulNBits
-from qconvert.formats.onnx_proto import CONTRIB
+from qconvert.formats.onnx_columns import Columns
+from qconvert.formats.onnx_layouts import MatMulNBits
+from qconvert.formats.onnx_proto import CONTRIB, DTYPES
+from qconvert.formats.onnx_runtime import FUSED_ACCURACY
+from qconvert.layouts import layout_of
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 
-ROWS, COLUMNS = 64, 4
+ROWS, N_INPUTS = 64, 4
 
 
 class Quantized(NamedTuple):
     """The first rows of a weight as the file has them: u8[N, row nbytes], and the op that reads them."""
 
     name: str
-    layout: MatMulNBits
+    layout: MatMulNBits | Columns
     rows: Array
     op: str  # linear or embed
 
@@ -46,12 +51,33 @@ def product_error(weight: Quantized, level: int) -> float:
     """|MatMulNBits(x, W) - x W'| / |x W'| with x[4, K] normal."""
     scheme, values = weight.layout.scheme, real(weight)
     n, k = values.shape
-    x = np.random.default_rng(0).standard_normal((COLUMNS, k)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((N_INPUTS, k)).astype(np.float32)
+    if isinstance(weight.layout, Columns):
+        return distance(dequantized_product(x, weight, level), x.astype(np.float64) @ values.T)
     codes, scales, *zeros = planes(weight, k)
     codes = codes.reshape(n, k // scheme.block, -1)
-    got = run_node("MatMulNBits", [x, codes, scales.view(np.float32), *zeros], (COLUMNS, n), K=k, N=n, bits=scheme.bits,
+    got = run_node("MatMulNBits", [x, codes, scales.view(np.float32), *zeros], (N_INPUTS, n), K=k, N=n, bits=scheme.bits,
                    block_size=scheme.block, accuracy_level=level)  # fmt: skip
     return distance(got, x.astype(np.float64) @ values.T)
+
+
+def dequantized_product(x: Array, weight: Quantized, level: int) -> Array:
+    """x @ W by DequantizeLinear and MatMul, of which onnxruntime makes a MatMulNBits of that accuracy level."""
+    from onnx import TensorProto, helper
+
+    layout, n = cast(Columns, weight.layout), len(weight.rows)
+    tensors = []
+    described = zip(planes(weight, x.shape[1]), layout.bits, layout.dtypes, layout.dims(n, x.shape[1]), strict=True)
+    for name, (piece, bits, dtype, dims) in zip("wsz", described, strict=False):
+        values = piece.view(f"u{max(1, bits // 8)}").T
+        data = side_by_side(values, bits).tobytes()
+        tensors.append(TensorProto(name=name, data_type=DTYPES[dtype], dims=dims, raw_data=data))
+    names = [t.name for t in tensors]
+    nodes = [
+        helper.make_node("DequantizeLinear", names, ["real"], axis=0, block_size=layout.scheme.block),
+        helper.make_node("MatMul", ["x", "real"], ["y"]),
+    ]
+    return run_nodes(nodes, {"x": x}, tensors, (len(x), n), {FUSED_ACCURACY: str(level)})
 
 
 def gather_error(weight: Quantized) -> float:
@@ -78,22 +104,34 @@ def distance(got: Array, want: Array) -> float:
 
 def run_node(op: str, arrays: list[Array], shape: tuple[int, ...], **attrs: Any) -> Array:
     """One contrib node alone in onnxruntime; all inputs but token ids and activations are constants, as in the file."""
-    import onnxruntime
     from onnx import helper, numpy_helper
 
     free = 1 if op == "GatherBlockQuantized" else 0
     names = [f"input{i}" for i in range(len(arrays))]
     node = helper.make_node(op, names, ["y"], domain=CONTRIB, **attrs)
-    kind = helper.np_dtype_to_tensor_dtype(arrays[free].dtype)
-    x = helper.make_tensor_value_info(names[free], kind, arrays[free].shape)
     constants = [numpy_helper.from_array(a, n) for i, (a, n) in enumerate(zip(arrays, names, strict=True)) if i != free]
-    graph = helper.make_graph([node], op, [x], [helper.make_tensor_value_info("y", 1, shape)], constants)
-    opsets = [helper.make_opsetid("", FORMS["ort"].opset), helper.make_opsetid(CONTRIB, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=FORMS["ort"].ir_version)
+    return run_nodes([node], {names[free]: arrays[free]}, constants, shape)
+
+
+def run_nodes(
+    nodes: Sequence[Any], feeds: Mapping[str, Array], constants: Sequence[Any], shape: tuple[int, ...],
+    config: Mapping[str, str] = MappingProxyType({}),
+) -> Array:  # fmt: skip
+    """The value y f32[shape] of a few nodes in onnxruntime; config: entries of its session."""
+    import onnxruntime
+    from onnx import helper
+
+    form = FORMS["ort"]
+    inputs = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()]
+    graph = helper.make_graph(list(nodes), "kernel", inputs, [helper.make_tensor_value_info("y", 1, shape)], list(constants))
+    opsets = [helper.make_opsetid("", form.opset), helper.make_opsetid(CONTRIB, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=form.ir_version)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {names[free]: arrays[free]})
+    (y,) = session.run(None, dict(feeds))
     out: Array = y
     return out
 
@@ -102,7 +140,7 @@ def kernels_of(entries: Mapping[str, tuple[str, Array, tuple[str, ...]]]) -> dic
     """name -> (layout, first rows, ops that read it); of each (scheme, K, op) the first weight."""
     found: dict[tuple[str, int, str], Quantized] = {}
     for name, (dtype, rows, readers) in entries.items():
-        layout = LAYOUTS[dtype]
+        layout = cast(MatMulNBits | Columns, layout_of(dtype))
         for op in readers:
             key = (layout.scheme.name, layout.row_weights(rows.shape[1]), op)
             found.setdefault(key, Quantized(name, layout, rows, op))

@@ -15,6 +15,7 @@ from qconvert.errors import MissingDependency, VerificationError
 
 INSTALL = 'pip install "qconvert[onnx]"'
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+FUSED_ACCURACY = "session.qdq_matmulnbits_accuracy_level"  # of products that it makes of DequantizeLinear and MatMul
 QUIET = 3  # errors only
 
 
@@ -34,7 +35,7 @@ class OnnxRuntime:
         return "" if self.missing() else package_version("onnxruntime")
 
     def open(self, path: Path, n_ctx: int, threads: int, *, exact: bool = False) -> Model:
-        """Load a folder's model.onnx. `exact`: its MatMulNBits multiply in f32, whatever level the file asks for.
+        """Load a folder's model.onnx. `exact`: quantized products in f32, whatever level the file or the default asks for.
 
         Errors: MissingDependency without onnxruntime; VerificationError with its own words if it does not load.
         """
@@ -49,6 +50,8 @@ def session(path: Path, threads: int, exact: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, QUIET
     options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
+    if exact:
+        options.add_session_config_entry(FUSED_ACCURACY, "0")
     source = without_rounding(path) if exact else path.read_bytes()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -7,8 +7,22 @@ from typing import cast
 import numpy as np
 
 from qconvert.formats import onnx_lowering as common
-from qconvert.formats.onnx_lowering import MASK, Lower, Lowering, module, n_new, n_total, product, rotated, rotation
-from qconvert.formats.onnx_proto import i64
+from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
+from qconvert.formats.onnx_layouts import LAYOUTS, centre, has_zeros
+from qconvert.formats.onnx_lowering import (
+    MASK,
+    Lower,
+    Lowering,
+    module,
+    n_new,
+    n_total,
+    part_names,
+    product,
+    rotated,
+    rotation,
+    rows_name,
+)
+from qconvert.formats.onnx_proto import Shape, i64
 from qconvert.graph import Node
 
 END = np.iinfo(np.int64).max
@@ -16,14 +30,59 @@ END = np.iinfo(np.int64).max
 
 def _linear(e: Lowering, name: str, node: Node) -> None:
     x, weight, *bias = node.inputs
-    path, turned = module(weight), f"{weight}.turned"
-    n, k = e.graph.nodes[weight].type.dims
+    product(e, "MatMul", name, [e.edge(x), turned(e, weight)], bias, module(weight))
 
-    def turn() -> None:
-        e.model.node("Transpose", path, [e.real(weight)], [e.model.value(turned, "f32", (k, n))], perm=[1, 0])
 
-    e.once(turned, turn)
-    product(e, "MatMul", name, [e.edge(x), turned], bias, path)
+def turned(e: Lowering, weight: str) -> str:
+    """The weight as f32[K,N]. Codes lie so already: onnxruntime makes a MatMulNBits of no other arrangement."""
+    kind, path, name = e.graph.nodes[weight].type, module(weight), f"{weight}.turned"
+    n, k = kind.dims
+
+    def make() -> None:
+        out = [e.model.value(name, "f32", (k, n))]
+        if kind.dtype not in COLUMNS:
+            e.model.node("Transpose", path, [e.real(weight)], out, perm=[1, 0])
+            return
+        scheme, (codes, scales, zeros) = COLUMNS[kind.dtype].scheme, part_names(weight)
+        inputs = [codes, scales, zeros] if has_zeros(scheme) else [codes, scales]
+        e.model.node("DequantizeLinear", path, inputs, out, axis=0, block_size=scheme.block)
+
+    return e.once(name, make)
+
+
+def _embed(e: Lowering, name: str, node: Node) -> None:
+    """Rows of codes and of their scales: dequantizing the table first would make all of it real."""
+    ids, weight = node.inputs
+    dtype, path, m = e.graph.nodes[weight].type.dtype, module(weight), e.model
+    if dtype not in LAYOUTS:
+        common.embed(e, name, node)
+        return
+    scheme, (_, scales, _) = LAYOUTS[dtype].scheme, part_names(weight)
+    outer, k = e.shape(name)[:2], e.graph.nodes[weight].type.dims[1]
+    grouped, last = [*outer, k // scheme.block, scheme.block], m.constant(i64(-1))
+    packed, factors = m.value(f"{name}.packed", "u8", [*outer, k * scheme.bits // 8]), f"{name}.scales"
+    m.node("Gather", path, [rows_name(weight), e.edge(ids)], [packed])
+    m.node("Gather", path, [scales, e.edge(ids)], [m.value(factors, "f32", grouped[:3])])
+    m.node("Unsqueeze", path, [factors, last], [m.value(f"{name}.factors", "f32", [*grouped[:3], 1])])
+    m.node("Cast", path, [unpacked(e, path, packed, [*outer, k * scheme.bits // 8], scheme.bits)],
+           [m.value(f"{name}.codes", "f32", [*outer, k * scheme.bits // 8, 8 // scheme.bits])], to=1)  # fmt: skip
+    shape = m.constant(i64(0, 0, k // scheme.block, scheme.block))
+    m.node("Reshape", path, [f"{name}.codes", shape], [m.value(f"{name}.grouped", "f32", grouped)])
+    centre_ = m.constant(np.array(centre(scheme), np.float32))
+    m.node("Sub", path, [f"{name}.grouped", centre_], [m.value(f"{name}.centred", "f32", grouped)])
+    m.node("Mul", path, [f"{name}.centred", f"{name}.factors"], [m.value(f"{name}.values", "f32", grouped)])
+    e.say("Reshape", name, [f"{name}.values", m.constant(i64(0, 0, k))], path=path)
+
+
+def unpacked(e: Lowering, path: str, packed: str, shape: Shape, bits: int) -> str:
+    """u8[..., m] -> u8[..., m, 8 / bits]: codes, of which the first lies in the low bits."""
+    m, per = e.model, 8 // bits
+    apart, low = (m.value(f"{packed}.{part}", "u8", [*shape, per]) for part in ("apart", "low"))
+    column = m.value(f"{packed}.column", "u8", [*shape, 1])
+    m.node("Unsqueeze", path, [packed, m.constant(i64(-1))], [column])
+    m.node("BitShift", path, [column, m.constant(np.arange(0, 8, bits, dtype=np.uint8))], [apart], direction="RIGHT")
+    m.node("BitwiseAnd", path, [apart, m.constant(np.array((1 << bits) - 1, np.uint8))], [low])
+    return low
 
 
 # positions and what they see ----------------------------------------------------------------------
@@ -120,6 +179,7 @@ def attention(e: Lowering, name: str, node: Node) -> None:
 
 
 OPS: dict[str, Lower] = common.OPS | {
+    "embed": _embed,
     "positions": _positions,
     "linear": _linear,
     "rope": rope,

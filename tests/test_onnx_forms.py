@@ -80,6 +80,29 @@ def test_a_body_that_computes_something_else_fails_in_the_reference(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("quant", ["int4", "uint4", "int8"])
+def test_the_portable_form_is_quantized_in_standard_nodes_that_onnxruntime_fuses(tmp_path: Path, quant: str) -> None:
+    out = tmp_path / "out"
+    result = convert(f"{TINY}+{LORA}", to="onnx", quant=quant, form="portable", group=64, output=out, threads=1)
+    rows = {r.what: r.verdict for r in result.report.checks}
+    assert result.verified and {rows["onnx.reference"], rows[f"kernel {quant}_g64 x 512"]} == {"pass"}
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(out / "fused.onnx")
+    ort.InferenceSession(out / "model.onnx", options)
+    fused, plain = (onnx.load(out / name, load_external_data=False).graph for name in ("fused.onnx", "model.onnx"))
+    kinds = [n.op_type for n in fused.node]
+    assert kinds.count("MatMulNBits") == [n.op_type for n in plain.node].count("MatMul") and "DequantizeLinear" not in kinds
+
+
+def test_outputs_that_do_not_fill_bytes_get_eight_bits_in_the_portable_form(tmp_path: Path) -> None:
+    from tiny_models import SMALL, save_random
+
+    folder = save_random(tmp_path / "model", "Llama", SMALL | {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 61})
+    result = convert(folder, to="onnx", form="portable", output=tmp_path / "out", threads=1)
+    found = {f["tensor"]: (f["got"], f["reason"]) for f in result.report.fallbacks}
+    assert result.verified and found == {"lm_head.weight": ("int8_g32", "61 outputs do not fill bytes side by side")}
+
+
 def test_padding_on_the_left_changes_nothing_in_the_portable_form(tmp_path: Path) -> None:
     convert(TINY, to="onnx", quant="fp32", form="portable", output=tmp_path / "out", check=False)
     session = ort.InferenceSession(tmp_path / "out" / "model.onnx")
