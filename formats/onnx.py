@@ -170,7 +170,7 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
         if types[name] != "f32" and not options.form.contrib and name != embedding:
             columns[name] = COLUMNS_PREFIX
         if types[name] != wanted:
-            reason = why_other(options, dims, name == embedding)
+            reason = why_other(options, dims)
             fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
     return types, columns, fallbacks
 
@@ -180,19 +180,14 @@ def fitting(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
     group = next((g for g in GROUPS[::-1] if options.group and g <= options.group and dims[-1] % g == 0), None)
     if group is None:
         return "f32"
-    if options.form.contrib:
-        return f"{options.quant}_g{group}"
-    if embeds:
-        return f"{options.quant.removeprefix('u')}_g{group}"
     wanted = f"{options.quant}_g{group}"
-    return wanted if COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0]) else f"int8_g{group}"
+    whole = options.form.contrib or embeds or COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0])
+    return wanted if whole else f"int8_g{group}"
 
 
-def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
+def why_other(options: Options, dims: tuple[int, ...]) -> str:
     if options.group and dims[-1] % options.group:
         return f"rows of {dims[-1]} do not divide into groups of {options.group}"
-    if embeds:
-        return "standard nodes gather rows without zero points"
     return f"{dims[0]} outputs do not fill bytes side by side"
 
 

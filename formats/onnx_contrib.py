@@ -56,8 +56,8 @@ def _quantized(e: Lowering, name: str, node: Node) -> None:
 def _embed(e: Lowering, name: str, node: Node) -> None:
     ids, weight = node.inputs
     dtype = e.graph.nodes[weight].type.dtype
-    if dtype not in LAYOUTS:
-        common.embed(e, name, node)
+    if dtype not in LAYOUTS or not e.form.bodies:  # onnxruntime 1.20 gathers no codes in bytes
+        onnx_standard.embed(e, name, node)
         return
     scheme, (_, scales, zeros) = LAYOUTS[dtype].scheme, part_names(weight)
     inputs = [rows_name(weight), e.edge(ids), scales, *([zeros] if len(scheme.levels) > 1 else [])]

@@ -18,4 +18,4 @@ def serialized(
     """`model` has the weights' places; what it computes is added here."""
     Lowering(graph, model, form, context).run(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
     functions = with_bodies(model) if form.bodies else ()
-    return model.serialized(name, {**metadata, "qconvert.form": form.name}, form, functions)
+    return model.serialized(name, {**metadata, "qconvert.form": form.name, "qconvert.runs_in": form.runs_in}, form, functions)

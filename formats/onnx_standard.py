@@ -22,9 +22,11 @@ from qconvert.formats.onnx_lowering import (
     rotation,
     rows_name,
 )
-from qconvert.formats.onnx_proto import Shape, i64
+from qconvert.formats.onnx_proto import i64
 from qconvert.graph import Node
 
+FREE = (0, 0)  # in a new shape: batch and tokens as they are
+PARTS = (("apart", "u8"), ("low", "u8"), ("wide", "f32"))
 END = np.iinfo(np.int64).max
 
 
@@ -50,39 +52,50 @@ def turned(e: Lowering, weight: str) -> str:
     return e.once(name, make)
 
 
-def _embed(e: Lowering, name: str, node: Node) -> None:
-    """Rows of codes and of their scales: dequantizing the table first would make all of it real."""
+def embed(e: Lowering, name: str, node: Node) -> None:
+    """Rows of codes, of their scales and zero points: dequantizing the table first would make all of it real."""
     ids, weight = node.inputs
     dtype, path, m = e.graph.nodes[weight].type.dtype, module(weight), e.model
     if dtype not in LAYOUTS:
         common.embed(e, name, node)
         return
-    scheme, (_, scales, _) = LAYOUTS[dtype].scheme, part_names(weight)
-    outer, k = e.shape(name)[:2], e.graph.nodes[weight].type.dims[1]
-    grouped, last = [*outer, k // scheme.block, scheme.block], m.constant(i64(-1))
-    packed, factors = m.value(f"{name}.packed", "u8", [*outer, k * scheme.bits // 8]), f"{name}.scales"
-    m.node("Gather", path, [rows_name(weight), e.edge(ids)], [packed])
-    m.node("Gather", path, [scales, e.edge(ids)], [m.value(factors, "f32", grouped[:3])])
-    m.node("Unsqueeze", path, [factors, last], [m.value(f"{name}.factors", "f32", [*grouped[:3], 1])])
-    m.node("Cast", path, [unpacked(e, path, packed, [*outer, k * scheme.bits // 8], scheme.bits)],
-           [m.value(f"{name}.codes", "f32", [*outer, k * scheme.bits // 8, 8 // scheme.bits])], to=1)  # fmt: skip
-    shape = m.constant(i64(0, 0, k // scheme.block, scheme.block))
-    m.node("Reshape", path, [f"{name}.codes", shape], [m.value(f"{name}.grouped", "f32", grouped)])
+    scheme, (_, scales, zeros), k = LAYOUTS[dtype].scheme, part_names(weight), e.graph.nodes[weight].type.dims[1]
+    groups, (batch, tokens, _) = k // scheme.block, e.shape(name)
+    grouped, column = [batch, tokens, groups, scheme.block], [batch, tokens, groups, 1]
+    m.node("Gather", path, [scales, e.edge(ids)], [m.value(f"{name}.scales", "f32", column[:3])])
+    m.node("Unsqueeze", path, [f"{name}.scales", m.constant(i64(-1))], [m.value(f"{name}.factors", "f32", column)])
     centre_ = m.constant(np.array(centre(scheme), np.float32))
+    if has_zeros(scheme):
+        whole = gathered(e, path, zeros, e.edge(ids), f"{name}.zeros", scheme.bits)
+        cut = m.value(f"{name}.zeros.cut", "f32", column[:3])
+        m.node("Slice", path, [whole, m.constant(i64(0)), m.constant(i64(groups)), m.constant(i64(2))], [cut])
+        centre_ = m.value(f"{name}.centres", "f32", column)
+        m.node("Unsqueeze", path, [cut, m.constant(i64(-1))], [centre_])
+    codes = gathered(e, path, rows_name(weight), e.edge(ids), f"{name}.codes", scheme.bits)
+    m.node("Reshape", path, [codes, m.constant(i64(*FREE, groups, scheme.block))], [m.value(f"{name}.grouped", "f32", grouped)])
     m.node("Sub", path, [f"{name}.grouped", centre_], [m.value(f"{name}.centred", "f32", grouped)])
     m.node("Mul", path, [f"{name}.centred", f"{name}.factors"], [m.value(f"{name}.values", "f32", grouped)])
-    e.say("Reshape", name, [f"{name}.values", m.constant(i64(0, 0, k))], path=path)
+    e.say("Reshape", name, [f"{name}.values", m.constant(i64(*FREE, k))], path=path)
 
 
-def unpacked(e: Lowering, path: str, packed: str, shape: Shape, bits: int) -> str:
-    """u8[..., m] -> u8[..., m, 8 / bits]: codes, of which the first lies in the low bits."""
-    m, per = e.model, 8 // bits
-    apart, low = (m.value(f"{packed}.{part}", "u8", [*shape, per]) for part in ("apart", "low"))
-    column = m.value(f"{packed}.column", "u8", [*shape, 1])
-    m.node("Unsqueeze", path, [packed, m.constant(i64(-1))], [column])
-    m.node("BitShift", path, [column, m.constant(np.arange(0, 8, bits, dtype=np.uint8))], [apart], direction="RIGHT")
+def gathered(e: Lowering, path: str, table: str, ids: str, out: str, bits: int) -> str:
+    """Rows `ids` of a table u8[N,m] as f32[B,T, m * 8 / bits]: integers of `bits` bits, the first in the low ones."""
+    m, per, width = e.model, 8 // bits, row_nbytes(e, table)
+    outer: list[int | str] = ["batch_size", "sequence_length", width]
+    m.node("Gather", path, [table, ids], [m.value(f"{out}.packed", "u8", outer)])
+    m.node("Unsqueeze", path, [f"{out}.packed", m.constant(i64(-1))], [m.value(f"{out}.column", "u8", [*outer, 1])])
+    apart, low, wide = (m.value(f"{out}.{part}", dtype, [*outer, per]) for part, dtype in PARTS)
+    m.node("BitShift", path, [f"{out}.column", m.constant(np.arange(0, 8, bits, dtype=np.uint8))], [apart], direction="RIGHT")
     m.node("BitwiseAnd", path, [apart, m.constant(np.array((1 << bits) - 1, np.uint8))], [low])
-    return low
+    m.node("Cast", path, [low], [wide], to=1)
+    m.node("Reshape", path, [wide, m.constant(i64(*FREE, width * per))], [m.value(out, "f32", [*outer[:2], width * per])])
+    return out
+
+
+def row_nbytes(e: Lowering, table: str) -> int:
+    """nbytes of a row of a table."""
+    width: int = e.model.initializers[table].dims[1]
+    return width
 
 
 # positions and what they see ----------------------------------------------------------------------
@@ -179,7 +192,7 @@ def attention(e: Lowering, name: str, node: Node) -> None:
 
 
 OPS: dict[str, Lower] = common.OPS | {
-    "embed": _embed,
+    "embed": embed,
     "positions": _positions,
     "linear": _linear,
     "rope": rope,
