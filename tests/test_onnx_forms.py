@@ -50,6 +50,15 @@ def test_a_form_has_its_opset_and_only_its_domains(folder: Any) -> None:
     assert {f.name for f in model.functions} == ({n.op_type for n in model.graph.node if n.domain} if form.bodies else set())
 
 
+def test_every_edge_has_a_shape(folder: Any, tmp_path: Path) -> None:
+    form, out = folder
+    convert(TINY, to="onnx", quant="uint4", form=form.name, output=tmp_path / "out", check=False)
+    for path in (out, tmp_path / "out"):
+        graph = onnx.load(path / "model.onnx", load_external_data=False).graph
+        known = {v.name for v in (*graph.input, *graph.output, *graph.value_info)}
+        assert {o for n in graph.node for o in n.output if o} <= known
+
+
 def test_every_node_has_its_body_and_standard_nodes_alone_give_the_same_logits(tmp_path: Path) -> None:
     """Inlined by the onnx package, run by onnxruntime without one node of its own."""
     for quant in ("fp32", "int4", "uint4"):
