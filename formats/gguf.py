@@ -47,6 +47,8 @@ class GGUF:
 
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
+        if request.adapters_as == "swap":
+            raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx has it")
         if request.group is not None:
             raise UnsupportedError(f"--group {request.group}: GGUF's types fix their blocks", hint="--to onnx has --group")
         if request.bits is not None and request.bits not in gguf_mix.BITS:

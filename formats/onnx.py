@@ -54,6 +54,7 @@ class Options:
     fallback: Fallback
     name: str  # of the model and its adapters
     tokenizer: Tokenizer | None
+    swap: tuple[str, ...]  # refs of adapters' tensors that have files of their own
     files: Mapping[str, bytes]  # what lies beside the model
     metadata: Mapping[str, str]
 
@@ -73,8 +74,14 @@ class ONNX:
         check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)
         files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
+        swap = source.adapters if request.adapters_as == "swap" else ()
+        if swap:
+            from qconvert.formats.onnx_swap import adapter_files
+
+            files |= adapter_files(swap, source.base, None if request.dry_run else source.store)
+        carried = tuple(t.ref for adapter in swap for t in adapter.tensors())
         name = " + ".join(names_of(source, graph))
-        return Options(form, quant, group, request.fallback, name, tokenizer, files, provenance(source, graph, quant))
+        return Options(form, quant, group, request.fallback, name, tokenizer, carried, files, provenance(source, graph, quant))
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
@@ -91,7 +98,7 @@ class ONNX:
         shown = fallbacks if options.fallback == "warn" else ()
         _, notes = context_length(graph)
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
-        return Legal(passes, label, tuple(shown), notes)
+        return Legal(passes, label, tuple(shown), notes, carried=options.swap)
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.quant, "onnx"]))

@@ -32,9 +32,10 @@ FORMS: Mapping[str, Form] = {
 UNDERSTOOD: Mapping[str, frozenset[str]] = {
     op: frozenset(attrs.split())
     for op, attrs in {
-        "input": "", "positions": "", "embed": "", "linear": "", "add": "", "mul": "", "times": "by", "softcap": "cap",
-        "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end", "rms_norm": "eps", "layer_norm": "eps",
-        "rope": "head_dim theta scaling dims interleaved", "attention": "heads kv_heads scale window softcap",
+        "input": "slot", "positions": "", "embed": "", "linear": "", "lora": "scale", "add": "", "mul": "", "times": "by",
+        "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end", "rms_norm": "eps",
+        "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
+        "attention": "heads kv_heads scale window softcap",
     }.items()
 }  # fmt: skip
 
@@ -55,7 +56,7 @@ def check_supported(graph: Graph, form: Form) -> None:
             raise UnsupportedError(f"%{name}: --to onnx has no attention with a mask as input")
         if node.op == "rope" and len(node.inputs) > 1:
             raise UnsupportedError(f"%{name}: --to onnx has no rope by factors")
-    inputs = [n for n, node in graph.nodes.items() if node.op == "input"]
+    inputs = [n for n, node in graph.nodes.items() if node.op == "input" and "slot" not in node.attrs]
     if len(inputs) > 1:
         raise UnsupportedError(f"--to onnx writes decoders of one input, this model has {', '.join(inputs)}")
 

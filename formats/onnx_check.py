@@ -28,6 +28,7 @@ from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_reference import reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
+from qconvert.formats.onnx_swap_check import swap_rows
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
 from qconvert.report import Row, judged
@@ -63,6 +64,8 @@ def prove(
         del merged
         rows += reference_rows(path, prompts[0], quantized[0])
         answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
+        if lowered.options.swap:
+            answers += swap_rows(path, source, lowered, reals, prompts, steps(prompts), n_new(graph, prompts), threads)
     return rows + answers, runtime
 
 
@@ -216,8 +219,7 @@ def in_runtime(
     rows = kernel_rows(kernels_of(first_rows(graph, reals.planes)))
     rows += exact_rows(path, exact, prompts, threads)
     rows += rounded_rows(path, graph, reals, exact, prompts, threads)
-    n_new = min(NEW_TOKENS, context_length(graph)[0] - len(prompts[0]))
-    rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new, threads)
+    rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
     return rows, {"name": runtime.name, "version": runtime.version()}
 
 
@@ -229,8 +231,8 @@ def exact_rows(path: Path, want: torch.Tensor, prompts: Tokens, threads: int) ->
     limit, _ = LIMITS["runtime onnxruntime"]
     model = OnnxRuntime().open(path, len(prompts[0]), threads, exact=True)
     try:
-        at_once = np.max([relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True)])
-        cached = relative(model.decoded(prompts[0], steps(prompts)), want[0])
+        at_once = np.max([check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True)])
+        cached = check.relative(model.decoded(prompts[0], steps(prompts)), want[0])
     finally:
         model.close()
     return [
@@ -284,17 +286,17 @@ def steps(prompts: Tokens) -> int:
     return min(STEPS, len(prompts[0]) - 1)
 
 
-def relative(got: Array, want: torch.Tensor) -> float:
-    """Of one prompt: |got - want| / |want|; NaN stays NaN, which fails."""
-    return float((torch.from_numpy(got) - want).norm() / want.norm().clamp_min(1e-30))
-
-
 # what to ask --------------------------------------------------------------------------------------
 
 
 def no_words(text: str) -> list[int]:
     """Without a tokenizer prompts are random ids."""
     return []
+
+
+def n_new(graph: Graph, prompts: Tokens) -> int:
+    """Tokens that genai is to add to a prompt."""
+    return min(NEW_TOKENS, context_length(graph)[0] - len(prompts[0]))
 
 
 def room(graph: Graph) -> int:

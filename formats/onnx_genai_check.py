@@ -45,9 +45,25 @@ def ids_row(genai: Any, model: Any, encode: Callable[[str], list[int]]) -> Row:
     return row if row.verdict == "pass" else row._replace(verdict="info", limit=None)
 
 
-def greedy_row(path: Path, prompt: list[int], new: list[int], n: int, threads: int) -> Row:
+def adapter_row(path: Path, adapter: Path, prompt: list[int], n: int, threads: int) -> Row:
+    """The tokens that follow with an adapter active; none are judged where genai is missing."""
+    what = f"genai greedy tokens, {adapter.stem}"
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return Row(what, "not run", None, None, "skip", "onnxruntime-genai is not installed")
+    try:
+        new = generated(genai, genai.Model(os.fspath(path.parent)), prompt, n, adapter)
+    except Exception as e:  # a bare Exception is what genai raises
+        return judged(what, "cannot be run", float("inf"), 0.0, str(e))
+    return greedy_row(path, prompt, new, n, threads, adapter)._replace(what=what)
+
+
+def greedy_row(
+    path: Path, prompt: list[int], new: list[int], n: int, threads: int, adapter: Path | None = None
+) -> Row:
     """genai's tokens are those of the highest logits in onnxruntime, but for ties within rounding."""
-    model = OnnxRuntime().open(path, len(prompt) + n, threads)
+    model = OnnxRuntime().open(path, len(prompt) + n, threads, adapter=adapter)
     try:
         logits = model.decoded([*prompt, *new], len(new))[len(prompt) - 1 :]
     finally:
@@ -64,11 +80,15 @@ def stop_tokens(folder: Path) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def generated(genai: Any, model: Any, prompt: list[int], n: int) -> list[int]:
-    """At most n tokens; a stop token ends them and is not among them."""
+def generated(genai: Any, model: Any, prompt: list[int], n: int, adapter: Path | None = None) -> list[int]:
+    """At most n tokens; a stop token ends them and is not among them. adapter: a file of factors for the model's slots."""
     params = genai.GeneratorParams(model)
     params.set_search_options(max_length=len(prompt) + n, do_sample=False)
-    generator = genai.Generator(model, params)
+    generator, adapters = genai.Generator(model, params), None
+    if adapter is not None:
+        adapters = genai.Adapters(model)
+        adapters.load(os.fspath(adapter), adapter.stem)
+        generator.set_active_adapter(adapters, adapter.stem)
     generator.append_tokens(np.array(prompt, np.int32))
     while not generator.is_done():
         generator.generate_next_token()

@@ -6,6 +6,7 @@ A form's table is op -> how it is said; see onnx_forms.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -43,6 +44,9 @@ class Lowering:
     def run(self, ops: Mapping[str, Lower]) -> None:
         self.model.inputs += [info(TOKENS, "i64", ("batch_size", "sequence_length"))]
         self.model.inputs += [info(MASK, "i64", ("batch_size", "total_sequence_length"))]
+        for name, node in self.graph.nodes.items():
+            if "slot" in node.attrs:
+                slot(self, name, node)
         fixed = self.graph.constants()
         for name, node in self.graph.nodes.items():
             if name not in fixed and node.op != "input":
@@ -53,7 +57,8 @@ class Lowering:
     # names and shapes ----------------------------------------------------------------------------
 
     def edge(self, name: str) -> str:
-        return TOKENS if self.graph.nodes[name].op == "input" else name
+        node = self.graph.nodes[name]
+        return TOKENS if node.op == "input" and "slot" not in node.attrs else name
 
     def shape(self, name: str) -> list[int | str]:
         return [DIMS.get(d, d) if isinstance(d, str) else d for d in self.graph.nodes[name].type.shape]
@@ -141,6 +146,26 @@ def embed(e: Lowering, name: str, node: Node) -> None:
         rows = e.model.value(f"{name}.rows", dtype, e.shape(name))
         e.model.node("Gather", path, [weight, e.edge(ids)], [rows])
         e.say("Cast", name, [rows], path=path, to=1)
+
+
+def slot(e: Lowering, name: str, node: Node) -> None:
+    """A factor of an adapter, transposed as MatMul reads it: an input that has a value of rank 0, so it may be left out."""
+    shape = node.type.shape[::-1]
+    e.model.inputs.append(info(name, "f32", [rank_of(name) if isinstance(d, str) else d for d in shape]))
+    e.model.empty(name, "f32", [0 if isinstance(d, str) else d for d in shape])
+
+
+def rank_of(factor: str) -> str:
+    """Of each slot its own: onnxruntime takes dimensions of one name to be equal, and reuses buffers by that."""
+    return re.sub(r"\.lora_[AB]\.weight$", ".lora_r", factor)
+
+
+def lora(e: Lowering, name: str, node: Node) -> None:
+    """Through a slot, whose scale is in the factor itself."""
+    x, a, b = node.inputs
+    low = e.model.value(f"{name}.low", "f32", [*e.shape(name)[:2], rank_of(a)])
+    e.model.node("MatMul", a.removesuffix(".weight"), [e.edge(x), a], [low])
+    e.say("MatMul", name, [low, b], path=b.removesuffix(".weight"))
 
 
 def add(e: Lowering, name: str, node: Node) -> None:
@@ -257,6 +282,7 @@ def _plain(op: str, **attrs: Any) -> Lower:
 OPS: dict[str, Lower] = {
     "embed": embed,
     "add": add,
+    "lora": lora,
     "rms_norm": rms_norm,
     "mul": _plain("Mul"),
     "times": _times,

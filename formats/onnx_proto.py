@@ -58,6 +58,10 @@ class Model:
             tensor.external_data.add(key=key, value=str(value))
         self.initializers[name] = tensor
 
+    def empty(self, name: str, dtype: str, dims: Sequence[int]) -> None:
+        """A tensor without elements."""
+        self.initializers[name] = TensorProto(name=name, data_type=DTYPES[dtype], dims=dims)
+
     def value(self, name: str, dtype: str, shape: Shape) -> str:
         """Declare what an edge is; returns its name."""
         self.values.append(info(name, dtype, shape))

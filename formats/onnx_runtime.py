@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,15 @@ class OnnxRuntime:
     def version(self) -> str:
         return "" if self.missing() else package_version("onnxruntime")
 
-    def open(self, path: Path, n_ctx: int, threads: int, *, exact: bool = False) -> Model:
+    def open(self, path: Path, n_ctx: int, threads: int, *, exact: bool = False, adapter: Path | None = None) -> Model:
         """Load a folder's model.onnx. `exact`: quantized products in f32, whatever level the file or the default asks for.
+        adapter: a file whose factors fill the model's slots.
 
         Errors: MissingDependency without onnxruntime; VerificationError with its own words if it does not load.
         """
         if reason := self.missing():
             raise MissingDependency(f"the check needs onnxruntime: {reason}", hint=INSTALL)
-        return Model(path, n_ctx, session(path, threads, exact))
+        return Model(path, n_ctx, session(path, threads, exact), active(adapter) if adapter else None)
 
 
 def session(path: Path, threads: int, exact: bool) -> Any:
@@ -57,6 +58,21 @@ def session(path: Path, threads: int, exact: bool) -> Any:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's exceptions have no common class of their own
         raise VerificationError(f"{path}: onnxruntime does not load it: {e}") from e
+
+
+def active(adapter: Path) -> Active:
+    """Options of a run in which an adapter is active. The run reads its memory, so it is kept with them."""
+    import onnxruntime
+
+    loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    loaded.Load(str(adapter))
+    options.add_active_adapter(loaded)
+    return Active(loaded, options)
+
+
+class Active(NamedTuple):
+    adapter: Any
+    options: Any
 
 
 def without_rounding(path: Path) -> bytes:
@@ -75,8 +91,8 @@ def without_rounding(path: Path) -> bytes:
 class Model:
     """One open decoder; each call begins a fresh sequence."""
 
-    def __init__(self, path: Path, n_ctx: int, session: Any) -> None:
-        self.path, self.n_ctx, self._session = path, n_ctx, session
+    def __init__(self, path: Path, n_ctx: int, session: Any, active: Active | None = None) -> None:
+        self.path, self.n_ctx, self._session, self._active = path, n_ctx, session, active
         self._past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -115,7 +131,7 @@ class Model:
         feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
         feeds |= {i.name: p for i, p in zip(self._past, past, strict=True)}
         try:
-            logits, *present = self._session.run(None, feeds)
+            logits, *present = self._session.run(None, feeds, *([self._active.options] if self._active else ()))
         except Exception as e:
             raise VerificationError(f"{self.path}: onnxruntime cannot run it: {e}") from e
         return logits[0], present

@@ -100,6 +100,11 @@ def distance(p: LogProbs, q: LogProbs, prompts: Tokens) -> Distance:
     return Distance(abs(kl.mean().item()), kl.max().item(), top1, nll_q - nll_p)
 
 
+def relative(got: npt.NDArray[np.float32], want: torch.Tensor) -> float:
+    """Of one prompt: |got - want| / |want|; NaN stays NaN, which fails."""
+    return float((torch.from_numpy(got) - want).norm() / want.norm().clamp_min(1e-30))
+
+
 def arithmetic_row(what: str, kind: str, d: Distance) -> Row:
     limit, _ = LIMITS[kind]
     return judged(what, "mean KL", d.mean_kl, limit)

@@ -69,6 +69,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command()
 @click.argument("model", required=False)
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable.")
+@click.option("--adapters", "adapters_as", type=click.Choice(["merge", "swap"]), default="merge", show_default=True,
+              help="swap, ONNX: a file for each adapter beside one base, which takes any of them as it runs.")  # fmt: skip
 @click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]", help="gguf, onnx, or gguf:Q4_K_M at once.")
 @click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, F16 ... or int4, fp16 ...; see --list types.")
 @click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4: int8 int4. Default 4.")

@@ -21,6 +21,7 @@ from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UsageError, VerificationError
+from qconvert.passes.adapter_slots import slots_for
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
@@ -129,9 +130,13 @@ def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str,
     given = request.passes if ... in request.passes else (..., *request.passes)
     at = given.index(...)
     before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
-    merge: tuple[Pass, ...] = (MergeAdapters(),) if source.adapters else ()
-    stages, done = [Stage("unmerged", source.graph, True)], len(source.adapters)
-    for name, passes, exact in (("passes before", before, False), ("merge", merge, True), ("passes", after, False)):
+    swap, merge = request.adapters_as == "swap", tuple[Pass, ...]()
+    if source.adapters:
+        merge = (slots_for(source.base, source.adapters),) if swap else (MergeAdapters(),)
+    first = source.base.with_meta(adapters=source.graph.meta.get("adapters", [])) if swap else source.graph
+    stages, done = [Stage("unmerged", first, True)], len(source.adapters)
+    steps = (("passes before", before, False), ("slots" if swap else "merge", merge, True), ("passes", after, False))
+    for name, passes, exact in steps:
         if passes:
             graph = Pipeline(passes).run(stages[-1].graph, request.dump_ir, log.info, done)
             stages.append(Stage(name, graph, exact))
@@ -157,7 +162,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
     plan, bpw, size = lowered.plan, bpw_of(lowered.plan, lowered.graph), size_of(lowered.plan)
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
-    fate = fate_of(lowered.graph, plan, refs)
+    fate = fate_of(lowered.graph, plan, refs, lowered.legal.carried)
     outputs = [
         {
             "path": str(f.path),

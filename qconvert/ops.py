@@ -152,7 +152,11 @@ OPS: dict[str, Op] = {
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
-    "input": Op(_declared, "() {default?}: i64[B,T], token ids and what goes with them; with a default it may be left out"),
+    "input": Op(
+        _declared,
+        "() {default?, slot?}: i64[B,T], token ids and what goes with them, with a default it may be left out; "
+        "a slot is a factor f32[R,K] or f32[N,R] of an adapter, left out R is 0",
+    ),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
     "embed": Op(_embed, "(ids, w): rows of w"),
     "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),

@@ -13,6 +13,7 @@ from qconvert.errors import QConvertError, UnsupportedError
 BUILTIN: Mapping[str, Mapping[str, str]] = {
     "passes": {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
+        "adapter-slots": "qconvert.passes.adapter_slots:AdapterSlots",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
         "untie-head": "qconvert.passes.untie_head:UntieHead",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",

@@ -84,10 +84,13 @@ class Fate(NamedTuple):
     dropped: tuple[tuple[str, str], ...]
 
 
-def fate_of(graph: Graph, plan: Plan, refs: Sequence[str]) -> Fate:
-    """refs: every tensor of the sources. What no output reaches and no pass dropped is a bug, named here."""
-    main = {str(graph.root(e.value).attrs.get("tensor")) for e in plan.entries}
-    reached = {str(graph.nodes[s].attrs["tensor"]) for e in plan.entries for s in graph.sources(e.value)}
+def fate_of(graph: Graph, plan: Plan, refs: Sequence[str], carried: Sequence[str] = ()) -> Fate:
+    """refs: every tensor of the sources; carried: those in files of their own.
+
+    What no output reaches and no pass dropped is a bug, named here.
+    """
+    main = {str(graph.root(e.value).attrs.get("tensor")) for e in plan.entries} | set(carried)
+    reached = main | {str(graph.nodes[s].attrs["tensor"]) for e in plan.entries for s in graph.sources(e.value)}
     listed = graph.meta.get("dropped", [])
     reasons = {str(d["tensor"]): str(d["reason"]) for d in listed if isinstance(d, dict)} if isinstance(listed, list) else {}
     dropped = []

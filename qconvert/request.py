@@ -31,6 +31,7 @@ class Request:
     bits: int | None = None
     group: int | None = None
     form: str = "ort"  # of ONNX
+    adapters_as: Literal["merge", "swap"] = "merge"
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     dry_run: bool = False

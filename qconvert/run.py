@@ -46,7 +46,7 @@ def run(
     """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
 
     observe(name, node, inputs): called before each op with its activations (weights left out).
-    inputs: i64[B,T] of the graph's other inputs; what is not there is its default everywhere.
+    inputs: i64[B,T] of the graph's other inputs, what is not there is its default everywhere; factors for slots.
     round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
     """
@@ -114,6 +114,8 @@ class Values:
 
 
 def evaluate(values: Values, name: str, node: Node) -> Tensor:
+    if node.op == "input" and "slot" in node.attrs:  # unfilled, its rank is 0
+        return values.given.get(name, torch.zeros([0 if isinstance(d, str) else d for d in node.type.shape])).to(values.dtype)
     if node.op == "input" and "default" in node.attrs:
         given = values.given.get(name)
         return torch.full_like(values.tokens, _count(node, "default")) if given is None else given

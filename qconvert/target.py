@@ -46,6 +46,7 @@ class Legal(NamedTuple):
     fallbacks: tuple[Mapping[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     header: Any = None  # the format's own
+    carried: tuple[str, ...] = ()  # refs of tensors that are written in files of their own
 
 
 class Stage(NamedTuple):
