@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan, Plane
@@ -27,9 +27,13 @@ from qconvert.pipeline import Pass
 from qconvert.report import Row
 from qconvert.request import Fallback, Request
 from qconvert.scheme import GROUPS
+from qconvert.sources import Store
 from qconvert.target import Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
+
+if TYPE_CHECKING:
+    from qconvert.formats.onnx_foreign import Rewritten
 
 PLAIN = {"fp32": "f32", "fp16": "f16"}
 QUANTS = (*PLAIN, "int4", "uint4", "int8")
@@ -61,6 +65,18 @@ class Options:
 
 class ONNX:
     name: ClassVar[str] = "onnx"
+
+    def rewrite(self, request: Request, store: Store) -> Rewritten:
+        """The same for an ONNX model as input: its weights are quantized, its graph is kept."""
+        from qconvert.formats.onnx_foreign import rewrite
+
+        for field, flag in FLAGS_OF_GGUF.items():
+            if getattr(request, field):
+                raise UnsupportedError(f"{flag}: ONNX output has no such choice")
+        quant, group = chosen(request)
+        if group is None:
+            raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
+        return rewrite(request, quant, group, store)
 
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types that do not exist."""

@@ -78,6 +78,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--form", type=click.Choice(["ort", "portable", "legacy"]), default="ort", show_default=True,
               help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
+@click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",
+              help="ONNX as input: arrays by name, on which outputs are compared. Default: random numbers.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing.")
 @click.option("--no-check", is_flag=True, help="Skip the proof.")
 @click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file.")

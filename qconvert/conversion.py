@@ -20,18 +20,20 @@ from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
-from qconvert.errors import NotVerifiedError, ResourceError, UsageError, VerificationError
+from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, UsageError, VerificationError
+from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import slots_for
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
-from qconvert.report import Report, Row, bpw_of, fate_of, size_of
+from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store, find_model, read_checkpoint
-from qconvert.target import Format, Lowered, Source, Stage
+from qconvert.target import Format, Lowered, Rewrite, Source, Stage
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
+REWRITTEN = ".onnx"  # a model whose graph is kept
 WORKING_NBYTES = 400 << 20  # interpreter, libraries and row blocks of two threads
 
 
@@ -76,21 +78,50 @@ def convert(
 
 def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
     target = cast(type[Format], registry.find("formats", request.to))()
+    if request.model.endswith(REWRITTEN):
+        return _rewrite(request, store, progress, target)
     source = read_source(request, store)
     lowered = lower(request, source, target)
-    plan = lowered.plan
     report = describe(request, source, lowered)
+
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+        return target.prove(source, lowered, weights, parts, threads)
+
+    return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+
+
+def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress], target: Format) -> Result:
+    """A file of the target's own format: its weights change, its graph does not."""
+    if not hasattr(target, "rewrite"):
+        raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
+    job = cast(Rewrite, target.rewrite(request, store))
+    left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
+    report = replace(
+        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)), notes=list(job.notes),
+        fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
+    )  # fmt: skip
+    return write(request, job.graph, job.plan, report, store, progress, job.prove)
+
+
+Proof = tuple[list[Row], dict[str, str] | None]
+
+
+def write(
+    request: Request, graph: Graph, plan: Plan, report: Report, store: Store, progress: Callable[[Plan], Progress],
+    prove: Callable[[Weights, tuple[Path, ...], int], Proof],
+) -> Result:  # fmt: skip
+    """Stream the plan into files, prove them, and give them their names; the report gets the proof's rows."""
     for entry in plan.entries:
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
     if request.dry_run:
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
-    weights = Weights(lowered.graph, store)
+    weights = Weights(graph, store)
     threads = request.threads or default_threads()
     with written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
-            rows, runtime = target.prove(source, lowered, weights, parts, threads)
+            rows, runtime = prove(weights, parts, threads)
         else:
             rows, runtime = [Row("runtime", "not verified", None, None, "skip", "--no-check")], None
         report = replace(report, checks=rows, runtime=runtime)
@@ -160,19 +191,24 @@ def check_memory() -> None:
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
-    plan, bpw, size = lowered.plan, bpw_of(lowered.plan, lowered.graph), size_of(lowered.plan)
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
-    fate = fate_of(lowered.graph, plan, refs, lowered.legal.carried)
-    outputs = [
-        {
-            "path": str(f.path),
-            "format": request.to,
-            "quant": lowered.legal.quant,
-            "nbytes": f.nbytes,
-            "bpw": bpw._asdict(),
-        }
-        for f in plan.files
-    ]
+    fate = fate_of(lowered.graph, lowered.plan, refs, lowered.legal.carried)
+    report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
+    return replace(
+        report,
+        accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
+        fallbacks=[dict(f) for f in lowered.legal.fallbacks],
+        notes=list(lowered.legal.notes),
+        pipeline=lowered.pipeline,
+        provenance=provenance(source),
+    )
+
+
+def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate) -> Report:
+    """Files and bytes."""
+    bpw, size = bpw_of(plan, graph), size_of(plan)
+    facts = {"format": request.to, "quant": quant}
+    outputs = [{"path": str(f.path), **facts, "nbytes": f.nbytes, "bpw": bpw._asdict()} for f in plan.files]
     accounting = {
         "size": {**size._asdict(), "total": size.total},
         "tensors": {
@@ -180,18 +216,9 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
             "folded": fate.folded,
             "dropped": [{"tensor": t, "reason": r} for t, r in fate.dropped],
         },
-        "config_keys": source.graph.meta.get("config_keys", {}),
         "placement": {"any": plan.nbytes},
     }
-    return Report(
-        outputs,
-        accounting=accounting,
-        quant=lowered.legal.quant,
-        fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=list(lowered.legal.notes),
-        pipeline=lowered.pipeline,
-        provenance=provenance(source),
-    )
+    return Report(outputs, accounting=accounting, quant=quant)
 
 
 def provenance(source: Source) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Request:
     adapters_as: Literal["merge", "swap"] = "merge"
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
+    inputs: Path | None = None  # .npz of an ONNX model's inputs
     dry_run: bool = False
     check: bool = True
     require_verified: bool = False

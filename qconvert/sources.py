@@ -52,6 +52,11 @@ class Store:
             if path.is_file():
                 self._single[alias] = path.name
 
+    def adopt(self, alias: str, filename: str, file: TensorFile) -> None:
+        """Read a file of `alias` by a reader that is open already."""
+        with self._lock:
+            self._files[alias, filename] = file
+
     def tensors(self, alias: str) -> dict[str, TensorInfo]:
         """Every tensor under `alias` by its name, from the headers. InputError for a missing or damaged file."""
         with self._lock:

@@ -68,6 +68,29 @@ class Lowered(NamedTuple):
     pipeline: str
 
 
+class Rewrite(Protocol):
+    """A file of a format as input and output: other weights, the same graph. See Lowered and Format for the parts."""
+
+    @property
+    def graph(self) -> Graph: ...  # of the weights alone
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def quant(self) -> str: ...
+    @property
+    def left(self) -> Mapping[str, str]: ...  # weight -> why it is as it was
+    @property
+    def refs(self) -> tuple[str, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def pipeline(self) -> str: ...
+
+    def prove(
+        self, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]: ...
+
+
 class Format(Protocol):
     """A way to write graphs; `options` is the format's own record of what the user asked for."""
 

@@ -75,6 +75,8 @@ class Weights:
             raise GraphError(f"%{name} is quantized but not packed: {node.type}")
         if node.op == "pack":
             return cast(Bytes, value).reshape(-1)
+        if node.type.dtype == "u8":  # another file's bytes
+            return value.reshape(-1)
         _must_be_finite(name, value)
         match node.type.dtype:
             case "f32":
