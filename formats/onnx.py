@@ -33,7 +33,7 @@ from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
 
 if TYPE_CHECKING:
-    from qconvert.formats.onnx_foreign import Rewritten
+    from qconvert.formats.onnx_foreign_job import Rewritten
 
 PLAIN = {"fp32": "f32", "fp16": "f16"}
 QUANTS = (*PLAIN, "int4", "uint4", "int8")
@@ -77,6 +77,15 @@ class ONNX:
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
         return rewrite(request, quant, group, store)
+
+    def prove_rewritten(
+        self, job: Rewritten, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]:
+        """Every check there is for it; see onnx_foreign_check."""
+        with uninterrupted():
+            from qconvert.formats import onnx_foreign_check
+
+        return onnx_foreign_check.prove(job, weights, parts, threads)
 
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types that do not exist."""

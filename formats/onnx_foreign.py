@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan, Plane
-from qconvert.errors import InputError, UnsupportedError, require, uninterrupted
+from qconvert.errors import InputError, UnsupportedError, require
 from qconvert.formats.onnx_columns import PREFIX as ONE_BYTE
+from qconvert.formats.onnx_foreign_job import Rewritten
 from qconvert.formats.onnx_foreign_sites import LEAST, Site, readers_of, site_of
 from qconvert.formats.onnx_foreign_tensors import BYTES, FLOATS, OnnxTensors, named_tensors
 from qconvert.graph import Graph, Node, Type
@@ -22,11 +22,9 @@ from qconvert.layouts import layout_of
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass, Pipeline
-from qconvert.report import Row
 from qconvert.request import Request
 from qconvert.scheme import GROUPS
 from qconvert.sources import Store
-from qconvert.weights import Weights
 
 if TYPE_CHECKING:
     from qconvert.formats.onnx_foreign_nodes import Parts
@@ -34,30 +32,6 @@ if TYPE_CHECKING:
 ALIGNMENT, INLINE = 64, 1024  # nbytes: a smaller tensor stays in the protobuf
 MODEL, DATA = "model.onnx", "model.onnx.data"
 SCHEME_OF_DEQUANTIZED = "int8_row"
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A model on its way out: `graph` makes the bytes that `plan` places; `left`: weight -> why it was not quantized."""
-
-    path: Path
-    source: Any  # ModelProto
-    proto: Any  # ModelProto
-    graph: Graph
-    plan: Plan
-    quant: str
-    sites: Mapping[str, Site]
-    left: Mapping[str, str]
-    refs: tuple[str, ...]
-    pipeline: str
-    inputs: Path | None = None  # to compare outputs on
-    notes: tuple[str, ...] = ()
-
-    def prove(self, weights: Weights, parts: tuple[Path, ...], threads: int) -> tuple[list[Row], dict[str, str] | None]:
-        with uninterrupted():
-            from qconvert.formats import onnx_foreign_check
-
-        return onnx_foreign_check.prove(self, weights, parts, threads)
 
 
 def rewrite(request: Request, quant: str, group: int, store: Store) -> Rewritten:

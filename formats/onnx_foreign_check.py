@@ -30,7 +30,7 @@ from qconvert.weights import Weights
 
 if TYPE_CHECKING:
     from qconvert.formats.onnx_check import Place
-    from qconvert.formats.onnx_foreign import Rewritten
+    from qconvert.formats.onnx_foreign_job import Rewritten
 
 RUNTIME = "runtime onnxruntime"
 MOST_NBYTES = 1 << 30  # of weights: the model that is compared with holds all of them as f32

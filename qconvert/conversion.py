@@ -29,7 +29,7 @@ from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store, find_model, read_checkpoint
-from qconvert.target import Format, Lowered, Rewrite, Source, Stage
+from qconvert.target import Format, Lowered, Rewriter, Source, Stage
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
@@ -94,13 +94,18 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     """A file of the target's own format: its weights change, its graph does not."""
     if not hasattr(target, "rewrite"):
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
-    job = cast(Rewrite, target.rewrite(request, store))
+    rewriter = cast(Rewriter, target)
+    job = rewriter.rewrite(request, store)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
         described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)), notes=list(job.notes),
         fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
     )  # fmt: skip
-    return write(request, job.graph, job.plan, report, store, progress, job.prove)
+
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+        return rewriter.prove_rewritten(job, weights, parts, threads)
+
+    return write(request, job.graph, job.plan, report, store, progress, prove)
 
 
 Proof = tuple[list[Row], dict[str, str] | None]

@@ -68,8 +68,8 @@ class Lowered(NamedTuple):
     pipeline: str
 
 
-class Rewrite(Protocol):
-    """A file of a format as input and output: other weights, the same graph. See Lowered and Format for the parts."""
+class Rewritten(Protocol):
+    """A file of a format as input and output: other weights, the same graph around them."""
 
     @property
     def graph(self) -> Graph: ...  # of the weights alone
@@ -86,8 +86,14 @@ class Rewrite(Protocol):
     @property
     def pipeline(self) -> str: ...
 
-    def prove(
-        self, weights: Weights, parts: tuple[Path, ...], threads: int
+
+class Rewriter(Protocol):
+    """A format whose own files are inputs too."""
+
+    def rewrite(self, request: Request, store: Store) -> Rewritten: ...
+
+    def prove_rewritten(
+        self, job: Any, weights: Weights, parts: tuple[Path, ...], threads: int
     ) -> tuple[list[Row], dict[str, str] | None]: ...
 
 
