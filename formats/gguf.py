@@ -51,6 +51,9 @@ class GGUF:
             raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx has it")
         if request.group is not None:
             raise UnsupportedError(f"--group {request.group}: GGUF's types fix their blocks", hint="--to onnx has --group")
+        for value, flag in ((request.operators, "--operators"), (request.calibrate, "--calibrate")):
+            if value is not None:
+                raise UnsupportedError(f"{flag} {value}: GGUF has no ranges of activations", hint="--to onnx --quant w8a8 has")
         if request.bits is not None and request.bits not in gguf_mix.BITS:
             raise UsageError(
                 f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}",

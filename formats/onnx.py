@@ -18,6 +18,9 @@ from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
+from qconvert.formats.onnx_int8_plan import QUANTS as INTEGER_QUANTS
+from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refuse_group
+from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from qconvert.formats.onnx_foreign_job import Rewritten
 
 PLAIN = {"fp32": "f32", "fp16": "f16"}
-QUANTS = (*PLAIN, "int4", "uint4", "int8")
+QUANTS = (*PLAIN, "int4", "uint4", "int8", *INTEGER_QUANTS)
 BITS = {4: "int4", 8: "int8"}
 GROUP = 32
 ALIGNMENT = 64
@@ -61,6 +64,7 @@ class Options:
     swap: tuple[str, ...]  # refs of adapters' tensors that have files of their own
     files: Mapping[str, bytes]  # what lies beside the model
     metadata: Mapping[str, str]
+    integer: Integer | None = None
 
 
 class ONNX:
@@ -106,7 +110,9 @@ class ONNX:
             files |= adapter_files(swap, source.base, None if request.dry_run else source.store)
         carried = tuple(t.ref for adapter in swap for t in adapter.tensors())
         name = " + ".join(names_of(source, graph))
-        return Options(form, quant, group, request.fallback, name, tokenizer, carried, files, provenance(source, graph, quant))
+        integer = integer_of(request, quant, source.store, tokenizer)
+        facts = provenance(source, graph, quant)
+        return Options(form, quant, group, request.fallback, name, tokenizer, carried, files, facts, integer)
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
@@ -114,7 +120,7 @@ class ONNX:
         untie = portable_head(graph, options)
         for each in untie:
             graph = each(graph)
-        types, columns, fallbacks = types_of(graph, options)
+        types, columns, fallbacks = integer_types_of(graph) if options.integer else types_of(graph, options)
         if fallbacks and options.fallback == "error":
             f = fallbacks[0]
             raise UnsupportedError(f"{f['tensor']}: {f['reason']}", hint="--fallback warn takes what divides")
@@ -122,6 +128,9 @@ class ONNX:
         passes: tuple[Pass, ...] = (*untie, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
         _, notes = context_length(graph)
+        if options.integer:
+            passes, more = passes_of(graph, options.quant, options.integer, types, columns)
+            notes += more
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
         return Legal(passes, label, tuple(shown), notes, carried=options.swap)
 
@@ -173,6 +182,9 @@ def chosen(request: Request) -> tuple[str, int | None]:
         near = get_close_matches(quant, QUANTS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(QUANTS)}"
         raise UsageError(f"--quant {request.quant}: ONNX has no such type", hint=hint)
+    if quant in INTEGER_QUANTS:
+        refuse_group(request, quant)
+        return quant, None
     if quant in PLAIN:
         if request.group is not None:
             raise UsageError(f"--group {request.group}: {quant} has no groups")

@@ -32,7 +32,8 @@ FORMS: Mapping[str, Form] = {
 UNDERSTOOD: Mapping[str, frozenset[str]] = {
     op: frozenset(attrs.split())
     for op, attrs in {
-        "input": "slot", "positions": "", "embed": "", "linear": "", "lora": "scale", "add": "", "mul": "", "times": "by",
+        "input": "slot", "positions": "", "embed": "", "linear": "round_input round_output", "lora": "scale", "add": "",
+        "mul": "", "times": "by",
         "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end", "rms_norm": "eps",
         "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
         "attention": "heads kv_heads scale window softcap",

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from qconvert import check
-from qconvert.check import LIMITS, LogProbs, Tokens
+from qconvert.check import LIMITS, Distance, LogProbs, Tokens
 from qconvert.emit import Entry, encoded_rows, entry_ranges, in_parallel
 from qconvert.errors import VerificationError
+from qconvert.formats import onnx_int8_check as int8
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_genai import n_vocab
@@ -26,7 +27,7 @@ from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import part_names, rows_name
-from qconvert.formats.onnx_reference import reference_rows
+from qconvert.formats.onnx_reference import Expected, reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
 from qconvert.formats.onnx_swap_check import swap_rows
 from qconvert.graph import Graph, Node
@@ -62,7 +63,7 @@ def prove(
         (quantized,) = run(graph, reals, prompts).values()
         rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
         del merged
-        rows += reference_rows(path, prompts[0], quantized[0])
+        rows += reference_rows(path, prompts[0], lambda tokens, n: calls(graph, reals, tokens, n))
         answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
         if lowered.options.swap:
             answers += swap_rows(path, source, lowered, reals, prompts, steps(prompts), n_new(graph, prompts), threads)
@@ -199,7 +200,7 @@ def first_rows(graph: Graph, planes: Mapping[str, Sequence[Place]]) -> dict[str,
     found = {}
     for name, places in planes.items():
         kind = graph.nodes[name].type
-        if kind.dtype in LAYOUTS or kind.dtype in COLUMNS:
+        if kind.dtype != int8.INTEGER and (kind.dtype in LAYOUTS or kind.dtype in COLUMNS):
             n = kind.dims[0]
             readers = tuple(sorted({node.op for node in graph.nodes.values() if name in node.inputs}))
             found[name] = (kind.dtype, read_rows(places, n, 0, min(n, ROWS)), readers)
@@ -217,6 +218,7 @@ def in_runtime(
     if reason := runtime.missing():
         return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
     rows = kernel_rows(kernels_of(first_rows(graph, reals.planes)))
+    rows += int8.kernel_rows(graph, lambda name, n: read_rows(reals.planes[name], graph.nodes[name].type.dims[0], 0, n))
     rows += exact_rows(path, exact, prompts, threads)
     rows += rounded_rows(path, graph, reals, exact, prompts, threads)
     rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
@@ -252,15 +254,45 @@ def rounded_rows(
         at_once, cached = (torch.log_softmax(x, -1) for x in both_ways(model, prompts))
     finally:
         model.close()
-    (rounded,) = run(graph, reals, prompts, round_input=lambda node, x: round_activations(graph, node, x)).values()
-    want = torch.log_softmax(rounded, -1)
-    kind, name = "runtime 8-bit activations", f"{RUNTIME}, 8-bit activations"
-    cost = check.distance(torch.log_softmax(exact, -1), at_once, prompts)
-    return [
-        check.arithmetic_row(f"{name}, prompts", kind, check.distance(want, at_once, prompts)),
-        check.arithmetic_row(f"{name}, {steps(prompts)} cached steps", kind, check.distance(want, cached, prompts)),
-        Row("price of 8-bit activations", "mean KL", cost.mean_kl, None, "info"),
+    exact, want = (torch.log_softmax(x, -1) for x in (exact, rounded(graph, reals, prompts)))
+    by_cache = want
+    if int8.is_integer(graph):
+        by_cache = torch.log_softmax(rounded(graph, reals, prompts, len(prompts[0]) - steps(prompts)), -1)
+    name = f"{RUNTIME}, 8-bit activations"
+    limit = rounding_limit(graph, check.distance(exact, want, prompts))
+    rows = [
+        judged(f"{name}, {how}", "mean KL", check.distance(wanted, got, prompts).mean_kl, limit)
+        for how, wanted, got in (("prompts", want, at_once), (f"{steps(prompts)} cached steps", by_cache, cached))
     ]
+    cost = check.distance(exact, at_once, prompts)
+    return [*rows, Row("price of 8-bit activations", "mean KL", cost.mean_kl, None, "info")]
+
+
+def rounding_limit(graph: Graph, price: Distance) -> float:
+    """How far off logits may be that were rounded alike; price: what rounding costs in the graph.
+
+    Over whole tensors or fixed ranges, values that fall the other way add up to what rounding itself does after a few
+    layers: two such results are apart as two independent ones are.
+    """
+    limit, _ = LIMITS["runtime 8-bit activations"]
+    return max(limit, 2 * price.mean_kl) if int8.is_integer(graph) else limit
+
+
+def rounded(graph: Graph, reals: Reals, prompts: Tokens, first: int | None = None) -> torch.Tensor:
+    """Logits with activations rounded as the file's nodes round them; see onnx_int8_check.hooks for `first`."""
+    (logits,) = run(graph, reals, prompts, **int8.hooks(first, lambda node, x: round_activations(graph, node, x))).values()
+    return logits
+
+
+def calls(graph: Graph, reals: Reals, tokens: Sequence[int], n: int) -> Expected:
+    """What is expected of all but n tokens at once and the last n by the cache; where nodes round activations, with a limit."""
+    prompts = [list(tokens)]
+    (exact,) = run(graph, reals, prompts).values()
+    if not int8.is_integer(graph):
+        return Expected(exact[0], None)
+    (want,) = run(graph, reals, prompts, **int8.hooks(len(tokens) - n, lambda _, x: x)).values()
+    price = check.distance(torch.log_softmax(exact, -1), torch.log_softmax(want, -1), prompts)
+    return Expected(want[0], rounding_limit(graph, price))
 
 
 def round_activations(graph: Graph, node: Node, x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A packed row is its codes, scales and zero points, one value in a byte (scales in 2 or 4); emit lays it as column n of the
 arrays codes [K,N], scales and zero points [K/group, N], where values of less than a byte share it along N. Codes without a
-zero point are signed. Source: DequantizeLinear-23, MatMulInteger-10; TensorProto of INT4 and its like.
+zero point are signed, but for those of whole rows, which products of integers take (see MIDDLE).
+Source: DequantizeLinear-23, MatMulInteger-10; TensorProto of INT4 and its like.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.scheme import AFFINE, PER_ROW, Array, Bytes, Layout, QTensor, Scheme
 
 PREFIX = "onnx_kn"
+MIDDLE = 128  # the code of 0 where a row has one scale: products of integers are exact on every CPU only if all are unsigned
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class Columns(Layout):
         return (self.scheme.bits, *(level.bits for level in self.scheme.levels))
 
     @property
+    def middle(self) -> int:
+        """What is added to a code to store it."""
+        return MIDDLE if any(level.group is None for level in self.scheme.levels) else 0
+
+    @property
     def signed(self) -> bool:
-        return all(level.role != "zero" for level in self.scheme.levels)
+        return not self.middle and all(level.role != "zero" for level in self.scheme.levels)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -69,7 +76,8 @@ def _pack(name: str, q: QTensor) -> Bytes:
     if (why := layout.accepts(q.scheme)) is not None:
         raise UnsupportedError(why, hint=f"pack as {PREFIX}.{q.scheme.name}")
     both = zip(layout.scheme.levels, q.levels, strict=True)
-    return np.concatenate([in_bytes(q.codes, layout.scheme.bits), *(in_bytes(v, level.bits) for level, v in both)], axis=1)
+    codes = q.codes.astype(np.int16) + layout.middle
+    return np.concatenate([in_bytes(codes, layout.scheme.bits), *(in_bytes(v, level.bits) for level, v in both)], axis=1)
 
 
 def in_bytes(values: Array, bits: int) -> Bytes:
@@ -85,7 +93,7 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     scheme, k = layout.scheme, layout.row_weights(packed.shape[1])
     codes, *levels = np.split(packed, np.cumsum(layout.planes(k))[:-1], axis=1)
     sign = np.int8(-1 << (scheme.bits - 1)) if layout.signed else np.int8(0)
-    values = (codes.view(np.int8) ^ sign) - sign
+    values = (codes - np.uint8(layout.middle)).view(np.int8) if layout.middle else (codes.view(np.int8) ^ sign) - sign
     both = zip(scheme.levels, levels, strict=True)
     return QTensor(scheme, values, tuple(as_reals(v, level.bits) for level, v in both))
 

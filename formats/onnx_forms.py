@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qconvert.formats import onnx_contrib, onnx_standard
 from qconvert.formats.onnx_arch import Form
 from qconvert.formats.onnx_functions import with_bodies
+from qconvert.formats.onnx_int8 import with_integers
 from qconvert.formats.onnx_lowering import Lowering
 from qconvert.formats.onnx_proto import Model
 from qconvert.graph import Graph
@@ -16,6 +17,6 @@ def serialized(
     graph: Graph, model: Model, form: Form, context: int, name: str, metadata: Mapping[str, str]
 ) -> bytes:
     """`model` has the weights' places; what it computes is added here."""
-    Lowering(graph, model, form, context).run(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
+    Lowering(graph, model, form, context).run(with_integers(onnx_contrib.OPS if form.contrib else onnx_standard.OPS))
     functions = with_bodies(model) if form.bodies else ()
     return model.serialized(name, {**metadata, "qconvert.form": form.name, "qconvert.runs_in": form.runs_in}, form, functions)

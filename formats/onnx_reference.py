@@ -5,14 +5,14 @@ Functions are inlined by the onnx package too, so nothing of onnxruntime takes p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from qconvert.check import LIMITS
+from qconvert.check import LIMITS, distance
 from qconvert.formats.onnx_proto import CONTRIB
 from qconvert.formats.onnx_runtime import Model
 from qconvert.report import Row, judged
@@ -22,8 +22,15 @@ MOST_NBYTES = 1 << 28  # of weights: it keeps all of them, and several copies of
 N_TOKENS, N_CACHED = 8, 2
 
 
-def reference_rows(path: Path, prompt: Sequence[int], want: torch.Tensor) -> list[Row]:
-    """Logits of a prompt's first tokens, some at once and the last by the cache, against `want` f32[T,V]."""
+class Expected(NamedTuple):
+    """Logits f32[T,V]; most_kl: how far off they may be where nodes round activations, None where they do not."""
+
+    logits: torch.Tensor
+    most_kl: float | None
+
+
+def reference_rows(path: Path, prompt: Sequence[int], want: Callable[[Sequence[int], int], Expected]) -> list[Row]:
+    """Logits of a prompt's first tokens, some at once and the last by the cache, against want(tokens, those by the cache)."""
     what = "onnx.reference"
     nbytes = sum(f.stat().st_size for f in path.parent.iterdir())
     if nbytes > MOST_NBYTES:
@@ -36,8 +43,12 @@ def reference_rows(path: Path, prompt: Sequence[int], want: torch.Tensor) -> lis
         return [Row(what, "not run", None, None, "skip", "the file has no bodies for onnxruntime's nodes (--form ort has)")]
     session = Interpreted(onnx.inliner.inline_local_functions(model))
     tokens = prompt[:N_TOKENS]
-    got = Model(path, len(tokens), session).decoded(tokens, min(N_CACHED, len(tokens) - 1))
-    wanted = want[: len(got)].numpy()
+    n = min(N_CACHED, len(tokens) - 1)
+    got, (logits, most_kl) = Model(path, len(tokens), session).decoded(tokens, n), want(tokens, n)
+    if most_kl is not None:
+        p, q = (torch.log_softmax(x[None], -1) for x in (logits, torch.from_numpy(got)))
+        return [judged(what, "mean KL", distance(p, q, [list(tokens)]).mean_kl, most_kl, f"{len(got)} tokens")]
+    wanted = logits.numpy()
     error = float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
     return [judged(what, "relative error", error, LIMITS["runtime onnxruntime"][0], f"{len(got)} tokens")]
 

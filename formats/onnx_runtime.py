@@ -53,7 +53,7 @@ def session(path: Path, threads: int, exact: bool) -> Any:
     options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
     if exact:
         options.add_session_config_entry(FUSED_ACCURACY, "0")
-    source = without_rounding(path) if exact else path.read_bytes()
+    source = exact_proto(path) if exact else path.read_bytes()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime's exceptions have no common class of their own
@@ -75,16 +75,13 @@ class Active(NamedTuple):
     options: Any
 
 
-def without_rounding(path: Path) -> bytes:
-    """The model's protobuf with every accuracy_level at 0: activations stay f32."""
+def exact_proto(path: Path) -> bytes:
+    """The model's protobuf with activations left in f32."""
     import onnx
 
-    model = onnx.load(path, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    data: bytes = model.SerializeToString()
+    from qconvert.formats.onnx_exact import without_rounding
+
+    data: bytes = without_rounding(onnx.load(path, load_external_data=False)).SerializeToString()
     return data
 
 

@@ -77,6 +77,9 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--group", type=int, help="ONNX: weights that share a scale, 16 32 64 128 256. Default 32.")
 @click.option("--form", type=click.Choice(["ort", "portable", "legacy"]), default="ort", show_default=True,
               help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip
+@click.option("--operators", type=click.Choice(["qdq", "qoperator"]),
+              help="ONNX w8a8: MatMul of dequantized codes (default), or QLinearMatMul.")  # fmt: skip
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="ONNX w8a8: the text that ranges are of.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",
               help="ONNX as input: arrays by name, on which outputs are compared. Default: random numbers.")  # fmt: skip

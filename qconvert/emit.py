@@ -243,14 +243,16 @@ def write_block(block: Block, weights: Weights, progress: Progress) -> None:
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
-    width = sum(plane.nbytes for plane in entry.pieces)
-    parts = []
-    for i, j in row_ranges(entry.shape, begin, end):
+    width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end))
+    rows = np.empty((end - begin if len(ranges) > 1 else 0, width), np.uint8)
+    for i, j in ranges:
         data = weights.encoded(entry.value, i, j)
         if data.nbytes != (j - i) * width:
             raise AssertionError(f"{entry.name}: {data.nbytes} bytes for rows {i}..{j}, planned {(j - i) * width}")
-        parts.append(data.reshape(j - i, width))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if len(ranges) == 1:
+            return data.reshape(j - i, width)
+        rows[i - begin : j - begin] = data.reshape(j - i, width)
+    return rows
 
 
 def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> None:

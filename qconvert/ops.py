@@ -159,7 +159,9 @@ OPS: dict[str, Op] = {
     ),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
     "embed": Op(_embed, "(ids, w): rows of w"),
-    "linear": Op(_linear, "(x, w[, bias]): x @ w.T + bias"),
+    "linear": Op(
+        _linear, "(x, w[, bias]) {round_input?, round_output?}: x @ w.T + bias; the attributes say how a runtime rounds"
+    ),
     "lora": Op(_lora, "(x, A, B[, bias]) {scale}: scale * ((x @ A.T) @ B.T + bias)"),
     "lora_embed": Op(_lora_embed, "(ids, A[r,V], B[D,r]) {scale}: scale * A.T[ids] @ B.T"),
     "dora_path": Op(

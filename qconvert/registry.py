@@ -20,6 +20,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
+        "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",
     },
     "formats": {"gguf": "qconvert.formats.gguf:GGUF", "onnx": "qconvert.formats.onnx:ONNX"},
     "families": {

@@ -32,6 +32,8 @@ class Request:
     group: int | None = None
     form: str = "ort"  # of ONNX
     adapters_as: Literal["merge", "swap"] = "merge"
+    operators: str | None = None
+    calibrate: Path | None = None
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs

@@ -40,6 +40,7 @@ def run(
     want: Iterable[str] | None = None,
     observe: Observe | None = None,
     round_input: RoundInput | None = None,
+    round_output: RoundInput | None = None,
     inputs: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
@@ -48,13 +49,14 @@ def run(
     observe(name, node, inputs): called before each op with its activations (weights left out).
     inputs: i64[B,T] of the graph's other inputs, what is not there is its default everywhere; factors for slots.
     round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
+    round_output(node, y): what it gives in place of its product y, before the bias.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
     """
     wanted = tuple(graph.outputs if want is None else want)
     for name in wanted:
         if name not in graph.nodes:
             raise GraphError(f"no value is called %{name}")
-    values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input)
+    values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input, round_output)
     values.given = inputs or {}
     need = graph.needed(wanted) - values.fixed
     order = [name for name in graph.nodes if name in need]
@@ -80,6 +82,7 @@ class Values:
     tokens: Tensor
     dtype: torch.dtype
     round_input: RoundInput | None = None
+    round_output: RoundInput | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
     live: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[str] = field(init=False)
@@ -144,6 +147,8 @@ def _linear(v: Values, node: Node) -> Tensor:
     if v.round_input is not None:
         x = v.round_input(node, x)
     y = torch.cat([F.linear(x, w) for _, _, w in v.blocks(node.inputs[1])], -1)
+    if v.round_output is not None:
+        y = v.round_output(node, y)
     return y + v[node.inputs[2]] if len(node.inputs) > 2 else y
 
 
