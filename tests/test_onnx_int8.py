@@ -218,6 +218,7 @@ def test_a_dry_run_reads_no_weight_and_knows_the_exact_bytes(tmp_path: Path) -> 
         ({"quant": "w8a8", "calibrate": Path("not/there.txt")}, UsageError, "not/there.txt: No such file"),
         ({"quant": "w8a8", "calibrate": TINY / "model.safetensors"}, InputError, "not a text in UTF-8"),
         ({"quant": "w8a8", "calibrate": Path("/dev/null")}, InputError, "/dev/null: 0 tokens are no text"),
+        ({"quant": "w8a8", "adapters": [str(LORA)], "adapters_as": "swap"}, UnsupportedError, "w8a8 fixes ranges"),
         ({"to": "gguf", "calibrate": Path("a.txt")}, UnsupportedError, "--calibrate a.txt"),
         ({"to": "gguf", "operators": "qdq"}, UnsupportedError, "--operators qdq"),
     ],
@@ -243,6 +244,11 @@ def test_biases_a_head_of_its_own_and_no_tokenizer_are_proven_too(tmp_path: Path
     assert result.verified
     assert [(f["tensor"], f["got"]) for f in result.report.fallbacks] == [("model.embed_tokens.weight", "f32")]
     assert any("random tokens" in note for note in result.report.notes) == (kind != "dynamic")
+
+
+def test_swapped_adapters_are_proven_beside_integers(tmp_path: Path) -> None:
+    result = convert(f"{TINY}+{LORA}", to="onnx", quant="int8-dynamic", adapters_as="swap", output=tmp_path / "out", threads=1)
+    assert result.verified
 
 
 @pytest.mark.parametrize("form", ["portable", "legacy"])
