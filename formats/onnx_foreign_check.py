@@ -22,7 +22,7 @@ from qconvert.formats.onnx_check import checker_row, read_initializers, read_row
 from qconvert.formats.onnx_kernels import Quantized, kernel_rows
 from qconvert.formats.onnx_layouts import MatMulNBits
 from qconvert.formats.onnx_lowering import part_names, rows_name
-from qconvert.formats.onnx_runtime import EXTERNAL_FOLDER, FUSED_ACCURACY, OnnxRuntime, without_rounding
+from qconvert.formats.onnx_runtime import EXTERNAL_FOLDER, FUSED_ACCURACY, OnnxRuntime, exact_proto
 from qconvert.layouts import layout_of
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
@@ -110,7 +110,7 @@ def output_rows(job: Rewritten, path: Path, initializers: Mapping[str, Place], t
         return [Row(RUNTIME, "not verified", None, None, "skip", "no inputs were found that the model accepts")]
     feeds, want = found
     real = session(path, dequantized(job, initializers).SerializeToString(), threads).run(None, feeds)
-    exact = session(path, without_rounding(path), threads).run(None, feeds)
+    exact = session(path, exact_proto(path), threads).run(None, feeds)
     got = session(path, path.read_bytes(), threads).run(None, feeds)
     half = any(t.data_type == TensorProto.FLOAT16 for t in job.source.graph.initializer)
     limit = 5e-3 if half else LIMITS["runtime onnxruntime"][0]
