@@ -28,7 +28,7 @@ def without_rounding(model: ModelProto) -> ModelProto:
 
 def exact(node: NodeProto, codes: set[str], read: dict[str, str]) -> Iterator[NodeProto]:
     """codes: activations that were rounded. read: codes of dynamic range -> what was rounded."""
-    name, (x, *more) = node.name, node.input
+    name, (x, *more) = node.name, node.input or ("",)
     match node.op_type:
         case "QuantizeLinear":
             yield helper.make_node("Identity", [x], node.output, name)
