@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from onnx import ModelProto, NodeProto, TensorProto, helper
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from qconvert.emit import Entry
+from qconvert.formats.onnx_columns import MIDDLE
 from qconvert.formats.onnx_foreign_sites import PRODUCTS, Site, graphs
 from qconvert.formats.onnx_layouts import has_zeros
 from qconvert.formats.onnx_lowering import part_names, rows_name
@@ -55,8 +57,9 @@ def initializers(name: str, parts: Parts) -> Iterator[TensorProto]:
     site, scheme, entry = parts.site, parts.scheme, parts.entry
     names, groups = part_names(name), site.k // scheme.block
     if site.dequantized:
-        yield placed(names[0], DTYPES["i8"], parts.dims, entry, 0)
+        yield placed(names[0], DTYPES["u8"], parts.dims, entry, 0)
         yield placed(names[1], DTYPES["f32"], (site.n,), entry, 1)
+        yield numpy_helper.from_array(np.full(site.n, MIDDLE, np.uint8), names[2])
         return
     blob = scheme.block * scheme.bits // 8
     if "product" in site.kinds:
@@ -78,11 +81,12 @@ def placed(name: str, data_type: int, dims: Any, entry: Entry, i: int) -> Tensor
 
 def nodes_before(name: str, parts: Parts) -> Iterator[NodeProto]:
     """Scales in the weight's own type, where that is not f32; convolutions' weights, real again."""
-    codes, scales, _ = part_names(name)
+    codes, scales, zeros = part_names(name)
     if parts.data_type != TensorProto.FLOAT:
         yield helper.make_node("Cast", [scales], [f"{scales}.cast"], name=f"{scales}.cast", to=parts.data_type)
     if parts.site.dequantized:
-        yield helper.make_node("DequantizeLinear", [codes, scales_of(name, parts)], [name], name=f"{name}.dequantized", axis=0)
+        inputs = [codes, scales_of(name, parts), zeros]
+        yield helper.make_node("DequantizeLinear", inputs, [name], name=f"{name}.dequantized", axis=0)
 
 
 def scales_of(name: str, parts: Parts) -> str:

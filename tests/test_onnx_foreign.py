@@ -103,7 +103,7 @@ def test_convolutions_are_quantized_by_output_at_eight_bits_only(tmp_path: Path)
     assert quantized(path, tmp_path / "out", bits=8).verified
     model = onnx.load(tmp_path / "out" / "model.onnx")
     codes = next(t for t in model.graph.initializer if t.name == "w.qweight")
-    assert (codes.data_type, list(codes.dims)) == (TensorProto.INT8, [24, 1, 64])
+    assert (codes.data_type, list(codes.dims)) == (TensorProto.UINT8, [24, 1, 64])
     with pytest.raises(UnsupportedError, match="Conv has no kernel for 4 bits"):
         quantized(path, tmp_path / "other", bits=4)
 
