@@ -41,7 +41,7 @@ class Columns(Layout):
 
     @property
     def signed(self) -> bool:
-        return not self.middle and all(level.role != "zero" for level in self.scheme.levels)
+        return not self.middle and self.scheme.zero_point == "none"
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -92,8 +92,11 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     layout = LAYOUTS[name]
     scheme, k = layout.scheme, layout.row_weights(packed.shape[1])
     codes, *levels = np.split(packed, np.cumsum(layout.planes(k))[:-1], axis=1)
-    sign = np.int8(-1 << (scheme.bits - 1)) if layout.signed else np.int8(0)
-    values = (codes - np.uint8(layout.middle)).view(np.int8) if layout.middle else (codes.view(np.int8) ^ sign) - sign
+    if layout.middle:
+        values = (codes - np.uint8(layout.middle)).view(np.int8)
+    else:
+        sign = np.int8(-1 << (scheme.bits - 1))
+        values = (codes.view(np.int8) ^ sign) - sign if layout.signed else codes
     both = zip(scheme.levels, levels, strict=True)
     return QTensor(scheme, values, tuple(as_reals(v, level.bits) for level, v in both))
 
@@ -109,4 +112,6 @@ def _layout(scheme: Scheme) -> Columns:
     return Columns(name, scheme, block, partial(_pack, name), partial(_unpack, name))
 
 
-LAYOUTS: dict[str, Columns] = {layout.name: layout for layout in map(_layout, (*AFFINE.values(), *PER_ROW.values()))}
+# DequantizeLinear's zero points are codes
+HELD = [scheme for scheme in (*AFFINE.values(), *PER_ROW.values()) if scheme.zero_point != "float"]
+LAYOUTS: dict[str, Columns] = {layout.name: layout for layout in map(_layout, HELD)}

@@ -41,24 +41,27 @@ def kernel_rows(weights: Mapping[tuple[str, int, str], Quantized]) -> list[Row]:
         else:
             row = judged(f"kernel {scheme} x {k}", "relative error", product_error(weight, 0), limit)
         rows.append(row if row.verdict == "pass" else row._replace(reason=f"on {weight.name}"))
-        if op == "linear":
+        if op == "linear" and weight.layout.rounds:
             what = f"kernel {scheme} x {k}, 8-bit activations"
             rows.append(Row(what, "relative error", product_error(weight, 4), None, "info"))
     return rows
 
 
 def product_error(weight: Quantized, level: int) -> float:
-    """|MatMulNBits(x, W) - x W'| / |x W'| with x[4, K] normal."""
-    scheme, values = weight.layout.scheme, real(weight)
-    n, k = values.shape
-    x = np.random.default_rng(0).standard_normal((N_INPUTS, k)).astype(np.float32)
-    if isinstance(weight.layout, Columns):
-        return distance(dequantized_product(x, weight, level), x.astype(np.float64) @ values.T)
-    codes, scales, *zeros = planes(weight, k)
-    codes = codes.reshape(n, k // scheme.block, -1)
-    got = run_node("MatMulNBits", [x, codes, scales.view(np.float32), *zeros], (N_INPUTS, n), K=k, N=n, bits=scheme.bits,
-                   block_size=scheme.block, accuracy_level=level)  # fmt: skip
-    return distance(got, x.astype(np.float64) @ values.T)
+    """|node(x, W) - x W'| / |x W'| with x[4, K] normal, accuracy level `level`."""
+    values = real(weight)
+    x = np.random.default_rng(0).standard_normal((N_INPUTS, values.shape[1])).astype(np.float32)
+    return distance(product(weight, x, level), x.astype(np.float64) @ values.T)
+
+
+def product(weight: Quantized, x: Array, level: int) -> Array:
+    """x f32[M,K] times the weight by onnxruntime -> f32[M,N]."""
+    layout, n, k = weight.layout, len(weight.rows), x.shape[1]
+    if isinstance(layout, Columns):
+        return dequantized_product(x, weight, level)
+    inputs = [plane.view({"u8": "u1", "f32": "<f4"}[part.dtype]).reshape(part.dims)
+              for plane, part in zip(planes(weight, k), layout.parts(n, k), strict=True)]  # fmt: skip
+    return run_node(layout.node, [x, *inputs], (len(x), n), **layout.attributes(n, k, level))
 
 
 def dequantized_product(x: Array, weight: Quantized, level: int) -> Array:
@@ -81,12 +84,17 @@ def dequantized_product(x: Array, weight: Quantized, level: int) -> Array:
 
 
 def gather_error(weight: Quantized) -> float:
-    scheme, values = weight.layout.scheme, real(weight)
+    values = real(weight)
     ids = np.arange(len(values))[::-1].astype(np.int64)
-    codes, scales, *zeros = planes(weight, values.shape[1])
-    got = run_node("GatherBlockQuantized", [codes, ids, scales.view(np.float32), *zeros], values.shape, gather_axis=0,
-                   quantize_axis=1, block_size=scheme.block, bits=scheme.bits)  # fmt: skip
-    return distance(got, values[ids])
+    return distance(gathered(weight, ids), values[ids])
+
+
+def gathered(weight: Quantized, ids: Array) -> Array:
+    """Rows `ids` of an embedding by onnxruntime."""
+    scheme, k = weight.layout.scheme, weight.layout.row_weights(weight.rows.shape[1])
+    codes, scales, *zeros = planes(weight, k)
+    return run_node("GatherBlockQuantized", [codes, ids, scales.view("<f4"), *zeros], (len(ids), k), gather_axis=0,
+                    quantize_axis=1, block_size=scheme.block, bits=scheme.bits)  # fmt: skip
 
 
 def real(weight: Quantized) -> Array:

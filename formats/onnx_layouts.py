@@ -1,64 +1,112 @@
-"""How MatMulNBits (and GatherBlockQuantized) wants a quantized weight: codes, scales and zero points, each a tensor.
+"""How onnxruntime's nodes want a quantized weight: codes, scales and zero points, each a tensor.
 
 A packed row is its codes, then its scales, then its zero points; emit lays each of the three in a place of its own.
-Source: the schema of com.microsoft.MatMulNBits in onnxruntime 1.31. Codes are unsigned, the first in the low bits.
+Sources: the schemas of com.microsoft's MatMulNBits, GatherBlockQuantized and MatMulBnb4 in onnxruntime 1.31.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from qconvert.bits import from_bits, to_bits
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.scheme import AFFINE, Array, Bytes, Layout, QTensor, Scheme
+from qconvert.scheme import AFFINE, F32, NF4_TABLE, TABLES, Bytes, Layout, QTensor, Scheme
+
+
+class Part(NamedTuple):
+    """One tensor of a weight: its dtype and dims in the file."""
+
+    dtype: str  # u8 or f32
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class MatMulNBits(Layout):
-    """`block` is what one group takes, but for its zero point, which may be half a byte."""
+    """Unsigned codes, the first in the low bits. `block` is what a group takes, but for a zero point of a few bits."""
+
+    node: str = field(default="MatMulNBits", init=False)
 
     def planes(self, k: int) -> tuple[int, ...]:
         """nbytes of a row of k weights: codes, scales and, where the scheme has them, zero points."""
         groups = k // self.scheme.block
-        zeros = (-(-groups * self.scheme.bits // 8),) if has_zeros(self.scheme) else ()
-        return (k * self.scheme.bits // 8, 4 * groups, *zeros)
+        more = {"none": (), "int": (-(-groups * self.scheme.bits // 8),), "float": (4 * groups,)}[self.scheme.zero_point]
+        return (k * self.scheme.bits // 8, 4 * groups, *more)
+
+    def parts(self, n: int, k: int) -> tuple[Part, ...]:
+        """What the node reads of a weight [n, k], in the order of its planes."""
+        groups = k // self.scheme.block
+        codes, scales = Part("u8", (n, groups, self.scheme.block * self.scheme.bits // 8)), Part("f32", (n, groups))
+        packed = Part("u8", (n, -(-groups * self.scheme.bits // 8)))
+        more = {"none": (), "int": (packed,), "float": (Part("f32", (n, groups)),)}[self.scheme.zero_point]
+        return (codes, scales, *more)
+
+    def attributes(self, n: int, k: int, level: int) -> dict[str, int]:
+        """Of the node; level: of accuracy, 4 lets it round activations to 8 bits, group by group."""
+        return {"K": k, "N": n, "bits": self.scheme.bits, "block_size": self.scheme.block, "accuracy_level": level}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the node rounds activations where its level lets it."""
+        return True
 
     def row_nbytes(self, k: int) -> int:
         return sum(self.planes(k))
 
     def row_weights(self, nbytes: int) -> int:
         """The inverse of row_nbytes. InputError where no row has that many bytes."""
-        bits = 8 * self.block.itemsize + (self.scheme.bits if has_zeros(self.scheme) else 0)
+        bits = 8 * self.block.itemsize + (self.scheme.bits if self.scheme.zero_point == "int" else 0)
         k = 8 * nbytes // bits * self.scheme.block
         if self.row_nbytes(k) != nbytes:
             raise InputError(f"{self.name}: no row takes {nbytes} bytes")
         return k
 
 
+@dataclass(frozen=True)
+class MatMulBnb4(MatMulNBits):
+    """Indices of a table, the first in the high bits; the weight is one run of blocks, which lie within rows."""
+
+    node: str = field(default="MatMulBnb4", init=False)
+
+    def parts(self, n: int, k: int) -> tuple[Part, ...]:
+        return (Part("u8", (n * k // 2,)), Part("f32", (n * k // self.scheme.block,)))
+
+    def attributes(self, n: int, k: int, level: int) -> dict[str, int]:
+        return {"K": k, "N": n, "block_size": self.scheme.block, "quant_type": int(self.scheme.table == NF4_TABLE)}
+
+    @property
+    def rounds(self) -> bool:
+        return False
+
+
 def has_zeros(scheme: Scheme) -> bool:
-    return any(level.role == "zero" for level in scheme.levels)
+    return scheme.zero_point != "none"
 
 
 def centre(scheme: Scheme) -> int:
     """What is added to a code to store it unsigned: MatMulNBits' zero point where none is given."""
-    return 0 if has_zeros(scheme) else 1 << (scheme.bits - 1)
+    return scheme.centre
 
 
-def to_bits(codes: Array, bits: int) -> Bytes:
-    """u8[N,m] of 4 or 8 bits -> u8[N, ceil(m * bits / 8)]; a row begins at a byte."""
-    if bits == 8:
-        return codes
-    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-    packed: Bytes = even[:, ::2] | even[:, 1::2] << np.uint8(4)
-    return packed
+def swapped(packed: Bytes) -> Bytes:
+    """The halves of each byte exchanged."""
+    return packed << np.uint8(4) | packed >> np.uint8(4)
 
 
-def from_bits(packed: Bytes, bits: int, m: int) -> Bytes:
-    if bits == 8:
-        return packed
-    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1).reshape(len(packed), -1)[:, :m]
+def _join(name: str, packed: Bytes, levels: Sequence[F32]) -> Bytes:
+    """Codes u8[N, K * bits / 8], the first in the low bits, and f32 levels -> u8[N, row nbytes]."""
+    scheme = LAYOUTS[name].scheme
+    scales, *zeros = levels
+    parts = [swapped(packed) if scheme.table else packed, np.ascontiguousarray(scales, "<f4").view(np.uint8)]
+    if scheme.zero_point == "int":
+        parts += [to_bits(z.astype(np.uint8), scheme.bits) for z in zeros]
+    else:
+        parts += [np.ascontiguousarray(z, "<f4").view(np.uint8) for z in zeros]
+    return np.concatenate(parts, axis=1)
 
 
 def _pack(name: str, q: QTensor) -> Bytes:
@@ -66,10 +114,8 @@ def _pack(name: str, q: QTensor) -> Bytes:
     layout = LAYOUTS[name]
     if (why := layout.accepts(q.scheme)) is not None:
         raise UnsupportedError(why, hint=f"pack as onnx.{q.scheme.name}")
-    stored = (q.codes.astype(np.int16) + centre(q.scheme)).astype(np.uint8)
-    scales, *zeros = q.levels
-    parts = [to_bits(stored, q.scheme.bits), np.ascontiguousarray(scales, "<f4").view(np.uint8)]
-    return np.concatenate([*parts, *(to_bits(z.astype(np.uint8), q.scheme.bits) for z in zeros)], axis=1)
+    stored = (q.codes.astype(np.int16) + q.scheme.centre).astype(np.uint8)
+    return _join(name, to_bits(stored, q.scheme.bits), q.levels)
 
 
 def _unpack(name: str, packed: Bytes) -> QTensor:
@@ -77,16 +123,22 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     scheme, k = layout.scheme, layout.row_weights(packed.shape[1])
     cuts = np.cumsum(layout.planes(k))[:-1]
     codes, scales, *zeros = np.split(packed, cuts, axis=1)
-    stored = from_bits(codes, scheme.bits, k).astype(np.int16) - centre(scheme)
+    stored = from_bits(swapped(codes) if scheme.table else codes, scheme.bits, k)
     levels = [np.ascontiguousarray(scales).view("<f4").astype(np.float32)]
-    levels += [from_bits(z, scheme.bits, k // scheme.block).astype(np.float32) for z in zeros]
-    return QTensor(scheme, stored.astype(np.int8), tuple(levels))
+    if scheme.zero_point == "int":
+        levels += [from_bits(z, scheme.bits, k // scheme.block).astype(np.float32) for z in zeros]
+    else:
+        levels += [np.ascontiguousarray(z).view("<f4").astype(np.float32) for z in zeros]
+    signed = (stored - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else stored
+    return QTensor(scheme, signed, tuple(levels))
 
 
 def _layout(scheme: Scheme) -> MatMulNBits:
     name = f"onnx.{scheme.name}"
-    block = np.dtype([("codes", "u1", scheme.block * scheme.bits // 8), ("scale", "<f4")])
-    return MatMulNBits(name, scheme, block, partial(_pack, name), partial(_unpack, name))
+    fields = [("codes", "u1", scheme.block * scheme.bits // 8), ("scale", "<f4")]
+    block = np.dtype([*fields, ("zero", "<f4")] if scheme.zero_point == "float" else fields)
+    kind = MatMulBnb4 if scheme.table else MatMulNBits
+    return kind(name, scheme, block, partial(_pack, name), partial(_unpack, name), partial(_join, name))
 
 
-LAYOUTS: dict[str, MatMulNBits] = {layout.name: layout for layout in map(_layout, AFFINE.values())}
+LAYOUTS: dict[str, MatMulNBits] = {layout.name: layout for layout in map(_layout, [*AFFINE.values(), *TABLES.values()])}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from qconvert.dtypes import DTYPES
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
-from qconvert.scheme import AFFINE, SCHEMES, scheme_of
+from qconvert.scheme import AFFINE, SCHEMES, TABLES, scheme_of
 from qconvert.text import format_node
 
 Infer = Callable[[tuple[Type, ...], dict[str, Attr]], Type | None]
@@ -253,6 +253,6 @@ def _check_dtype(node: Node, line: str) -> None:
             raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
     elif node.op == "quantize":
         if scheme_of(dtype) is None:
-            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE])}")
+            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE, *TABLES])}")
     elif dtype not in DTYPES:
         raise GraphError(f"{dtype} is no dtype: {line}", hint=f"dtypes are {', '.join(DTYPES)}")

@@ -5,7 +5,7 @@ A layout (bytes) is declared beside its format and holds exactly one scheme; a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 Real = npt.NDArray[np.floating[Any]]
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+ZeroPoint = Literal["none", "int", "float"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,23 @@ class Scheme:
     name: str
     bits: int  # of one code
     levels: tuple[Level, ...]
-    table: tuple[int, ...] = ()  # a code is an index into it; empty: the code is the value
+    table: tuple[float, ...] = ()  # a code is an index into it; empty: the code is the value
 
     @property
     def block(self) -> int:
         """Rows must be a multiple of this many weights."""
         return max(level.group or 1 for level in self.levels)
+
+    @property
+    def zero_point(self) -> ZeroPoint:
+        """Of each group: none, one of its codes, or any number."""
+        dtypes = [level.dtype for level in self.levels if level.role == "zero"]
+        return "none" if not dtypes else "int" if dtypes[0].startswith("u") else "float"
+
+    @property
+    def centre(self) -> int:
+        """What is added to a code where it is stored unsigned: the zero point of signed codes."""
+        return 0 if self.table or self.zero_point != "none" else 1 << (self.bits - 1)
 
     @property
     def bits_per_weight(self) -> float:
@@ -59,10 +71,10 @@ class Scheme:
 
 
 class QTensor(NamedTuple):
-    """codes i8[N,K]; one array per scheme level, each f32[N,K/group] (integers kept as exact floats)."""
+    """codes i8[N,K], or u8 where none is below 0; one f32[N,K/group] per scheme level (integers kept as exact floats)."""
 
     scheme: Scheme
-    codes: npt.NDArray[np.int8]
+    codes: npt.NDArray[np.int8 | np.uint8]
     levels: tuple[F32, ...]
 
     def dequantize(self) -> F32:
@@ -94,6 +106,7 @@ class Layout:
     block: np.dtype[np.void]
     pack: Callable[[QTensor], Bytes]  # -> u8[N, K/block*itemsize]
     unpack: Callable[[Bytes], QTensor]
+    join: Callable[[Bytes, Sequence[F32]], Bytes] | None = None  # from codes in bits already (first one low) and levels
 
     def row_nbytes(self, k: int) -> int:
         return k // self.scheme.block * self.block.itemsize
@@ -137,15 +150,32 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 GROUPS = (16, 32, 64, 128, 256)
-# One float scale a group, and (uint4) an integer zero point: codes -8..7, 0..15, -128..127
-AFFINE: dict[str, Scheme] = {
-    s.name: s
+# One float scale a group, and a zero point that is a code (uint) or any number (uintNf; of 8 bits onnxruntime has no
+# kernel for it). Codes of N bits: signed, 0 in the middle, or from 0 where there is a zero point.
+AFFINE: dict[str, Scheme] = {}
+for _group in GROUPS:
+    _scale = Level("scale", "f32", _group)
+    for _name, _bits, _zero in (
+        *((f"int{bits}", bits, ()) for bits in (2, 4, 8)),
+        *((f"uint{bits}", bits, (Level("zero", f"u{bits}", _group),)) for bits in (2, 4, 8)),
+        *((f"uint{bits}f", bits, (Level("zero", "f32", _group),)) for bits in (2, 4)),
+    ):
+        AFFINE[f"{_name}_g{_group}"] = Scheme(f"{_name}_g{_group}", _bits, (_scale, *_zero))
+
+# bitsandbytes' tables as its kernels and onnxruntime's have them: quantiles of the normal distribution; 1 sign, 2 exponent
+# and 1 mantissa bit with a subnormal of 1/192.
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_HALF = (0.0, 0.0052083334885537624, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4_TABLE = (*FP4_HALF, *(-v for v in FP4_HALF))
+# One float scale a group, of a table of 16 levels
+TABLES: dict[str, Scheme] = {
+    f"{name}_g{group}": Scheme(f"{name}_g{group}", 4, (Level("scale", "f32", group),), table)
     for group in GROUPS
-    for s in (
-        Scheme(f"int4_g{group}", 4, (Level("scale", "f32", group),)),
-        Scheme(f"uint4_g{group}", 4, (Level("scale", "f32", group), Level("zero", "u4", group))),
-        Scheme(f"int8_g{group}", 8, (Level("scale", "f32", group),)),
-    )
+    for name, table in (("nf4", NF4_TABLE), ("fp4", FP4_TABLE))
 }
 
 # One scale for all weights of an output: what integer matrix products take
@@ -153,5 +183,5 @@ PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", 
 
 
 def scheme_of(name: str) -> Scheme | None:
-    """ggml's scheme of that name, or the affine one; None where there is none."""
-    return SCHEMES.get(name) or AFFINE.get(name) or PER_ROW.get(name)
+    """ggml's scheme of that name, the affine one, that of a table or of rows; None where there is none."""
+    return next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)

@@ -12,16 +12,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from qconvert import kernels
+from qconvert.bits import from_bits
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
 from qconvert.scheme import SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
+
+if TYPE_CHECKING:
+    from qconvert.kernels.affine import Affine
 
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
 
@@ -249,23 +253,25 @@ def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Ar
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
-    if node.type.dtype not in SCHEMES:
-        return _affine(w, node, begin, end)
-    scheme = SCHEMES[node.type.dtype]
-    return layout_of(f"gguf.{scheme.name}").unpack(_search(w, node, begin, end))
+    if node.type.dtype in SCHEMES:
+        return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
+    scheme, found = _least_squares(w, node, begin, end)
+    codes = from_bits(found.packed, scheme.bits, node.type.dims[-1])
+    signed = (codes - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else codes
+    return QTensor(scheme, signed, found[1 : 1 + len(scheme.levels)])
 
 
-def _affine(w: Weights, node: Node, begin: int, end: int) -> QTensor:
+def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Affine]:
     """Codes, scales and zero points of least squared error."""
     if node.attrs.get("solver") != "mse":
-        raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of affine schemes is mse")
+        raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of this scheme is mse")
     scheme = cast(Scheme, scheme_of(node.type.dtype))
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(node.inputs[0], value)
-    zeros = any(level.role == "zero" for level in scheme.levels)
-    group = scheme.levels[0].group or value.shape[1]
-    found = kernels.affine(np.ascontiguousarray(value, np.float32), group, scheme.bits, zeros)
-    return QTensor(scheme, found.codes, (found.scales, found.zeros) if zeros else (found.scales,))
+    x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
+    if scheme.table:
+        return scheme, kernels.table_codes(x, group, scheme.table)
+    return scheme, kernels.affine(x, group, scheme.bits, scheme.zero_point)
 
 
 def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
@@ -277,10 +283,13 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
 
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
-    quantized = w.graph.nodes[node.inputs[0]]
-    if quantized.op == "quantize" and node.type.dtype == f"gguf.{quantized.type.dtype}":
+    quantized, layout = w.graph.nodes[node.inputs[0]], layout_of(node.type.dtype)
+    if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
-    return layout_of(node.type.dtype).pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
+    if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
+        scheme, found = _least_squares(w, quantized, begin, end)
+        return layout.join(found.packed, found[1 : 1 + len(scheme.levels)])
+    return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
 def rows_per_block(k: int, values: int = 1 << 19) -> int:

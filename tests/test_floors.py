@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS: dict[float, str] = {
     0: "errors dtypes",
-    1: "graph text scheme registry layouts rope",
+    1: "graph text scheme bits registry layouts rope",
     2: "ops safetensors_header tensor_files sources weights run kernels kernels.*",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling build adapters adapter_config "
     "adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline emit check report request target",

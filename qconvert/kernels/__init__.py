@@ -3,7 +3,8 @@
 search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer, byte for byte
 widen_bf16(u16[...]) -> f32[...]                     exact
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
-affine(x f32[N,K], group, bits, zero_point) -> codes i8[N,K], scales f32[N,K/group], zeros: least squared error
+affine(x f32[N,K], group, bits, zero_point) -> packed u8[N,K*bits/8], scales f32[N,K/group], zeros: least squared error
+table_codes(x f32[N,K], group, table) -> the same for 16 levels, zeros f32[N,0]
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
     from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_bf16 as widen_bf16
+    from qconvert.kernels.table_codes import table_codes as table_codes
 
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")
-_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine"}
+_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine", "table_codes": "table_codes"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,11 @@
-"""Affine codes of least squared error: a grid of scales, each refined by least squares, for every group of a row.
+"""Affine codes of least squared error: a grid of scales, each judged by the least squares fit of its codes.
 
-Groups are searched LANES at a time, one a lane, so that no sum changes its order whatever the machine's vectors.
+One group a lane. For each scale that is tried the codes are rounded, and the scale that suits them best follows in closed
+form; the weights are rounded once more by the best of all, and the scale that suits these final codes is kept. Codes are
+unsigned, the first in the low bits of an int32.
+
+Kernels take x f32[n * group] and write words i32[n * group * bits / 32] and scales, zeros f32[n]. Sums are of x in units of
+the scale that is tried, so that no magnitude of weights over- or underflows them.
 """
 
 from __future__ import annotations
@@ -8,117 +13,260 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
-from qconvert.scheme import F32
+from qconvert.kernels.across import transpose
+from qconvert.kernels.lanes import (
+    absolute,
+    choose,
+    count,
+    load,
+    maximum,
+    minimum,
+    rounded,
+    scratch,
+    select,
+    splat,
+    store,
+    to_int,
+)
+from qconvert.scheme import F32, Bytes, ZeroPoint
 
-LANES = 16
 F = np.float32
-ROUND = F(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to an integer, ties to even
-# Where the largest weight of a group maps, in parts of the way to the code at the grid's end. Above 1 the grid is wider
-# than the weights, below it clips. Negative: to the other end, which without a zero point is one code shorter.
-ENDS = {4: (*np.linspace(0.7, 1.05, 8), *np.linspace(-1.2, -0.75, 7)), 8: tuple(np.linspace(0.94, 1.0, 4))}
-SPANS = {4: tuple(np.linspace(0.62, 1.06, 12))}
+TINY = F(1e-37)  # a group of less is zero: its inverse would overflow
+FLAT = F(1e-6)  # a range of less, in parts of its middle, is that of a constant
+# Without a zero point the grid has one code more below 0, so the weight of greatest magnitude goes there: to minus these
+# codes, or the other way to those at the end. Best for small groups is near the grid's end, for outliers far outside.
+ENDS: dict[int, tuple[float, ...]] = {
+    2: (*np.linspace(0.8, 4.4, 12), *-np.linspace(1.5, 3.5, 6)),
+    4: (*np.linspace(6.2, 10.4, 14), -8.0, -8.6),
+    8: tuple(np.arange(121.0, 129.0)),
+}
+# With a zero point: the width of the grid in parts of the range of weights, and what is added to the code of its middle.
+SPANS: dict[int, tuple[float, ...]] = {
+    2: tuple(np.linspace(0.3, 1.1, 12)),
+    4: tuple(np.linspace(0.62, 1.06, 12)),
+    8: tuple(np.linspace(0.97, 1.0, 4)),
+}
+SHIFTS = (-1 / 3, 0.0, 1 / 3)  # of float zero points; integers are tried one below and above the nearest
 
 
 class Affine(NamedTuple):
-    """codes i8[N,K]; scales and zeros f32[N,K/group]; w is about scales * (codes - zeros)."""
+    """packed u8[N, K * bits / 8]; scales and zeros f32[N, K / group]: w is about scales * (codes - zeros)."""
 
-    codes: npt.NDArray[np.int8]
+    packed: Bytes
     scales: F32
     zeros: F32
 
 
-def affine(x: F32, group: int, bits: int, zero_point: bool) -> Affine:
-    """x f32[N,K], K a multiple of group: codes -2**(bits-1) .. 2**(bits-1)-1, or 0 .. 2**bits-1 with a zero point."""
+def affine(x: F32, group: int, bits: int, zero_point: ZeroPoint = "none", lanes: int | None = None) -> Affine:
+    """x f32[N,K], K a multiple of group; bits 2, 4 or 8. Without a zero point it is 2**(bits - 1) in every group.
+
+    Groups are of a multiple of 16 weights, or without a zero point a whole row of any length that fills its last byte.
+    `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the result is the same.
+    """
     n, k = x.shape
-    codes = np.empty((n, k), np.int8)
-    scales, zeros = np.empty((n, k // group), np.float32), np.zeros((n, k // group), np.float32)
-    search, parts = (_with_zero, SPANS[bits]) if zero_point else (_symmetric, ENDS[bits])
-    trials = np.array(parts, np.float32)
-    search(x.reshape(-1, group), trials, F(1 << bits), codes.reshape(-1, group), scales.reshape(-1), zeros.reshape(-1))
-    return Affine(codes, scales, zeros)
+    if group % 16:
+        assert zero_point == "none" and group == k, "zeros behind the row change nothing there"
+        found = affine(np.pad(x, ((0, 0), (0, -k % 16))), k + -k % 16, bits, zero_point, lanes)
+        return found._replace(packed=found.packed[:, : k * bits // 8])
+    words, scales = np.empty((n, k * bits // 32), np.int32), np.empty((n, k // group), F)
+    zeros = np.full((n, k // group), 1 << (bits - 1), F)
+    if x.size:
+        wide = choose(16, 32 if group <= 128 else 16, lanes)
+        flat, parts = np.ascontiguousarray(x, F).reshape(-1), np.array((ENDS if zero_point == "none" else SPANS)[bits], F)
+        outputs = words.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+        {"none": symmetric, "int": with_zero, "float": with_float_zero}[zero_point](wide, flat, group, bits, parts, *outputs)
+    return Affine(words.view(np.uint8), scales, zeros)
 
 
-@njit(inline="always")
-def _lane():  # type: ignore[no-untyped-def]
-    return np.zeros(LANES, np.float32)
+@njit(forceinline=True)
+def peak_of_lane(lanes, X, group):  # type: ignore[no-untyped-def]
+    """Of each lane's values the first with the greatest magnitude."""
+    n = count(lanes)
+    peak = size = splat(lanes, F(0))
+    for i in range(group):
+        x = load(lanes, X, i * n)
+        larger = absolute(x) > size
+        size, peak = select(larger, absolute(x), size), select(larger, x, peak)
+    return peak
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-def _load(x, at, lanes):  # type: ignore[no-untyped-def]
-    """Groups at..at+LANES of x as lanes[group, LANES]; those past the end are zero."""
-    for j in range(LANES):
-        for i in range(x.shape[1]):
-            lanes[i, j] = x[at + j, i] if at + j < x.shape[0] else F(0.0)
+@njit(forceinline=True)
+def put_words(lanes, W, first, n_words, n_groups, words):  # type: ignore[no-untyped-def]
+    """Lanes of words as rows of them; lanes past the last group are left out."""
+    n = count(lanes)
+    for lane in range(min(n, n_groups - first)):
+        for w in range(n_words):
+            words[(first + lane) * n_words + w] = W[w * n + lane]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-def _try(lanes, inverse, zero, low, high, best_error, best_inverse, best_zero):  # type: ignore[no-untyped-def]
-    """Take over, lane by lane, a grid on which least squares leave less error; the constant sum of x*x is left out."""
-    xq, qq = _lane(), _lane()
-    for i in range(lanes.shape[0]):
-        for j in range(LANES):
-            q = (lanes[i, j] * inverse[j] + zero[j] + ROUND) - ROUND
-            q = min(max(q, low), high) - zero[j]
-            xq[j] += lanes[i, j] * q
-            qq[j] += q * q
-    for j in range(LANES):
-        error = -(xq[j] * xq[j]) / (qq[j] if qq[j] > F(0.0) else F(1.0))
-        if error < best_error[j]:
-            best_error[j], best_inverse[j], best_zero[j] = error, inverse[j], zero[j]
+@njit(forceinline=True)
+def put_levels(lanes, v, S, first, levels):  # type: ignore[no-untyped-def]
+    store(S, 0, v)
+    for lane in range(min(count(lanes), levels.size - first)):
+        levels[first + lane] = S[lane]
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-def _store(lanes, inverse, zero, low, high, at, codes, scales, zeros):  # type: ignore[no-untyped-def]
-    """The codes of a grid, and the scale of least squares for them."""
-    for j in range(min(LANES, codes.shape[0] - at)):
-        xq, qq = F(0.0), F(0.0)
-        for i in range(codes.shape[1]):
-            q = (lanes[i, j] * inverse[j] + zero[j] + ROUND) - ROUND
-            q = min(max(q, low), high)
-            codes[at + j, i] = np.int8(q)
-            xq += lanes[i, j] * (q - zero[j])
-            qq += (q - zero[j]) * (q - zero[j])
-        scales[at + j], zeros[at + j] = xq / (qq if qq > F(0.0) else F(1.0)), zero[j]
+@njit(forceinline=True)
+def clamped(v, low, high):  # type: ignore[no-untyped-def]
+    """The nearest integer within low..high, ties to even, as a float."""
+    return minimum(maximum(rounded(v), low), high)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-def _symmetric(x, trials, levels, codes, scales, zeros):  # type: ignore[no-untyped-def]
-    group, half = x.shape[1], levels / F(2.0)
-    lanes = np.zeros((group, LANES), np.float32)
-    for at in range(0, x.shape[0], LANES):
-        _load(x, at, lanes)
-        peak, inverse, zero, best_inverse, best_zero = _lane(), _lane(), _lane(), _lane(), _lane()
-        best_error = np.full(LANES, F(np.inf))
+@njit(forceinline=True)
+def better(vq, qq, spread, factor, best, best_factor, best_fit):  # type: ignore[no-untyped-def]
+    """Where codes explain more of the weights than the best so far (spread: their scale, squared), take them over."""
+    fit = vq / qq
+    explained = vq * fit * spread
+    more = explained > best
+    return select(more, explained, best), select(more, factor, best_factor), select(more, fit, best_fit)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignore[no-untyped-def]
+    """Codes around the middle one; an even number of ends."""
+    n, per, half = count(lanes), 32 // bits, F(1 << (bits - 1))
+    low, high = -half, half - F(1)
+    X, W, S = scratch(group * n), np.empty(group // per * n, np.int32), scratch(n)
+    zero = splat(lanes, F(0))
+    for first in range(0, scales.size, n):
+        transpose(lanes, x, first, group, X)
+        peak = peak_of_lane(lanes, X, group)
+        inverse = select(absolute(peak) > TINY, F(-1) / peak, zero)
+        best = best_factor = best_fit = zero
+        for step in range(0, ends.size, 2):
+            end1, end2 = ends[step], ends[step + 1]
+            factor1, factor2 = inverse * end1, inverse * end2
+            vq1 = qq1 = vq2 = qq2 = zero
+            for i in range(group):
+                v = load(lanes, X, i * n)
+                v1, v2 = v * factor1, v * factor2
+                q1, q2 = clamped(v1, low, high), clamped(v2, low, high)
+                vq1, vq2 = vq1 + v1 * q1, vq2 + v2 * q2
+                qq1, qq2 = qq1 + q1 * q1, qq2 + q2 * q2
+            best, best_factor, best_fit = better(vq1, qq1, F(1) / (end1 * end1), factor1, best, best_factor, best_fit)
+            best, best_factor, best_fit = better(vq2, qq2, F(1) / (end2 * end2), factor2, best, best_factor, best_fit)
+        factor, vq, qq = select(best > F(0), best_factor / best_fit, zero), zero, zero
+        for w in range(group // per):
+            word = to_int(zero)
+            for j in range(per):
+                v = factor * load(lanes, X, (w * per + j) * n)
+                q = clamped(v, low, high)
+                vq, qq = vq + v * q, qq + q * q
+                word = word | to_int(q + half) << np.int32(j * bits)
+            store(W, w * n, word)
+        put_words(lanes, W, first, group // per, scales.size, words)
+        put_levels(lanes, select(qq > F(0), vq / qq / factor, zero), S, first, scales)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def with_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type: ignore[no-untyped-def]
+    """Codes around a zero point that is one of them."""
+    n, per, last = count(lanes), 32 // bits, F((1 << bits) - 1)
+    X, W, S = scratch(group * n), np.empty(group // per * n, np.int32), scratch(n)
+    zero = splat(lanes, F(0))
+    for first in range(0, scales.size, n):
+        transpose(lanes, x, first, group, X)
+        least = greatest = zero
         for i in range(group):
-            for j in range(LANES):
-                peak[j] = lanes[i, j] if abs(lanes[i, j]) > abs(peak[j]) else peak[j]
-        for part in trials:
-            for j in range(LANES):  # -half is the only code without a mirror
-                inverse[j] = -half / part / peak[j] if peak[j] != F(0.0) else F(0.0)
-            _try(lanes, inverse, zero, -half, half - F(1.0), best_error, best_inverse, best_zero)
-        _store(lanes, best_inverse, best_zero, -half, half - F(1.0), at, codes, scales, zeros)
+            v = load(lanes, X, i * n)
+            least, greatest = minimum(v, least), maximum(v, greatest)
+        inverse = select(greatest - least > TINY, last / (greatest - least), zero)
+        middle = (least + greatest) * F(0.5)
+        best = best_factor = best_fit = best_zero = zero
+        for span in spans:
+            factor = inverse * (F(1) / span)
+            centre = rounded(last * F(0.5) - middle * factor)
+            zero1 = minimum(maximum(centre - F(1), F(0)), last)
+            zero2 = minimum(maximum(centre, F(0)), last)
+            zero3 = minimum(maximum(centre + F(1), F(0)), last)
+            vq1 = qq1 = vq2 = qq2 = vq3 = qq3 = zero
+            for i in range(group):
+                v = factor * load(lanes, X, i * n)
+                r = rounded(v)
+                q1, q2, q3 = (
+                    minimum(maximum(r, F(0) - zero1), last - zero1),
+                    minimum(maximum(r, F(0) - zero2), last - zero2),
+                    minimum(maximum(r, F(0) - zero3), last - zero3),
+                )
+                vq1, vq2, vq3 = vq1 + v * q1, vq2 + v * q2, vq3 + v * q3
+                qq1, qq2, qq3 = qq1 + q1 * q1, qq2 + q2 * q2, qq3 + q3 * q3
+            for vq, qq, point in ((vq1, qq1, zero1), (vq2, qq2, zero2), (vq3, qq3, zero3)):
+                before = best
+                best, best_factor, best_fit = better(vq, qq, span * span, factor, best, best_factor, best_fit)
+                best_zero = select(best > before, point, best_zero)
+        factor, vq, qq = select(best > F(0), best_factor / best_fit, zero), zero, zero
+        for w in range(group // per):
+            word = to_int(zero)
+            for j in range(per):
+                v = factor * load(lanes, X, (w * per + j) * n)
+                q = clamped(v, F(0) - best_zero, last - best_zero)
+                vq, qq = vq + v * q, qq + q * q
+                word = word | to_int(q + best_zero) << np.int32(j * bits)
+            store(W, w * n, word)
+        put_words(lanes, W, first, group // per, scales.size, words)
+        put_levels(lanes, select(qq > F(0), vq / qq / factor, zero), S, first, scales)
+        put_levels(lanes, best_zero, S, first, zeros)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
-def _with_zero(x, trials, levels, codes, scales, zeros):  # type: ignore[no-untyped-def]
-    group, last = x.shape[1], levels - F(1.0)
-    lanes = np.zeros((group, LANES), np.float32)
-    for at in range(0, x.shape[0], LANES):
-        _load(x, at, lanes)
-        low, high, inverse, zero, best_inverse, best_zero = _lane(), _lane(), _lane(), _lane(), _lane(), _lane()
-        best_error = np.full(LANES, F(np.inf))
-        for i in range(group):  # from zeros: 0 must be a code
-            for j in range(LANES):
-                low[j], high[j] = min(low[j], lanes[i, j]), max(high[j], lanes[i, j])
-        for part in trials:
-            for shift in range(-1, 2):
-                for j in range(LANES):
-                    span = (high[j] - low[j]) * part
-                    inverse[j] = last / span if span > F(0.0) else F(0.0)
-                    centre = (-(low[j] + high[j]) / F(2.0) * inverse[j] + last / F(2.0) + ROUND) - ROUND
-                    zero[j] = min(max(centre + F(shift), F(0.0)), last)
-                _try(lanes, inverse, zero, F(0.0), last, best_error, best_inverse, best_zero)
-        _store(lanes, best_inverse, best_zero, F(0.0), last, at, codes, scales, zeros)
+@njit(forceinline=True)
+def _line(lanes, X, group, middle, factor, offset, last):  # type: ignore[no-untyped-def]
+    """Sums of u * code, code and code * code, where u = (x - middle) * factor and its code is that of u + offset."""
+    n = count(lanes)
+    uq = q1 = qq = splat(lanes, F(0))
+    for i in range(group):
+        u = (load(lanes, X, i * n) - middle) * factor
+        q = clamped(u + offset, F(0), last)
+        uq, q1, qq = uq + u * q, q1 + q, qq + q * q
+    return uq, q1, qq
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def with_float_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type: ignore[no-untyped-def]
+    """Codes of which a line of least squares makes weights: u = fit * code + base, u = (x - middle) * factor."""
+    n, per, last, share = count(lanes), 32 // bits, F((1 << bits) - 1), F(1) / F(group)
+    X, W, S = scratch(group * n), np.empty(group // per * n, np.int32), scratch(n)
+    zero = splat(lanes, F(0))
+    for first in range(0, scales.size, n):
+        transpose(lanes, x, first, group, X)
+        least = greatest = load(lanes, X, 0)
+        for i in range(1, group):
+            v = load(lanes, X, i * n)
+            least, greatest = minimum(v, least), maximum(v, greatest)
+        middle, extent = (least + greatest) * F(0.5), greatest - least
+        varies = (extent > TINY) & (extent > absolute(middle) * FLAT)
+        inverse, mean = select(varies, last / extent, zero), zero
+        for i in range(group):
+            mean = mean + (load(lanes, X, i * n) - middle) * share
+        best = factor = offset = zero
+        for span in spans:
+            for shift in SHIFTS:
+                tried = inverse * (F(1) / span)
+                uq, q1, qq = _line(lanes, X, group, middle, tried, splat(lanes, last * F(0.5) + F(shift)), last)
+                centred = uq - mean * tried * q1
+                fit = centred / (qq - q1 * q1 * share)
+                more = centred * fit * (span * span) > best
+                best = select(more, centred * fit * (span * span), best)
+                factor = select(more, tried / fit, factor)
+                offset = select(more, (fit * q1 * share - mean * tried) / fit, offset)
+        uq, q1, qq = _line(lanes, X, group, middle, factor, offset, last)
+        fit = (uq - mean * factor * q1) / (qq - q1 * q1 * share)
+        base = mean * factor - fit * q1 * share
+        factor, offset = select(fit > F(0), factor / fit, factor), select(fit > F(0), F(0) - base / fit, offset)
+        uq = q1 = qq = zero
+        for w in range(group // per):
+            word = to_int(zero)
+            for j in range(per):
+                u = (load(lanes, X, (w * per + j) * n) - middle) * factor
+                q = clamped(u + offset, F(0), last)
+                uq, q1, qq = uq + u * q, q1 + q, qq + q * q
+                word = word | to_int(q) << np.int32(j * bits)
+            store(W, w * n, word)
+        put_words(lanes, W, first, group // per, scales.size, words)
+        fit = (uq - mean * factor * q1) / (qq - q1 * q1 * share)
+        found = varies & (fit > F(0))
+        base = mean * factor - fit * q1 * share
+        # a constant: code 0 stands one above its zero point
+        put_levels(lanes, select(found, fit / factor, middle), S, first, scales)
+        put_levels(lanes, select(found, F(0) - (base + middle * factor) / fit, splat(lanes, F(-1))), S, first, zeros)
