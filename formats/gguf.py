@@ -49,8 +49,10 @@ class GGUF:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
         if request.adapters_as == "swap":
             raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx has it")
-        if request.group is not None:
-            raise UnsupportedError(f"--group {request.group}: GGUF's types fix their blocks", hint="--to onnx has --group")
+        for flag in ("group", "zero_point", "accuracy_level"):
+            if (value := getattr(request, flag)) is not None:
+                said = f"--{flag.replace('_', '-')}"
+                raise UnsupportedError(f"{said} {value}: GGUF's types fix their blocks", hint=f"--to onnx has {said}")
         for value, flag in ((request.operators, "--operators"), (request.calibrate, "--calibrate")):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: GGUF has no ranges of activations", hint="--to onnx --quant w8a8 has")

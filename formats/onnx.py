@@ -16,6 +16,7 @@ from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
+from qconvert.formats.onnx_cliffs import slow_paths
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
 from qconvert.formats.onnx_int8_plan import QUANTS as INTEGER_QUANTS
@@ -29,7 +30,7 @@ from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
 from qconvert.report import Row
 from qconvert.request import Fallback, Request
-from qconvert.scheme import GROUPS
+from qconvert.scheme import GROUPS, ZeroPoint
 from qconvert.sources import Store
 from qconvert.target import Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from qconvert.formats.onnx_foreign_job import Rewritten
 
 PLAIN = {"fp32": "f32", "fp16": "f16"}
-QUANTS = (*PLAIN, "int4", "uint4", "int8", *INTEGER_QUANTS)
-BITS = {4: "int4", 8: "int8"}
+QUANTS = (*PLAIN, "int2", "int4", "int8", "uint2", "uint4", "uint8", "nf4", "fp4", *INTEGER_QUANTS)
+BITS = {2: "int2", 4: "int4", 8: "int8"}
 GROUP = 32
 ALIGNMENT = 64
 DTYPE_NBYTES = {"f32": 4, "f16": 2}
@@ -53,11 +54,16 @@ FLAGS_OF_GGUF = {
 
 @dataclass(frozen=True)
 class Options:
-    """quant: a name of QUANTS; group: weights along a row that share a scale, None for plain types."""
+    """quant: a name of QUANTS, or uint4f with float zero points; group: weights along a row that share a scale.
+
+    group is None for plain types. checked: the installed onnxruntime is asked whether it has the kernels.
+    """
 
     form: Form
     quant: str
     group: int | None
+    accuracy_level: int
+    checked: bool
     fallback: Fallback
     name: str  # of the model and its adapters
     tokenizer: Tokenizer | None
@@ -98,6 +104,7 @@ class ONNX:
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
         form, (quant, group) = form_of(request), chosen(request)
+        level = accuracy_level(request, form, quant)
         from qconvert.formats.onnx_genai import companions, tokenizer_of
 
         check_supported(graph, form)
@@ -111,8 +118,10 @@ class ONNX:
         carried = tuple(t.ref for adapter in swap for t in adapter.tensors())
         name = " + ".join(names_of(source, graph))
         integer = integer_of(request, quant, source.store, tokenizer)
-        facts = provenance(source, graph, quant)
-        return Options(form, quant, group, request.fallback, name, tokenizer, carried, files, facts, integer)
+        checked, facts = request.check and not request.dry_run, provenance(source, graph, quant)
+        return Options(
+            form, quant, group, level, checked, request.fallback, name, tokenizer, carried, files, facts, integer
+        )
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
@@ -127,7 +136,8 @@ class ONNX:
         solver = "mse" if options.group else "search"
         passes: tuple[Pass, ...] = (*untie, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
-        _, notes = context_length(graph)
+        linears = {types[n.inputs[1]] for n in graph.nodes.values() if n.op == "linear"}
+        notes = (*context_length(graph)[1], *slow_paths(linears, options.accuracy_level))
         if options.integer:
             passes, more = passes_of(graph, options.quant, options.integer, types, columns)
             notes += more
@@ -139,6 +149,7 @@ class ONNX:
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """The protobuf, and a place in the data file for every weight."""
+        from qconvert.formats.onnx_cliffs import refuse_missing
         from qconvert.formats.onnx_forms import serialized
         from qconvert.formats.onnx_proto import DATA_FILE, Model
 
@@ -146,7 +157,10 @@ class ONNX:
         model = Model()
         for entry in entries:
             add_weight(model, graph, entry)
-        data = serialized(graph, model, options.form, context_length(graph)[0], options.name, options.metadata)
+        context, level = context_length(graph)[0], options.accuracy_level
+        data = serialized(graph, model, options.form, context, level, options.name, options.metadata)
+        if options.checked:
+            refuse_missing(model)
         files = {"model.onnx": data, **options.files}
         plans = [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         plans.insert(1, FilePlan(path / DATA_FILE, b"", tuple(entries), nbytes))
@@ -184,15 +198,60 @@ def chosen(request: Request) -> tuple[str, int | None]:
         raise UsageError(f"--quant {request.quant}: ONNX has no such type", hint=hint)
     if quant in INTEGER_QUANTS:
         refuse_group(request, quant)
+        with_zero_point(quant, request.zero_point)
         return quant, None
     if quant in PLAIN:
-        if request.group is not None:
-            raise UsageError(f"--group {request.group}: {quant} has no groups")
+        for flag, value in (("--group", request.group), ("--zero-point", request.zero_point)):
+            if value is not None:
+                raise UsageError(f"{flag} {value}: {quant} has no {flag[2:].replace('-', ' ')}s")
         return quant, None
+    quant = with_zero_point(quant, request.zero_point)
+    if form_of(request).name == "portable" and (why := not_portable(quant)):
+        raise UnsupportedError(f"--form portable: no standard node has {quant}: {why}", hint="--form ort")
     group = GROUP if request.group is None else request.group
     if group not in GROUPS:
         raise UsageError(f"--group {group}: MatMulNBits has {', '.join(map(str, GROUPS))}")
     return quant, group
+
+
+def with_zero_point(quant: str, zero_point: ZeroPoint | None) -> str:
+    """int4, uint4 or uint4f: without, with integer and with float zero points."""
+    bits = quant.removeprefix("u").removeprefix("int")
+    if zero_point is None:
+        return quant
+    if zero_point not in ("none", "int", "float"):
+        raise UsageError(f"--zero-point {zero_point}: there are none, int, float")
+    if not bits.isdigit():
+        raise UsageError(f"--zero-point {zero_point}: {quant} has no zero points")
+    if zero_point == "none" and quant.startswith("u"):
+        raise UsageError(f"--zero-point none: {quant} has integer zero points", hint=f"--quant int{bits}")
+    if zero_point == "float" and bits == "8":
+        why = "onnxruntime computes with those of 2 and 4 bits only"
+        raise UnsupportedError(f"--zero-point float: {why}", hint="--zero-point int")
+    return {"none": f"int{bits}", "int": f"uint{bits}", "float": f"uint{bits}f"}[zero_point]
+
+
+def not_portable(quant: str) -> str | None:
+    """Why DequantizeLinear of opset 23 cannot say a scheme."""
+    if quant in ("nf4", "fp4"):
+        return "its levels are a table"
+    if quant.endswith("f"):
+        return "zero points are codes"
+    return "2 bits come with opset 25" if "2" in quant else None
+
+
+def accuracy_level(request: Request, form: Form, quant: str) -> int:
+    """4: activations are rounded to 8 bits, group by group, for the fast kernels; 0: they stay as they are."""
+    level = request.accuracy_level
+    if level is None:
+        return 4
+    if level not in (0, 4):
+        raise UsageError(f"--accuracy-level {level}: there are 0 and 4", hint="1 to 3 compute what 0 does")
+    if quant in (*PLAIN, *INTEGER_QUANTS, "nf4", "fp4"):
+        raise UsageError(f"--accuracy-level {level}: products with {quant} have none")
+    if not form.contrib:
+        raise UnsupportedError(f"--accuracy-level {level}: standard nodes have none", hint="--form ort")
+    return level
 
 
 def portable_head(graph: Graph, options: Options) -> tuple[UntieHead, ...]:
@@ -214,7 +273,7 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
         if types[name] != "f32" and not options.form.contrib and name != embedding:
             columns[name] = COLUMNS_PREFIX
         if types[name] != wanted:
-            reason = why_other(options, dims)
+            reason = why_other(options, dims, name == embedding)
             fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
     return types, columns, fallbacks
 
@@ -224,14 +283,21 @@ def fitting(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
     group = next((g for g in GROUPS[::-1] if options.group and g <= options.group and dims[-1] % g == 0), None)
     if group is None:
         return "f32"
-    wanted = f"{options.quant}_g{group}"
+    wanted = f"{gathered(options.quant) if embeds else options.quant}_g{group}"
     whole = options.form.contrib or embeds or COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0])
     return wanted if whole else f"int8_g{group}"
 
 
-def why_other(options: Options, dims: tuple[int, ...]) -> str:
+def gathered(quant: str) -> str:
+    """What rows of an embedding get in place of a scheme that no node gathers."""
+    return "int8" if quant in ("nf4", "fp4") else quant.removesuffix("f")
+
+
+def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
     if options.group and dims[-1] % options.group:
         return f"rows of {dims[-1]} do not divide into groups of {options.group}"
+    if embeds:
+        return f"onnxruntime gathers no rows of {options.quant}"
     return f"{dims[0]} outputs do not fill bytes side by side"
 
 
@@ -285,18 +351,14 @@ def add_weight(model: object, graph: Graph, entry: Entry) -> None:
     if entry.dtype not in LAYOUTS:
         m.external(entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
         return
-    scheme = LAYOUTS[entry.dtype].scheme
-    groups, blob = entry.shape[1] // scheme.block, scheme.block * scheme.bits // 8
     readers = {node.op for node in graph.nodes.values() if entry.value in node.inputs}
-    (codes_at, nbytes, _), (scales_at, *_), *zeros = entry.planes
-    codes, scales, zero_points = part_names(entry.name)
-    if "linear" in readers:
-        m.external(codes, "u8", (n, groups, blob), codes_at, n * nbytes)
+    parts = LAYOUTS[entry.dtype].parts(n, entry.shape[1])
+    for i, (name, part, plane) in enumerate(zip(part_names(entry.name), parts, entry.planes, strict=False)):
+        if i or "linear" in readers:
+            m.external(name, part.dtype, part.dims, plane.offset, plane.file_nbytes(n))
     if "embed" in readers:
-        m.external(rows_name(entry.name), "u8", (n, nbytes), codes_at, n * nbytes)
-    m.external(scales, "f32", (n, groups), scales_at, 4 * n * groups)
-    for at, width, _ in zeros:
-        m.external(zero_points, "u8", (n, width), at, n * width)
+        codes = entry.planes[0]
+        m.external(rows_name(entry.name), "u8", (n, codes.nbytes), codes.offset, codes.file_nbytes(n))
 
 
 # names --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_genai import n_vocab
 from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
-from qconvert.formats.onnx_layouts import LAYOUTS
+from qconvert.formats.onnx_layouts import LAYOUTS, rounds
 from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_reference import Expected, reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
@@ -220,7 +220,8 @@ def in_runtime(
     rows = kernel_rows(kernels_of(first_rows(graph, reals.planes)))
     rows += int8.kernel_rows(graph, lambda name, n: read_rows(reals.planes[name], graph.nodes[name].type.dims[0], 0, n))
     rows += exact_rows(path, exact, prompts, threads)
-    rows += rounded_rows(path, graph, reals, exact, prompts, threads)
+    if lowered.options.accuracy_level == 4:
+        rows += rounded_rows(path, graph, reals, exact, prompts, threads)
     rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
     return rows, {"name": runtime.name, "version": runtime.version()}
 
@@ -247,7 +248,8 @@ def rounded_rows(
     path: Path, graph: Graph, reals: Reals, exact: torch.Tensor, prompts: Tokens, threads: int
 ) -> list[Row]:
     """The file as it is: where its kernels round activations to 8 bits, the graph rounds them alike."""
-    if not any(node.type.dtype in LAYOUTS or node.type.dtype in COLUMNS for node in graph.nodes.values()):
+    weights = {graph.nodes[n.inputs[1]].type.dtype for n in graph.nodes.values() if n.op == "linear"}
+    if not any("." in dtype and rounds(layout_of(dtype)) for dtype in weights):
         return []
     model = OnnxRuntime().open(path, len(prompts[0]), threads)
     try:
@@ -301,7 +303,7 @@ def round_activations(graph: Graph, node: Node, x: torch.Tensor) -> torch.Tensor
     Measured: as the kernels of onnxruntime 1.31 do on x86, to 3e-7.
     """
     dtype = graph.nodes[node.inputs[1]].type.dtype
-    if dtype not in LAYOUTS and dtype not in COLUMNS:
+    if "." not in dtype or not rounds(layout_of(dtype)):
         return x
     groups = x.reshape(*x.shape[:-1], -1, layout_of(dtype).scheme.block)
     scale = groups.abs().amax(-1, keepdim=True) / 127.0

@@ -28,8 +28,6 @@ from qconvert.formats.onnx_lowering import (
 from qconvert.formats.onnx_proto import CONTRIB, i64
 from qconvert.graph import Node
 
-ACCURACY_LEVEL = 4  # activations in 8 bits, group by group: the fast kernels
-
 
 def _linear(e: Lowering, name: str, node: Node) -> None:
     x, weight, *bias = node.inputs
@@ -40,17 +38,19 @@ def _linear(e: Lowering, name: str, node: Node) -> None:
 
 
 def _quantized(e: Lowering, name: str, node: Node) -> None:
+    """MatMulNBits takes a bias, MatMulBnb4 does not."""
     x, weight, *bias = node.inputs
-    kind = e.graph.nodes[weight].type
-    layout, (codes, scales, zeros) = LAYOUTS[kind.dtype], part_names(weight)
-    n, k = kind.dims
-    inputs = [e.edge(x), codes, scales, zeros if len(layout.planes(k)) > 2 else "", "", *bias]
+    n, k = e.graph.nodes[weight].type.dims
+    layout = LAYOUTS[e.graph.nodes[weight].type.dtype]
+    attributes, path = layout.attributes(n, k, e.accuracy_level), module(weight)
+    codes, scales, zeros = part_names(weight)
+    if layout.node == "MatMulBnb4":
+        product(e, layout.node, name, [e.edge(x), codes, scales], bias, path, CONTRIB, **attributes)
+        return
+    inputs = [e.edge(x), codes, scales, zeros if layout.scheme.zero_point != "none" else "", "", *bias]
     while not inputs[-1]:
         inputs.pop()
-    e.say(
-        "MatMulNBits", name, inputs, CONTRIB, module(weight), K=k, N=n, bits=layout.scheme.bits,
-        block_size=layout.scheme.block, accuracy_level=ACCURACY_LEVEL,
-    )  # fmt: skip
+    e.say(layout.node, name, inputs, CONTRIB, path, **attributes)
 
 
 def _embed(e: Lowering, name: str, node: Node) -> None:

@@ -14,9 +14,10 @@ from qconvert.graph import Graph
 
 
 def serialized(
-    graph: Graph, model: Model, form: Form, context: int, name: str, metadata: Mapping[str, str]
+    graph: Graph, model: Model, form: Form, context: int, accuracy_level: int, name: str, metadata: Mapping[str, str]
 ) -> bytes:
     """`model` has the weights' places; what it computes is added here."""
-    Lowering(graph, model, form, context).run(with_integers(onnx_contrib.OPS if form.contrib else onnx_standard.OPS))
+    ops = with_integers(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
+    Lowering(graph, model, form, context, accuracy_level).run(ops)
     functions = with_bodies(model) if form.bodies else ()
     return model.serialized(name, {**metadata, "qconvert.form": form.name, "qconvert.runs_in": form.runs_in}, form, functions)

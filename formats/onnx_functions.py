@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, parser
 
 from qconvert.formats.onnx_proto import CONTRIB, Model
+from qconvert.scheme import FP4_TABLE, NF4_TABLE
 
 
 class Body(NamedTuple):
@@ -121,6 +123,42 @@ def _matmul_nbits(model: Model, node: NodeProto) -> Body:
   rows_shape = Concat <axis = 0> (last, k_row)
   rows = Reshape (A, rows_shape)
   product = Gemm <transB = 1> (rows, weight, bias)
+  outer = Shape <end = -1> (A)
+  shape = Concat <axis = 0> (outer, n)
+  Y = Reshape (product, shape)
+}}""")
+
+
+def _matmul_bnb4(model: Model, node: NodeProto) -> Body:
+    """A f32[..., K], B u8[N * K / 2], absmax f32[N * K / block]: A @ (absmax * table[B]).T, the first code in the high bits"""
+    (kind,) = (a.i for a in node.attribute if a.name == "quant_type")
+    levels = ", ".join(str(float(np.float32(v))) for v in (NF4_TABLE if kind else FP4_TABLE))
+    return Body("nf4" if kind else "fp4", f"""MatMulBnb4 <K, N, block_size, quant_type> (A, B, absmax) => (Y)
+{{
+  k = Constant <value_int: int = @K> ()
+  n_scalar = Constant <value_int: int = @N> ()
+  block_scalar = Constant <value_int: int = @block_size> ()
+  table = Constant <value_floats = [{levels}]> ()
+  shifts = Constant <value = uint8[2] {{4, 0}}> ()
+  low = Constant <value = uint8 {{15}}> ()
+  last = Constant <value_ints = [-1]> ()
+  n = Reshape (n_scalar, last)
+  k_row = Reshape (k, last)
+  block = Reshape (block_scalar, last)
+  bytes = Unsqueeze (B, last)
+  shifted = BitShift <direction = "RIGHT"> (bytes, shifts)
+  halves = BitwiseAnd (shifted, low)
+  codes = Cast <to = 7> (halves)
+  levels = Gather (table, codes)
+  grouped_shape = Concat <axis = 0> (last, block)
+  grouped = Reshape (levels, grouped_shape)
+  factors = Unsqueeze (absmax, last)
+  values = Mul (grouped, factors)
+  weight_shape = Concat <axis = 0> (n, k_row)
+  weight = Reshape (values, weight_shape)
+  rows_shape = Concat <axis = 0> (last, k_row)
+  rows = Reshape (A, rows_shape)
+  product = Gemm <transB = 1> (rows, weight)
   outer = Shape <end = -1> (A)
   shape = Concat <axis = 0> (outer, n)
   Y = Reshape (product, shape)
@@ -245,6 +283,7 @@ def _fused_matmul(model: Model, node: NodeProto) -> Body:
 
 BODIES: dict[str, Callable[[Model, NodeProto], Body]] = {
     "MatMulNBits": _matmul_nbits,
+    "MatMulBnb4": _matmul_bnb4,
     "GatherBlockQuantized": _gather_block_quantized,
     "GroupQueryAttention": _group_query_attention,
     "SkipSimplifiedLayerNormalization": _skip_norm,

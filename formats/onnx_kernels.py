@@ -12,7 +12,7 @@ from qconvert.check import LIMITS
 from qconvert.emit import side_by_side
 from qconvert.formats.onnx_arch import FORMS
 from qconvert.formats.onnx_columns import Columns
-from qconvert.formats.onnx_layouts import MatMulNBits
+from qconvert.formats.onnx_layouts import MatMulNBits, rounds
 from qconvert.formats.onnx_proto import CONTRIB, DTYPES
 from qconvert.formats.onnx_runtime import FUSED_ACCURACY
 from qconvert.layouts import layout_of
@@ -41,7 +41,7 @@ def kernel_rows(weights: Mapping[tuple[str, int, str], Quantized]) -> list[Row]:
         else:
             row = judged(f"kernel {scheme} x {k}", "relative error", product_error(weight, 0), limit)
         rows.append(row if row.verdict == "pass" else row._replace(reason=f"on {weight.name}"))
-        if op == "linear" and weight.layout.rounds:
+        if op == "linear" and rounds(weight.layout):
             what = f"kernel {scheme} x {k}, 8-bit activations"
             rows.append(Row(what, "relative error", product_error(weight, 4), None, "info"))
     return rows

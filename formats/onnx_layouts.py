@@ -51,8 +51,9 @@ class MatMulNBits(Layout):
 
     @property
     def rounds(self) -> bool:
-        """Whether the node rounds activations where its level lets it."""
-        return True
+        """Whether onnxruntime 1.31 rounds activations to 8 bits at level 4: only its fast kernels do."""
+        slow = self.scheme.bits == 2 and self.scheme.block in (16, 256)
+        return self.scheme.zero_point != "float" and not slow
 
     def row_nbytes(self, k: int) -> int:
         return sum(self.planes(k))
@@ -81,6 +82,11 @@ class MatMulBnb4(MatMulNBits):
     @property
     def rounds(self) -> bool:
         return False
+
+
+def rounds(layout: Layout) -> bool:
+    """Whether activations are rounded to 8 bits before they meet a weight of this layout."""
+    return not isinstance(layout, MatMulNBits) or layout.rounds
 
 
 def has_zeros(scheme: Scheme) -> bool:

@@ -31,6 +31,7 @@ class Lowering:
     model: Model
     form: Form
     context: int
+    accuracy_level: int
     users: Mapping[str, list[str]] = field(init=False)
     fused: frozenset[str] = field(init=False)  # attention that one contrib node says, rotations included
     n_layers: int = 0

@@ -87,3 +87,10 @@ def info(name: str, dtype: str, shape: Shape) -> ValueInfoProto:
 
 def i64(*values: int) -> Array:
     return np.array(values, np.int64)
+
+
+def types_of(model: Model) -> dict[str, str]:
+    """The type of each value as schemas spell it: tensor(float)."""
+    numbers = {name: tensor.data_type for name, tensor in model.initializers.items()}
+    numbers |= {v.name: v.type.tensor_type.elem_type for v in (*model.inputs, *model.values, *model.outputs)}
+    return {name: f"tensor({TensorProto.DataType.Name(number).lower()})" for name, number in numbers.items()}

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from qconvert.errors import UsageError
 from qconvert.pipeline import Function, Pass
+from qconvert.scheme import ZeroPoint
 
 Fallback = Literal["error", "warn", "allow"]
 
@@ -30,6 +31,8 @@ class Request:
     quant: str | None = None
     bits: int | None = None
     group: int | None = None
+    zero_point: ZeroPoint | None = None
+    accuracy_level: int | None = None
     form: str = "ort"  # of ONNX
     adapters_as: Literal["merge", "swap"] = "merge"
     operators: str | None = None

@@ -258,7 +258,7 @@ def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTenso
     scheme, found = _least_squares(w, node, begin, end)
     codes = from_bits(found.packed, scheme.bits, node.type.dims[-1])
     signed = (codes - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else codes
-    return QTensor(scheme, signed, found[1 : 1 + len(scheme.levels)])
+    return QTensor(scheme, signed, (found.scales, found.zeros)[: len(scheme.levels)])
 
 
 def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Affine]:
@@ -288,7 +288,7 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
     if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
         scheme, found = _least_squares(w, quantized, begin, end)
-        return layout.join(found.packed, found[1 : 1 + len(scheme.levels)])
+        return layout.join(found.packed, (found.scales, found.zeros)[: len(scheme.levels)])
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
