@@ -25,7 +25,7 @@ from qconvert.scheme import SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
 
 if TYPE_CHECKING:
-    from qconvert.kernels.affine import Affine
+    from qconvert.kernels.affine_quants import Affine
 
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
 
@@ -81,7 +81,7 @@ class Weights:
             return cast(Bytes, value).reshape(-1)
         if node.type.dtype == "u8":  # another file's bytes
             return value.reshape(-1)
-        _must_be_finite(name, value)
+        _must_be_finite(self, name, value)
         match node.type.dtype:
             case "f32":
                 out: Array = np.ascontiguousarray(value, np.float32)
@@ -94,8 +94,11 @@ class Weights:
         return out.view(np.uint8).reshape(-1)
 
 
-def _must_be_finite(name: str, value: Array) -> None:
-    if not kernels.all_finite(value):
+def _must_be_finite(w: Weights, name: str, value: Array) -> None:
+    """What was loaded is checked already, but a wider type may not fit."""
+    node = w.graph.nodes[name]
+    checked = node.op == "load" and node.type.dtype in ("f32", "f16", "bf16")
+    if not checked and not kernels.all_finite(value):
         raise InputError(f"{name} overflows: the weights and adapters are finite, what they add up to is not")
 
 
@@ -109,8 +112,12 @@ def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Arr
     """Source bits as real numbers; a NaN or an infinity is an error that names tensor and place."""
     if node.type.dtype in ("i64", "i32", "u8", "bool"):
         return raw
-    value: Array = kernels.widen_bf16(raw) if node.type.dtype == "bf16" else raw
-    if not kernels.all_finite(raw):
+    value: Array = raw
+    if node.type.dtype == "bf16":
+        value, finite = kernels.widen_and_check(raw)
+    else:
+        finite = kernels.all_finite(raw)
+    if not finite:
         at = np.argwhere(~np.isfinite(value))[0]
         place = [int(i) + o for i, o in zip(at, (*origin, 0, 0), strict=False)]
         raise InputError(
@@ -267,7 +274,7 @@ def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of this scheme is mse")
     scheme = cast(Scheme, scheme_of(node.type.dtype))
     value = w.real(node.inputs[0], begin, end)
-    _must_be_finite(node.inputs[0], value)
+    _must_be_finite(w, node.inputs[0], value)
     x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
     if scheme.table:
         return scheme, kernels.table_codes(x, group, scheme.table)
@@ -278,7 +285,7 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
     if node.attrs.get("solver") != "search":
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="solvers: search")
     value = w.real(node.inputs[0], begin, end)
-    _must_be_finite(node.inputs[0], value)
+    _must_be_finite(w, node.inputs[0], value)
     return kernels.search(node.type.dtype, np.ascontiguousarray(value, np.float32))
 
 

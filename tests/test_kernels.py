@@ -137,6 +137,15 @@ def test_widening_every_bf16_is_exact() -> None:
     assert np.array_equal(kernels.widen_bf16(bits).view(np.uint32), bits.astype(np.uint32) << 16)
 
 
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF])
+def test_one_infinity_or_nan_among_bf16_is_found_as_they_are_widened(bits: int) -> None:
+    x = np.array([0x7F7F, 0xFF7F, 0x8000, 1] * 40, np.uint16).reshape(4, 40)  # the greatest numbers, -0 and the least
+    value, finite = kernels.widen_and_check(x)
+    assert finite and np.array_equal(value, kernels.widen_bf16(x))
+    x[3, 17] = bits
+    assert not kernels.widen_and_check(x)[1]
+
+
 @pytest.mark.parametrize(("n", "k", "r"), [(8, 256, 16), (7, 100, 5), (1, 33, 1), (5, 1100, 3)])
 def test_a_low_rank_update_sums_in_the_order_it_says(n: int, k: int, r: int) -> None:
     rng = np.random.default_rng(3)

@@ -2,6 +2,7 @@
 
 search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer, byte for byte
 widen_bf16(u16[...]) -> f32[...]                     exact
+widen_and_check(u16[...]) -> f32[...], bool          the same, and whether all are finite
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
 affine(x f32[N,K], group, bits, zero_point) -> packed u8[N,K*bits/8], scales f32[N,K/group], zeros: least squared error
 table_codes(x f32[N,K], group, table) -> the same for 16 levels, zeros f32[N,0]
@@ -16,17 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qconvert.kernels.affine import affine as affine
+    from qconvert.kernels.affine_quants import affine as affine
     from qconvert.kernels.ggml_search import search as search
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
     from qconvert.kernels.real import row_norms as row_norms
+    from qconvert.kernels.real import widen_and_check as widen_and_check
     from qconvert.kernels.real import widen_bf16 as widen_bf16
-    from qconvert.kernels.table_codes import table_codes as table_codes
+    from qconvert.kernels.table_quants import table_codes as table_codes
 
-_REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_bf16")
-_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine", "table_codes": "table_codes"}
+_REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_check", "widen_bf16")
+_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine_quants", "table_codes": "table_quants"}
 
 
 def __getattr__(name: str) -> object:

@@ -23,6 +23,13 @@ def widen_bf16(bits: U16) -> F32:
     return out
 
 
+def widen_and_check(bits: U16) -> tuple[F32, bool]:
+    """What widen_bf16 gives, and whether it has no NaN and no infinity, in one sweep."""
+    bits = np.ascontiguousarray(bits)
+    out = np.empty(bits.shape, np.float32)
+    return out, bool(_widen_and_peak(bits.reshape(-1), out.reshape(-1).view(np.uint32)) < 0x7F80)
+
+
 def narrow_bf16(x: F32) -> U16:
     """f32[...] -> u16[...], the bits of the nearest bf16, ties to even; NaN stays NaN."""
     x = np.ascontiguousarray(x, np.float32)
@@ -73,6 +80,16 @@ def _row_norms(x, out):  # type: ignore[no-untyped-def]
 def _widen(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.size):
         out[i] = np.uint32(bits[i]) << np.uint32(16)
+
+
+@njit(cache=True, nogil=True)
+def _widen_and_peak(bits, out):  # type: ignore[no-untyped-def]
+    """The greatest magnitude, as bits without their sign; those of NaN are above those of infinity."""
+    peak = np.uint16(0)
+    for i in range(bits.size):
+        out[i] = np.uint32(bits[i]) << np.uint32(16)
+        peak = max(peak, np.uint16(bits[i] & np.uint16(0x7FFF)))
+    return peak
 
 
 @njit(cache=True, nogil=True)

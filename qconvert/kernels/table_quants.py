@@ -1,4 +1,4 @@
-"""Codes into a table of 16 levels, of least squared error: the same search of scales as in affine.py.
+"""Codes into a table of 16 levels, of least squared error: the same search of scales as in affine_quants.py.
 
 Kernels take x f32[n * group] and write words i32[n * group / 8], the first code in the low bits, and scales f32[n].
 """
@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.across import transpose
-from qconvert.kernels.affine import TINY, Affine, better, peak_of_lane, put_levels, put_words
+from qconvert.kernels.affine_quants import TINY, Affine, better, peak_of_lane, put_levels, put_words
 from qconvert.kernels.lanes import absolute, choose, count, load, scratch, select, splat, store, to_int
 from qconvert.scheme import F32
 
