@@ -124,6 +124,24 @@ def better(vq, qq, spread, factor, best, best_factor, best_fit):  # type: ignore
     return select(more, explained, best), select(more, factor, best_factor), select(more, fit, best_fit)
 
 
+@njit(forceinline=True)
+def _sums(lanes, X, group, factor1, factor2, low, high):  # type: ignore[no-untyped-def]
+    """Sums of v * code and code * code, v = x * factor, for two factors at once; low, high: None where no code is beyond."""
+    n = count(lanes)
+    vq1 = qq1 = vq2 = qq2 = splat(lanes, F(0))
+    for i in range(group):
+        v = load(lanes, X, i * n)
+        v1, v2 = v * factor1, v * factor2
+        q1, q2 = rounded(v1), rounded(v2)
+        if low is not None:
+            q1, q2 = maximum(q1, low), maximum(q2, low)
+        if high is not None:
+            q1, q2 = minimum(q1, high), minimum(q2, high)
+        vq1, vq2 = vq1 + v1 * q1, vq2 + v2 * q2
+        qq1, qq2 = qq1 + q1 * q1, qq2 + q2 * q2
+    return vq1, qq1, vq2, qq2
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignore[no-untyped-def]
     """Codes around the middle one; an even number of ends."""
@@ -138,14 +156,13 @@ def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignor
         best = best_factor = best_fit = zero
         for step in range(0, ends.size, 2):
             end1, end2 = ends[step], ends[step + 1]
-            factor1, factor2 = inverse * end1, inverse * end2
-            vq1 = qq1 = vq2 = qq2 = zero
-            for i in range(group):
-                v = load(lanes, X, i * n)
-                v1, v2 = v * factor1, v * factor2
-                q1, q2 = clamped(v1, low, high), clamped(v2, low, high)
-                vq1, vq2 = vq1 + v1 * q1, vq2 + v2 * q2
-                qq1, qq2 = qq1 + q1 * q1, qq2 + q2 * q2
+            factor1, factor2, size = inverse * end1, inverse * end2, max(abs(end1), abs(end2))
+            if size < half - F(0.6):  # nothing rounds to a code that is not there
+                vq1, qq1, vq2, qq2 = _sums(lanes, X, group, factor1, factor2, None, None)
+            elif size < half + F(0.4):
+                vq1, qq1, vq2, qq2 = _sums(lanes, X, group, factor1, factor2, None, high)
+            else:
+                vq1, qq1, vq2, qq2 = _sums(lanes, X, group, factor1, factor2, low, high)
             best, best_factor, best_fit = better(vq1, qq1, F(1) / (end1 * end1), factor1, best, best_factor, best_fit)
             best, best_factor, best_fit = better(vq2, qq2, F(1) / (end2 * end2), factor2, best, best_factor, best_fit)
         factor, vq, qq = select(best > F(0), best_factor / best_fit, zero), zero, zero
