@@ -86,6 +86,10 @@ class ONNX:
         quant, group = chosen(request)
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
+        if quant in ("nf4", "fp4") or quant.endswith("f"):
+            raise UnsupportedError(f"{quant}: an ONNX model gets integer codes and zero points", hint="--bits 4")
+        if request.accuracy_level is not None:
+            raise UnsupportedError("--accuracy-level: an ONNX model gets level 4", hint="leave it out")
         return rewrite(request, quant, group, store)
 
     def prove_rewritten(

@@ -165,3 +165,8 @@ def test_one_value_that_is_not_finite_is_found(dtype: type[np.floating], bad: fl
     assert kernels.all_finite(x)
     x[2, 4999] = bad
     assert not kernels.all_finite(x)
+
+
+def test_no_kernel_is_hidden_by_a_module_of_its_name() -> None:
+    """`kernels.affine` was a module once qconvert/kernels/affine.py was imported by name."""
+    assert not kernels._WHERE.keys() & {p.stem for p in Path(kernels.__file__).parent.glob("*.py")}

@@ -60,7 +60,7 @@ def products(tmp_path: Path) -> Path:
     return saved(tmp_path / "m.onnx", PRODUCTS, weights)
 
 
-@pytest.mark.parametrize("quant", ["int4", "uint4", "int8"])
+@pytest.mark.parametrize("quant", ["int2", "uint2", "int4", "uint4", "int8", "uint8"])
 def test_matmul_and_gemm_become_matmul_nbits_and_are_proven(products: Path, tmp_path: Path, quant: str) -> None:
     result = quantized(products, tmp_path / "out", quant=quant)
     rows = {r.what: r.verdict for r in result.report.checks}
@@ -174,6 +174,9 @@ def test_what_an_onnx_model_cannot_be_asked_for_is_named(products: Path, tmp_pat
     for options, said in (
         ({"adapters": ["x"]}, "no longer the names"),
         ({"quant": "fp16"}, "only quantized"),
+        ({"quant": "nf4"}, "integer codes and zero points"),
+        ({"zero_point": "float"}, "integer codes and zero points"),
+        ({"accuracy_level": 0}, "--accuracy-level"),
         ({"to": "gguf"}, "only --to onnx takes an ONNX model"),
     ):
         with pytest.raises(UnsupportedError, match=said):
