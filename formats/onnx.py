@@ -23,6 +23,7 @@ from qconvert.formats.onnx_int8_plan import QUANTS as INTEGER_QUANTS
 from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refuse_group
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
+from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -30,7 +31,7 @@ from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
 from qconvert.report import Row
 from qconvert.request import Fallback, Request
-from qconvert.scheme import GROUPS, ZeroPoint
+from qconvert.scheme import GROUPS
 from qconvert.sources import Store
 from qconvert.target import Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
@@ -86,10 +87,7 @@ class ONNX:
         quant, group = chosen(request)
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
-        if quant in ("nf4", "fp4") or quant.endswith("f"):
-            raise UnsupportedError(f"{quant}: an ONNX model gets integer codes and zero points", hint="--bits 4")
-        if request.accuracy_level is not None:
-            raise UnsupportedError("--accuracy-level: an ONNX model gets level 4", hint="leave it out")
+        integers_only(request, quant)
         return rewrite(request, quant, group, store)
 
     def prove_rewritten(
@@ -218,46 +216,6 @@ def chosen(request: Request) -> tuple[str, int | None]:
     return quant, group
 
 
-def with_zero_point(quant: str, zero_point: ZeroPoint | None) -> str:
-    """int4, uint4 or uint4f: without, with integer and with float zero points."""
-    bits = quant.removeprefix("u").removeprefix("int")
-    if zero_point is None:
-        return quant
-    if zero_point not in ("none", "int", "float"):
-        raise UsageError(f"--zero-point {zero_point}: there are none, int, float")
-    if not bits.isdigit():
-        raise UsageError(f"--zero-point {zero_point}: {quant} has no zero points")
-    if zero_point == "none" and quant.startswith("u"):
-        raise UsageError(f"--zero-point none: {quant} has integer zero points", hint=f"--quant int{bits}")
-    if zero_point == "float" and bits == "8":
-        why = "onnxruntime computes with those of 2 and 4 bits only"
-        raise UnsupportedError(f"--zero-point float: {why}", hint="--zero-point int")
-    return {"none": f"int{bits}", "int": f"uint{bits}", "float": f"uint{bits}f"}[zero_point]
-
-
-def not_portable(quant: str) -> str | None:
-    """Why DequantizeLinear of opset 23 cannot say a scheme."""
-    if quant in ("nf4", "fp4"):
-        return "its levels are a table"
-    if quant.endswith("f"):
-        return "zero points are codes"
-    return "2 bits come with opset 25" if "2" in quant else None
-
-
-def accuracy_level(request: Request, form: Form, quant: str) -> int:
-    """4: activations are rounded to 8 bits, group by group, for the fast kernels; 0: they stay as they are."""
-    level = request.accuracy_level
-    if level is None:
-        return 4
-    if level not in (0, 4):
-        raise UsageError(f"--accuracy-level {level}: there are 0 and 4", hint="1 to 3 compute what 0 does")
-    if quant in (*PLAIN, *INTEGER_QUANTS, "nf4", "fp4"):
-        raise UsageError(f"--accuracy-level {level}: products with {quant} have none")
-    if not form.contrib:
-        raise UnsupportedError(f"--accuracy-level {level}: standard nodes have none", hint="--form ort")
-    return level
-
-
 def portable_head(graph: Graph, options: Options) -> tuple[UntieHead, ...]:
     """Standard nodes gather rows and multiply columns, so no bytes serve both an embedding and a quantized head."""
     apart = options.form.contrib or options.group is None or not is_tied(graph)
@@ -290,11 +248,6 @@ def fitting(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
     wanted = f"{gathered(options.quant) if embeds else options.quant}_g{group}"
     whole = options.form.contrib or embeds or COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0])
     return wanted if whole else f"int8_g{group}"
-
-
-def gathered(quant: str) -> str:
-    """What rows of an embedding get in place of a scheme that no node gathers."""
-    return "int8" if quant in ("nf4", "fp4") else quant.removesuffix("f")
 
 
 def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:

@@ -92,11 +92,10 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
     layout = LAYOUTS[name]
     scheme, k = layout.scheme, layout.row_weights(packed.shape[1])
     codes, *levels = np.split(packed, np.cumsum(layout.planes(k))[:-1], axis=1)
+    sign = np.int8(-1 << (scheme.bits - 1))
+    values: Array = (codes.view(np.int8) ^ sign) - sign if layout.signed else codes
     if layout.middle:
         values = (codes - np.uint8(layout.middle)).view(np.int8)
-    else:
-        sign = np.int8(-1 << (scheme.bits - 1))
-        values = (codes.view(np.int8) ^ sign) - sign if layout.signed else codes
     both = zip(scheme.levels, levels, strict=True)
     return QTensor(scheme, values, tuple(as_reals(v, level.bits) for level, v in both))
 

@@ -10,7 +10,7 @@ import pytest
 
 from qconvert import convert
 from qconvert.errors import QConvertError, UnsupportedError, UsageError
-from qconvert.formats.onnx_cliffs import cliff, notes
+from qconvert.formats.onnx_cliffs import cliff, slow_paths
 from qconvert.scheme import AFFINE, TABLES
 
 onnx = pytest.importorskip("onnx")
@@ -94,7 +94,7 @@ def test_slow_kernels_do_not_round_activations_and_fast_ones_do(name: str) -> No
 
 
 def test_a_slow_path_is_told_once_with_its_factor_and_the_way_round_it() -> None:
-    (said,) = notes(["int8_g32", "int8_g64", "f32", "int4_g32"], 0)
+    (said,) = slow_paths(["int8_g32", "int8_g64", "f32", "int4_g32"], 0)
     assert said.startswith("int8_g64 is slow") or said.startswith("int8_g32 is slow")
     assert "100 times the time of int8_g32 at level 4" in said and said.endswith("--accuracy-level 4 is fast")
     fast = [n for n, s in AFFINE.items() if s.zero_point != "float" and (s.bits != 2 or s.block in (32, 64, 128))]
@@ -119,6 +119,8 @@ def test_zero_points_and_levels_reach_the_command_line(tmp_path: Path) -> None:
         ({"quant": "int4", "zero_point": "half"}, UsageError, "there are none, int, float"),
         ({"quant": "nf4", "zero_point": "int"}, UsageError, "nf4 has no zero points"),
         ({"quant": "fp16", "zero_point": "int"}, UsageError, "fp16 has no zero points"),
+        ({"quant": "int8-dynamic", "zero_point": "int"}, UsageError, "int8-dynamic has no zero points"),
+        ({"quant": "int8-dynamic", "accuracy_level": 0}, UsageError, "products with int8-dynamic have none"),
         ({"quant": "int4", "accuracy_level": 2}, UsageError, "--accuracy-level 2: there are 0 and 4"),
         ({"quant": "nf4", "accuracy_level": 0}, UsageError, "products with nf4 have none"),
         ({"quant": "fp32", "accuracy_level": 4}, UsageError, "products with fp32 have none"),
