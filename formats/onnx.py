@@ -24,6 +24,7 @@ from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refu
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
+from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -68,10 +69,10 @@ class Options:
     fallback: Fallback
     name: str  # of the model and its adapters
     tokenizer: Tokenizer | None
-    swap: tuple[str, ...]  # refs of adapters' tensors that have files of their own
     files: Mapping[str, bytes]  # what lies beside the model
     metadata: Mapping[str, str]
     integer: Integer | None = None
+    notes: tuple[str, ...] = ()
 
 
 class ONNX:
@@ -112,17 +113,12 @@ class ONNX:
         check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)
         files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
-        swap = source.adapters if request.adapters_as == "swap" else ()
-        if swap:
-            from qconvert.formats.onnx_swap import adapter_files
-
-            files |= adapter_files(swap, source.base, None if request.dry_run else source.store)
-        carried = tuple(t.ref for adapter in swap for t in adapter.tensors())
         name = " + ".join(names_of(source, graph))
         integer = integer_of(request, quant, source.store, tokenizer)
         checked, facts = request.check and not request.dry_run, provenance(source, graph, quant)
+        notes = other_tokenizers(source)
         return Options(
-            form, quant, group, level, checked, request.fallback, name, tokenizer, carried, files, facts, integer
+            form, quant, group, level, checked, request.fallback, name, tokenizer, files, facts, integer, notes
         )
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -144,10 +140,10 @@ class ONNX:
             passes, more = passes_of(graph, options.quant, options.integer, types, columns)
             notes += more
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
-        return Legal(passes, label, tuple(shown), notes, carried=options.swap)
+        return Legal(passes, label, tuple(shown), (*notes, *options.notes, *notes_of(graph)))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
-        return Path("-".join([*names_of(source, graph), options.quant, "onnx"]))
+        return Path("-".join([*names_of(source, graph), options.quant, *(["swap"] if source.swap else []), "onnx"]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """The protobuf, and a place in the data file for every weight."""
@@ -166,7 +162,7 @@ class ONNX:
         files = {"model.onnx": data, **options.files}
         plans = [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         plans.insert(1, FilePlan(path / DATA_FILE, b"", tuple(entries), nbytes))
-        return Plan(tuple(plans), path)
+        return Plan((*plans, *adapter_plans(graph, path)), path)
 
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int

@@ -49,7 +49,8 @@ def prove(
 ) -> tuple[list[Row], dict[str, str] | None]:
     """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
     path, graph = parts[0], lowered.graph
-    entries = lowered.plan.entries
+    written = set(graph.parameters())
+    entries = [e for e in lowered.plan.entries if e.value in written]
     initializers = read_initializers(path)
     rows = [checker_row(path), bytes_row(entries, initializers, weights, threads)]
     if rows[1].verdict == "fail":
@@ -65,8 +66,7 @@ def prove(
         del merged
         rows += reference_rows(path, prompts[0], lambda tokens, n: calls(graph, reals, tokens, n))
         answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
-        if lowered.options.swap:
-            answers += swap_rows(path, source, lowered, reals, prompts, steps(prompts), n_new(graph, prompts), threads)
+        answers += swap_rows(path, lowered, weights, reals, prompts, steps(prompts), n_new(graph, prompts), threads)
     return rows + answers, runtime
 
 

@@ -7,68 +7,128 @@ of two that fill one slot onnxruntime takes the first, without a word.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import struct
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from qconvert import kernels
-from qconvert.adapters import Adapter
-from qconvert.errors import UsageError, require
+from qconvert.emit import Entry, FilePlan, Plane
+from qconvert.errors import UnsupportedError, UsageError
 from qconvert.graph import Graph
-from qconvert.passes.adapter_slots import filled, slot_names
+from qconvert.passes.adapter_slots import MERGE, filling
 from qconvert.scheme import F32
-from qconvert.sources import Store, TensorInfo
+from qconvert.target import Source, tokenizer_folder
 
 SUFFIX = ".onnx_adapter"
-VERSION = 1  # of adapter and model, which onnxruntime stores and does not compare
+IDENTIFIER = b"TORT"
+FORMAT, VERSION = 1, 1  # VERSION: of adapter and model, which onnxruntime stores and does not compare
+FLOAT = 1  # TensorProto's
+ALIGNMENT = 64
+LIMIT = 1 << 31  # flatbuffers' own
 
 
-def adapter_files(adapters: Sequence[Adapter], graph: Graph, store: Store | None) -> dict[str, bytes]:
-    """File name -> bytes. Without a store the factors are zeros: a dry run reads no weights and wants lengths alone."""
-    require("onnxruntime", "--adapters swap", '"qconvert[onnx]"')
-    files: dict[str, bytes] = {}
-    for adapter in adapters:
-        name = file_name(adapter)
-        if name in files:
+def adapter_plans(graph: Graph, folder: Path) -> list[FilePlan]:
+    """A file for each adapter: what is known beforehand, and the places of its factors."""
+    names, plans = file_names(graph), list[FilePlan]()
+    for alias, values in filling(graph).items():
+        dims = {slot: graph.nodes[value].type.dims[::-1] for slot, value in values.items()}
+        known, at, nbytes = skeleton(dims)
+        if nbytes >= LIMIT:
+            raise UnsupportedError(f"{names[alias]} would take {nbytes} bytes; onnxruntime reads less than {LIMIT}", hint=MERGE)
+        entries = []
+        for slot, value in values.items():
+            n, k = graph.nodes[value].type.dims
+            name = f"{names[alias]}: {slot}"
+            entries.append(Entry(name, value, "f32", (n, k), 4 * n * k, at[slot], (Plane(at[slot], 4 * k, 32),)))
+        plans.append(FilePlan(folder / names[alias], known, tuple(entries), nbytes, lengths(dims, at)))
+    return plans
+
+
+def file_names(graph: Graph) -> dict[str, str]:
+    """Adapter -> its file. UsageError where two would have one name."""
+    names: dict[str, str] = {}
+    for i, (adapter, _) in enumerate(swapped(graph)):
+        name = PurePosixPath(adapter).name + SUFFIX
+        if name.casefold() in (other.casefold() for other in names.values()):
             raise UsageError(f"two adapters would be {name}", hint="rename the folder of one")
-        files[name] = serialized(dict(parameters(adapter, graph, store)))
-    return files
+        names[f"adapter{i}"] = name
+    return names
 
 
-def file_name(adapter: Adapter) -> str:
-    return PurePosixPath(adapter.name).name + SUFFIX
+def swapped(graph: Graph) -> list[tuple[str, float]]:
+    """Name and weight of each adapter that has a file of its own."""
+    listed = graph.meta.get("slots", [])
+    found = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
+    return [(str(a["name"]), float(str(a["weight"]))) for a in found]
 
 
-def parameters(adapter: Adapter, graph: Graph, store: Store | None) -> Iterator[tuple[str, F32]]:
-    """The model's inputs that an adapter fills: A f32[K,r], B f32[r,N] with its scale."""
-    for weight, f in filled(graph, adapter).items():
-        a, b = slot_names(weight)
-        yield a, np.ascontiguousarray(values(f.a, store).T)
-        yield b, np.ascontiguousarray((np.float32(f.scale * adapter.weight) * values(f.b, store)).T)
+def notes_of(graph: Graph) -> tuple[str, ...]:
+    weighted = ((name, weight) for name, weight in swapped(graph) if weight != 1)
+    return tuple(f"{name}: its weight {weight:g} is in the factors of its file" for name, weight in weighted)
 
 
-def values(tensor: TensorInfo, store: Store | None) -> F32:
-    if store is None:
-        return np.zeros(tensor.shape, np.float32)
-    raw = store.read(tensor.ref, 0, tensor.shape[0])
-    real: F32 = kernels.widen_bf16(raw) if tensor.dtype == "bf16" else raw.astype(np.float32)
-    return real
+def other_tokenizers(source: Source) -> tuple[str, ...]:
+    """Notes on what an adapter brings that the folder, which serves them all, has from the model."""
+    notes, ours = [], tokenizer_folder(source)
+    for adapter in source.adapters if source.swap else ():
+        theirs = source.store.roots[adapter.alias]
+        others = [n for n in ("tokenizer.json", "chat_template.jinja") if differs(theirs / n, ours / n)]
+        if others:
+            notes.append(f"{adapter.name}: its own {' and '.join(others)} is not what the folder has, which is the model's")
+    return tuple(notes)
 
 
-def serialized(inputs: Mapping[str, F32]) -> bytes:
-    """As onnxruntime's own writer makes it, which writes to files alone."""
-    from onnxruntime import AdapterFormat, OrtValue
+def differs(theirs: Path, ours: Path) -> bool:
+    return theirs.is_file() and not (ours.is_file() and ours.read_bytes() == theirs.read_bytes())
 
-    made = AdapterFormat()
-    made.set_adapter_version(VERSION)
-    made.set_model_version(VERSION)
-    made.set_parameters({name: OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter"
-        made.export_adapter(str(path))
-        return path.read_bytes()
+
+# the file -----------------------------------------------------------------------------------------
+
+
+def skeleton(dims: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int], int]:
+    """The file up to the values of its first tensor, where the values of each tensor begin, and the file's nbytes.
+
+    A flatbuffer of onnxruntime's adapter_schema.fbs: an Adapter of three versions and [Parameter], a Parameter of name,
+    dims, type and bytes. Both are four fields of four bytes, so one vtable serves them all. Offsets lead forward from
+    where they stand. The values come last, so that they can be streamed into their places.
+    """
+    table, n = 20, len(dims)
+    parameters = 40 + 4 + 4 * n  # after root, vtable, Adapter and the vector of offsets
+    strings = parameters + table * n
+    texts = {name: name.encode() for name in dims}
+    name_at, dims_at, at = dict[str, int](), dict[str, int](), strings
+    for name in dims:
+        name_at[name] = at
+        at += 4 + len(texts[name]) + 1
+        at += -at % 4
+    for name, shape in dims.items():
+        at += -(at + 4) % 8  # i64 after the length
+        dims_at[name] = at
+        at += 4 + 8 * len(shape)
+    data_at, known = dict[str, int](), at
+    for name, shape in dims.items():
+        at += 4
+        at += -at % ALIGNMENT
+        data_at[name] = at
+        at += 4 * int(np.prod(shape))
+    out = bytearray(known)
+    struct.pack_into("<I4s6H", out, 0, table, IDENTIFIER, 12, table, 4, 8, 12, 16)
+    struct.pack_into("<i4I", out, table, table - 8, FORMAT, VERSION, VERSION, 4)
+    struct.pack_into("<I", out, 40, n)
+    for i, (name, shape) in enumerate(dims.items()):
+        here = parameters + table * i
+        struct.pack_into("<I", out, 44 + 4 * i, here - (44 + 4 * i))
+        offsets = (name_at[name] - (here + 4), dims_at[name] - (here + 8), FLOAT, data_at[name] - 4 - (here + 16))
+        struct.pack_into("<i4I", out, here, here - 8, *offsets)
+        struct.pack_into(f"<I{len(texts[name])}s", out, name_at[name], len(texts[name]), texts[name])
+        struct.pack_into(f"<I{len(shape)}q", out, dims_at[name], len(shape), *shape)
+    return bytes(out), data_at, at
+
+
+def lengths(dims: Mapping[str, tuple[int, ...]], at: Mapping[str, int]) -> tuple[tuple[int, bytes], ...]:
+    """What stands before the values of each tensor: their nbytes."""
+    return tuple((at[name] - 4, struct.pack("<I", 4 * int(np.prod(shape)))) for name, shape in dims.items())
 
 
 def read(path: Path) -> dict[str, F32]:

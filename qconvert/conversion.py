@@ -22,7 +22,7 @@ from qconvert.build import build
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, UsageError, VerificationError
 from qconvert.graph import Graph
-from qconvert.passes.adapter_slots import slots_for
+from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
@@ -136,6 +136,8 @@ def write(
 
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
+    if request.adapters_as == "swap" and not request.adapters:
+        raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     checkpoint = read_checkpoint(find_model(request.model), store)
     base = build(checkpoint)
     adapters = []
@@ -146,7 +148,7 @@ def read_source(request: Request, store: Store) -> Source:
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
         check_delta(adapter, store, graph)
-    return Source(request.model, checkpoint, tuple(adapters), store, base, graph)
+    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, request.adapters_as == "swap")
 
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:
@@ -166,18 +168,21 @@ def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str,
     given = request.passes if ... in request.passes else (..., *request.passes)
     at = given.index(...)
     before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
-    swap, merge = request.adapters_as == "swap", tuple[Pass, ...]()
-    if source.adapters:
-        merge = (slots_for(source.base, source.adapters),) if swap else (MergeAdapters(),)
-    first = source.base.with_meta(adapters=source.graph.meta.get("adapters", [])) if swap else source.graph
-    stages, done = [Stage("unmerged", first, True)], len(source.adapters)
-    steps = (("passes before", before, False), ("slots" if swap else "merge", merge, True), ("passes", after, False))
+    merge: tuple[Pass, ...] = (AdapterSlots() if source.swap else MergeAdapters(),) if source.adapters else ()
+    graph, done = source.graph, len(source.adapters)
+    stages = [stage("unmerged", graph, True, source.swap)]
+    steps = (("passes before", before, False), ("slots" if source.swap else "merge", merge, True), ("passes", after, False))
     for name, passes, exact in steps:
         if passes:
-            graph = Pipeline(passes).run(stages[-1].graph, request.dump_ir, log.info, done)
-            stages.append(Stage(name, graph, exact))
+            graph = Pipeline(passes).run(graph, request.dump_ir, log.info, done)
+            stages.append(stage(name, graph, exact, source.swap and passes is before))
             done += len(passes)
     return tuple(stages), str(Pipeline((*before, *merge, *after))), done
+
+
+def stage(name: str, graph: Graph, exact: bool, attached: bool) -> Stage:
+    """attached: adapters lie beside their linears that are to be swapped, so the stage is the graph without them."""
+    return Stage(name, alone(graph, None), exact, graph) if attached else Stage(name, graph, exact)
 
 
 def check_memory() -> None:
@@ -197,7 +202,7 @@ def check_memory() -> None:
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
-    fate = fate_of(lowered.graph, lowered.plan, refs, lowered.legal.carried)
+    fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
     return replace(
         report,

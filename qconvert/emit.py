@@ -68,6 +68,11 @@ class FilePlan(NamedTuple):
     header: bytes
     entries: tuple[Entry, ...]
     nbytes: int
+    between: tuple[tuple[int, bytes], ...] = ()  # more of what is known beforehand, each with its offset
+
+    @property
+    def known_nbytes(self) -> int:
+        return len(self.header) + sum(len(data) for _, data in self.between)
 
 
 class Plan(NamedTuple):
@@ -180,7 +185,8 @@ def open_parts(plan: Plan, parts: dict[Path, Path]) -> Iterator[dict[Path, int]]
         for file in plan.files:
             fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
             reserve(fd, file.nbytes)
-            write_all(fd, memoryview(file.header), 0)
+            for offset, data in ((0, file.header), *file.between):
+                write_all(fd, memoryview(data), offset)
         yield fds
     finally:
         for fd in fds.values():

@@ -89,7 +89,7 @@ class Graph:
 
     def prune(self) -> Graph:
         live = self.needed(self.outputs)
-        return replace(self, nodes={n: v for n, v in self.nodes.items() if n in live or v.op == "input"})
+        return replace(self, nodes={n: v for n, v in self.nodes.items() if n in live or (v.op == "input" and not v.inputs)})
 
     def needed(self, wanted: Iterable[str]) -> set[str]:
         """All values that `wanted` reach, themselves included."""
@@ -111,9 +111,12 @@ class Graph:
         return fixed
 
     def parameters(self) -> list[str]:
-        """Constants that activations read (or are outputs), in evaluation order: what a format writes."""
+        """Constants that activations read (or are outputs), in evaluation order: what a format writes.
+
+        What adapters put into slots is apart: it changes as the model runs.
+        """
         fixed = self.constants()
-        read = {i for name, node in self.nodes.items() if name not in fixed for i in node.inputs}
+        read = {i for name, node in self.nodes.items() if name not in fixed and node.op != "input" for i in node.inputs}
         return [n for n in self.nodes if n in fixed and (n in read or n in self.outputs)]
 
     def root(self, name: str) -> Node:

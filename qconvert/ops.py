@@ -41,6 +41,17 @@ def _real(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", i[0].shape)
 
 
+def _input(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type | None:
+    """A slot has the shape of what adapters put there, but for the rank, which is theirs."""
+    if not i:
+        return None
+    axis = attrs["slot"]
+    kinds = {Type(kind.dtype, tuple("R" if at == axis else d for at, d in enumerate(kind.shape))) for kind in i}
+    if len(kinds) > 1:
+        raise GraphError(f"{', '.join(map(str, i))} differ in more than their rank")
+    return kinds.pop()
+
+
 def _merge(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     w, (a, b) = i[0], i[-2:] if len(i) == 3 else i[2:4]
     (n, k), (ra, ka), (nb, rb) = w.dims, a.dims, b.dims
@@ -153,9 +164,9 @@ OPS: dict[str, Op] = {
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
     "input": Op(
-        _declared,
-        "() {default?, slot?}: i64[B,T], token ids and what goes with them, with a default it may be left out; "
-        "a slot is a factor f32[R,K] or f32[N,R] of an adapter, left out R is 0",
+        _input,
+        "() {default?}: i64[B,T], token ids and what goes with them, with a default it may be left out; "
+        "(p, ...) {slot}: a factor of one of the adapters that have it, slot 0 f32[R,K], slot 1 f32[N,R]; left out R is 0",
     ),
     "positions": Op(lambda i, _: Type("i64", i[0].shape), "(tokens): 0, 1, 2 … along T"),
     "embed": Op(_embed, "(ids, w): rows of w"),

@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 
 class Bpw(NamedTuple):
-    """Bits per weight: codes and linear over the linears' weights (embeddings apart), file over all weights."""
+    """Bits per weight: codes and linear over the linears' weights (embeddings and adapters apart), file over all weights."""
 
     codes: float
     linear: float
@@ -56,7 +56,7 @@ def size_of(plan: Plan) -> Size:
     codes = sum(code_nbytes(e) for e in plan.entries)
     quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype)
     dense = sum(e.nbytes for e in plan.entries if "." not in e.dtype)
-    header = sum(len(f.header) for f in plan.files)
+    header = sum(f.known_nbytes for f in plan.files)
     return Size(header, codes, quantized - codes, dense, plan.nbytes - header - quantized - dense)
 
 
@@ -65,7 +65,8 @@ def code_nbytes(entry: Entry) -> int:
 
 
 def bpw_of(plan: Plan, graph: Graph) -> Bpw:
-    linears = [e for e in plan.entries if len(e.shape) > 1 and not _embeds(graph, e)]
+    written = set(graph.parameters())
+    linears = [e for e in plan.entries if len(e.shape) > 1 and e.value in written and not _embeds(graph, e)]
     n = max(1, sum(math.prod(e.shape) for e in linears))
     everything = max(1, sum(math.prod(e.shape) for e in plan.entries))
     code_bits = sum(8 * (code_nbytes(e) or e.nbytes) for e in linears)
@@ -84,13 +85,10 @@ class Fate(NamedTuple):
     dropped: tuple[tuple[str, str], ...]
 
 
-def fate_of(graph: Graph, plan: Plan, refs: Sequence[str], carried: Sequence[str] = ()) -> Fate:
-    """refs: every tensor of the sources; carried: those in files of their own.
-
-    What no output reaches and no pass dropped is a bug, named here.
-    """
-    main = {str(graph.root(e.value).attrs.get("tensor")) for e in plan.entries} | set(carried)
-    reached = main | {str(graph.nodes[s].attrs["tensor"]) for e in plan.entries for s in graph.sources(e.value)}
+def fate_of(graph: Graph, plan: Plan, refs: Sequence[str]) -> Fate:
+    """refs: every tensor of the sources. What no output reaches and no pass dropped is a bug, named here."""
+    main = {str(graph.root(e.value).attrs.get("tensor")) for e in plan.entries}
+    reached = {str(graph.nodes[s].attrs["tensor"]) for e in plan.entries for s in graph.sources(e.value)}
     listed = graph.meta.get("dropped", [])
     reasons = {str(d["tensor"]): str(d["reason"]) for d in listed if isinstance(d, dict)} if isinstance(listed, list) else {}
     dropped = []

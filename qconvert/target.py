@@ -27,12 +27,17 @@ class Source(NamedTuple):
     store: Store
     base: Graph
     graph: Graph
+    swap: bool = False  # adapters stay out of the weights; each is used alone
 
 
 def tokenizer_folder(source: Source) -> Path:
-    """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder."""
+    """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder.
+
+    Where adapters are swapped the model's comes first: it serves them all.
+    """
     folders = [source.checkpoint.folder, *(source.store.roots[a.alias] for a in source.adapters)]
-    return next((f for f in reversed(folders) if any((f / name).exists() for name in TOKENIZER_FILES)), folders[0])
+    order = folders if source.swap else folders[::-1]
+    return next((f for f in order if any((f / name).exists() for name in TOKENIZER_FILES)), folders[0])
 
 
 class Legal(NamedTuple):
@@ -46,15 +51,18 @@ class Legal(NamedTuple):
     fallbacks: tuple[Mapping[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     header: Any = None  # the format's own
-    carried: tuple[str, ...] = ()  # refs of tensors that are written in files of their own
 
 
 class Stage(NamedTuple):
-    """A graph on the way from what was trained to what is written; `exact`: it computes what the one before it does."""
+    """A graph on the way from what was trained to what is written; `exact`: it computes what the one before it does.
+
+    attached: where adapters are swapped, `graph` (without them) with each beside its linears, as long as it has no slots.
+    """
 
     name: str
     graph: Graph
     exact: bool
+    attached: Graph | None = None
 
 
 class Lowered(NamedTuple):
