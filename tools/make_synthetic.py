@@ -1,6 +1,6 @@
 """Make large random checkpoints for benchmarks: sharded bf16 Llamas with a tokenizer, and LoRAs on all their linears.
 
-    python tools/make_synthetic.py FOLDER --billions 0.5      # FOLDER/model, FOLDER/adapter: 1 GB; also 2 (4 GB)
+    python tools/make_synthetic.py FOLDER --billions 0.5      # FOLDER/model, FOLDER/adapter: 1 GB; also 0.25, 0.7, 2
     python tools/make_synthetic.py FOLDER --billions 70       # headers only, sparse files: for --dry-run
 
 Written a few MB at a time. Weights are windows of one pool of normal numbers, so that making them costs little.
@@ -60,6 +60,8 @@ class Shapes(NamedTuple):
 
 
 SHAPES = {
+    0.25: Shapes(width=1024, ffn=2816, layers=16, heads=16, kv_heads=4),
+    0.7: Shapes(width=1536, ffn=4096, layers=24, heads=24, kv_heads=6),
     0.5: Shapes(width=1024, ffn=4096, layers=28, heads=16, kv_heads=4),
     2.0: Shapes(width=2048, ffn=8192, layers=30, heads=32, kv_heads=8),
     70.0: Shapes(width=8192, ffn=28672, layers=80, heads=64, kv_heads=8, vocab=128_256),
