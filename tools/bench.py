@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import bench_onnx
 import bench_pipeline
 import numpy as np
 
@@ -89,6 +90,7 @@ def low_rank(r: int) -> Iterator[Result]:
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_pipeline.CASES,
+    **bench_onnx.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }
