@@ -6,7 +6,6 @@ legalize (which passes make the graph sayable) -> passes -> plan (header bytes a
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from qconvert.passes.quantize import Quantize
 from qconvert.passes.rope_factors import RopeFactors
 from qconvert.pipeline import Function, Pass
 from qconvert.report import Report, Row
-from qconvert.request import Request
+from qconvert.request import Request, parse_nbytes
 from qconvert.target import Legal, Lowered, Source
 from qconvert.weights import Weights
 
@@ -56,6 +55,9 @@ class GGUF:
         for value, flag in ((request.operators, "--operators"), (request.calibrate, "--calibrate")):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: GGUF has no ranges of activations", hint="--to onnx --quant w8a8 has")
+        for value, flag in ((request.layout, "--layout"), (request.weights_in, "--weights-in")):
+            if value is not None:
+                raise UnsupportedError(f"{flag} {value}: a GGUF is one file", hint=f"--to onnx has {flag}")
         if request.bits is not None and request.bits not in gguf_mix.BITS:
             raise UsageError(
                 f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}",
@@ -182,11 +184,3 @@ def file_plan(path: Path, kvs: list[KV], tensors: list[Tensor]) -> FilePlan:
         for (name, value, kind, nbytes), (_, _, shape, offset) in zip(tensors, infos, strict=True)
     )
     return FilePlan(path, header, entries, len(header) + at)
-
-
-def parse_nbytes(text: str) -> int:
-    """500M, 2G, 1.5g: decimal units, as llama-gguf-split reads them. UsageError for anything else."""
-    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
-    if not m or float(m[1]) <= 0:
-        raise UsageError(f"cannot read {text!r} as a file size", hint="500M or 2G")
-    return int(float(m[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[m[2]])

@@ -24,6 +24,7 @@ from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refu
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
+from qconvert.formats.onnx_storage import Storage, placing, storage
 from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
@@ -45,12 +46,11 @@ PLAIN = {"fp32": "f32", "fp16": "f16"}
 QUANTS = (*PLAIN, "int2", "int4", "int8", "uint2", "uint4", "uint8", "nf4", "fp4", *INTEGER_QUANTS)
 BITS = {2: "int2", 4: "int4", 8: "int8"}
 GROUP = 32
-ALIGNMENT = 64
 DTYPE_NBYTES = {"f32": 4, "f16": 2}
 FLAGS_OF_GGUF = {
     "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
     "token_embedding_type": "--token-embedding-type", "leave_output_tensor": "--leave-output-tensor",
-    "split_max_size": "--split-max-size", "pre_tokenizer": "--pre-tokenizer",
+    "pre_tokenizer": "--pre-tokenizer",
 }  # fmt: skip
 
 
@@ -70,6 +70,8 @@ class Options:
     name: str  # of the model and its adapters
     tokenizer: Tokenizer | None
     files: Mapping[str, bytes]  # what lies beside the model
+    storage: Storage
+    config: Mapping[str, object]  # config.json of the model
     metadata: Mapping[str, str]
     integer: Integer | None = None
     notes: tuple[str, ...] = ()
@@ -85,6 +87,9 @@ class ONNX:
         for field, flag in FLAGS_OF_GGUF.items():
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice")
+        for flag, value in placing(request):
+            if value is not None:
+                raise UnsupportedError(f"{flag} {value}: a model that is ONNX already keeps its layout")
         quant, group = chosen(request)
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
@@ -107,18 +112,21 @@ class ONNX:
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
         form, (quant, group) = form_of(request), chosen(request)
-        level = accuracy_level(request, form, quant)
+        level, kept = accuracy_level(request, form, quant), storage(request, quant)
+        from qconvert.formats import onnx_transformersjs
         from qconvert.formats.onnx_genai import companions, tokenizer_of
 
         check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)
-        files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
-        name = " + ".join(names_of(source, graph))
-        integer = integer_of(request, quant, source.store, tokenizer)
-        checked, facts = request.check and not request.dry_run, provenance(source, graph, quant)
-        notes = other_tokenizers(source)
+        if kept.browser_dtype:
+            files = onnx_transformersjs.companions(source, tokenizer)
+        else:
+            files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
+        name, facts = " + ".join(names_of(source, graph)), provenance(source, graph, quant)
+        integer, config = integer_of(request, quant, source.store, tokenizer), onnx_transformersjs.config_of(source, graph)
+        checked, notes = request.check and not request.dry_run, other_tokenizers(source)
         return Options(
-            form, quant, group, level, checked, request.fallback, name, tokenizer, files, facts, integer, notes
+            form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, notes
         )
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -146,23 +154,30 @@ class ONNX:
         return Path("-".join([*names_of(source, graph), options.quant, *(["swap"] if source.swap else []), "onnx"]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
-        """The protobuf, and a place in the data file for every weight."""
+        """The protobuf, and a place in a file for every weight."""
+        from qconvert.formats import onnx_transformersjs
         from qconvert.formats.onnx_cliffs import refuse_missing
+        from qconvert.formats.onnx_files import INDEX, data_files, index_of
         from qconvert.formats.onnx_forms import serialized
-        from qconvert.formats.onnx_proto import DATA_FILE, Model
+        from qconvert.formats.onnx_proto import Model
 
-        entries, nbytes = places(graph)
-        model = Model()
+        entries, storage, model = places(graph), options.storage, Model()
         for entry in entries:
             add_weight(model, graph, entry)
+        shards, files = data_files(model, entries, storage, options.metadata), dict(options.files)
+        if storage.safetensors and len(shards) > 1:
+            files[INDEX] = index_of(shards)
         context, level = context_length(graph)[0], options.accuracy_level
-        data = serialized(graph, model, options.form, context, level, options.name, options.metadata)
+        proto = serialized(graph, model, options.form, context, level, options.name, options.metadata)
         if options.checked:
             refuse_missing(model)
-        files = {"model.onnx": data, **options.files}
-        plans = [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
-        plans.insert(1, FilePlan(path / DATA_FILE, b"", tuple(entries), nbytes))
-        return Plan((*plans, *adapter_plans(graph, path)), path)
+        if storage.browser_dtype:
+            files["config.json"] = onnx_transformersjs.config_json(options.config, storage, len(shards), model.inputs)
+        at = path / storage.model
+        plans = [FilePlan(at, proto, (), len(proto))]
+        plans += [FilePlan(at.with_name(f.name), f.header, f.entries, f.nbytes) for f in shards]
+        plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
+        return Plan((*plans, *adapter_plans(graph, at.parent)), path)
 
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
@@ -261,11 +276,11 @@ def quantizable(graph: Graph) -> set[str]:
     return linears | {n.inputs[1] for n in graph.nodes.values() if n.op == "embed" and n.inputs[0] in tokens}
 
 
-# the data file ------------------------------------------------------------------------------------
+# the weights --------------------------------------------------------------------------------------
 
 
-def places(graph: Graph) -> tuple[list[Entry], int]:
-    """An entry for every weight, and the data file's nbytes."""
+def places(graph: Graph) -> list[Entry]:
+    """An entry for every weight, one behind another; see onnx_files for the files that they go to."""
     entries, at = [], 0
     for name in graph.parameters():
         kind = graph.nodes[name].type
@@ -273,10 +288,9 @@ def places(graph: Graph) -> tuple[list[Entry], int]:
         for nbytes, bits in row_planes(kind):
             planes.append(Plane(at, nbytes, bits))
             at += planes[-1].file_nbytes(kind.dims[0])
-            at += -at % ALIGNMENT
         total = sum(plane.file_nbytes(kind.dims[0]) for plane in planes)
         entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0].offset, tuple(planes)))
-    return entries, at
+    return entries
 
 
 def row_planes(kind: Type) -> list[tuple[int, int | None]]:

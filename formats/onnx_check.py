@@ -29,6 +29,7 @@ from qconvert.formats.onnx_layouts import LAYOUTS, rounds
 from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_reference import Expected, reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
+from qconvert.formats.onnx_safetensors import safetensors_rows
 from qconvert.formats.onnx_swap_check import swap_rows
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
@@ -52,8 +53,8 @@ def prove(
     written = set(graph.parameters())
     entries = [e for e in lowered.plan.entries if e.value in written]
     initializers = read_initializers(path)
-    rows = [checker_row(path), bytes_row(entries, initializers, weights, threads)]
-    if rows[1].verdict == "fail":
+    rows = [checker_row(path), bytes_row(entries, initializers, weights, threads), *safetensors_rows(initializers)]
+    if any(row.verdict == "fail" for row in rows[1:]):
         return rows, None
     tokenizer = lowered.options.tokenizer
     encode = tokenizer and tokenizer.reference()
@@ -222,7 +223,8 @@ def in_runtime(
     rows += exact_rows(path, exact, prompts, threads)
     if lowered.options.accuracy_level == 4:
         rows += rounded_rows(path, graph, reals, exact, prompts, threads)
-    rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
+    if (path.parent / "genai_config.json").is_file():
+        rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
     return rows, {"name": runtime.name, "version": runtime.version()}
 
 

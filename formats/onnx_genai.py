@@ -41,12 +41,17 @@ def companions(
     source: Source, graph: Graph, context: int, tokenizer: Tokenizer | None, share_cache: bool
 ) -> dict[str, bytes]:
     """File name -> bytes. share_cache: past and present may be one buffer."""
+    config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)), share_cache)
+    return {"genai_config.json": (json.dumps(config, indent=2) + "\n").encode(), **carried(source)}
+
+
+def carried(source: Source) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json, as they are."""
     folder = tokenizer_folder(source)
     files = {name: inside(folder, name).read_bytes() for name in FILES if (folder / name).is_file()}
     if "generation_config.json" not in files and (source.checkpoint.folder / "generation_config.json").is_file():
         files["generation_config.json"] = inside(source.checkpoint.folder, "generation_config.json").read_bytes()
-    config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)), share_cache)
-    return {"genai_config.json": (json.dumps(config, indent=2) + "\n").encode(), **files}
+    return files
 
 
 def special_ids(source: Source, tokenizer: Tokenizer | None, vocab: int) -> dict[str, object]:

@@ -97,6 +97,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--fallback", type=click.Choice(["error", "warn", "allow"]), default="warn", show_default=True,
               help="Where rows do not divide into the type's blocks.")  # fmt: skip
 @click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M.")
+@click.option("--layout", metavar="FOR", help="ONNX: folder for genai, or transformersjs. Default genai.")
+@click.option("--weights-in", metavar="KIND", help="ONNX: weights in data, or safetensors. Default data: model.onnx.data.")
 @click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')

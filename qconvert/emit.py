@@ -123,8 +123,9 @@ def preflight(plan: Plan, force: bool) -> None:
         if file.path.exists() and not force:
             raise UsageError(f"{file.path} exists already", hint="--force overwrites it; -o FILE writes elsewhere")
     folder = plan.place
-    if plan.folder and plan.folder.exists() and not plan.folder.is_dir():
-        raise UsageError(f"{plan.folder} is a file; the output is a folder", hint="-o FOLDER")
+    for place in {file.path.parent for file in plan.files if plan.folder} | ({plan.folder} if plan.folder else set()):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"{place} is a file; the output is a folder", hint="-o FOLDER")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -146,11 +147,12 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
     An error, inside the body too, leaves nothing behind. ResourceError where the disk refuses.
     """
     staging = plan.folder and plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.part")
-    parts = {file.path: part_of(file.path, staging) for file in plan.files}
+    parts = {file.path: part_of(file.path, plan, staging) for file in plan.files}
     try:
         try:
             if staging:
                 staging.mkdir()
+                make_folders(parts.values())
             with open_parts(plan, parts) as fds:
                 in_parallel(blocks(plan, fds), lambda b: write_block(b, weights, progress), threads)
                 for fd in fds.values():
@@ -161,6 +163,7 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
         if staging and plan.folder and not plan.folder.exists():
             staging.rename(plan.folder)
         else:
+            make_folders(parts)
             for path, part in parts.items():
                 part.replace(path)
         sync_folder(plan.place)
@@ -169,13 +172,19 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
             with suppress(OSError):
                 part.unlink(missing_ok=True)
         if staging:
-            with suppress(OSError):
-                staging.rmdir()
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def part_of(path: Path, staging: Path | None) -> Path:
+def part_of(path: Path, plan: Plan, staging: Path | None) -> Path:
     """Where a file lies until it has its name."""
-    return staging / path.name if staging else path.with_name(f".{path.name}.{os.getpid()}.part")
+    if staging and plan.folder:
+        return staging / path.relative_to(plan.folder)
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def make_folders(paths: Iterable[Path]) -> None:
+    for folder in {path.parent for path in paths}:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class Request:
     pure: bool = False
     leave_output_tensor: bool = False
     split_max_size: str | None = None
+    layout: str | None = None
+    weights_in: str | None = None
     pre_tokenizer: str | None = None
 
 
@@ -101,3 +103,11 @@ def parse_target(to: str, quant: str | None) -> tuple[str, str | None]:
 
 def adapters_of(adapters: Sequence[str | AdapterSpec]) -> tuple[AdapterSpec, ...]:
     return tuple(a if isinstance(a, AdapterSpec) else parse_adapter(str(a)) for a in adapters)
+
+
+def parse_nbytes(text: str) -> int:
+    """500M, 2G, 1.5g: decimal units, as llama-gguf-split reads them. UsageError for anything else."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    if not m or float(m[1]) <= 0:
+        raise UsageError(f"cannot read {text!r} as a file size", hint="500M or 2G")
+    return int(float(m[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[m[2]])

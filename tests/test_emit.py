@@ -153,11 +153,34 @@ def test_a_folder_appears_whole_and_its_files_have_their_names_before(tmp_path: 
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_folder_has_subfolders_also_where_it_exists_already(tmp_path: Path) -> None:
+    plan, weights = planar(tmp_path)
+    model, data = plan.files
+    plan = plan._replace(files=(model._replace(path=tmp_path / "out" / "onnx" / "model"), data))
+    for _ in range(2):
+        with written(plan, weights, 1) as parts:
+            assert parts[0].parent.name == "onnx" and parts[0].parent.parent == parts[1].parent
+        assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["data", "model", "onnx"]
+    with pytest.raises(RuntimeError), written(plan, weights, 1):
+        raise RuntimeError("check")
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
     plan, weights = planar(tmp_path)
     with pytest.raises(RuntimeError), written(plan, weights, 2):
         raise RuntimeError("check")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_a_subfolders_place_is_refused(tmp_path: Path) -> None:
+    plan, _ = planar(tmp_path)
+    model, data = plan.files
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "onnx").write_text("x")
+    plan = plan._replace(files=(model._replace(path=tmp_path / "out" / "onnx" / "model"), data))
+    with pytest.raises(UsageError, match="onnx is a file"):
+        preflight(plan, force=True)
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
