@@ -167,8 +167,8 @@ class ONNX:
         shards, files = data_files(model, entries, storage, options.metadata), dict(options.files)
         if storage.safetensors and len(shards) > 1:
             files[INDEX] = index_of(shards)
-        context, level = context_length(graph)[0], options.accuracy_level
-        proto = serialized(graph, model, options.form, context, level, options.name, options.metadata)
+        context, level, in_browsers = context_length(graph)[0], options.accuracy_level, storage.browser_dtype is not None
+        proto = serialized(graph, model, options.form, context, level, options.name, options.metadata, in_browsers)
         if options.checked:
             refuse_missing(model)
         if storage.browser_dtype:

@@ -14,10 +14,19 @@ from qconvert.graph import Graph
 
 
 def serialized(
-    graph: Graph, model: Model, form: Form, context: int, accuracy_level: int, name: str, metadata: Mapping[str, str]
+    graph: Graph,
+    model: Model,
+    form: Form,
+    context: int,
+    accuracy_level: int,
+    name: str,
+    metadata: Mapping[str, str],
+    in_browsers: bool = False,
 ) -> bytes:
     """`model` has the weights' places; what it computes is added here."""
     ops = with_integers(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
+    if in_browsers:  # the onnxruntime-web in transformers.js has no GatherBlockQuantized but on WebGPU
+        ops = {**ops, "embed": onnx_standard.embed}
     Lowering(graph, model, form, context, accuracy_level).run(ops)
     functions = with_bodies(model) if form.bodies else ()
     return model.serialized(name, {**metadata, "qconvert.form": form.name, "qconvert.runs_in": form.runs_in}, form, functions)
