@@ -26,7 +26,7 @@ from qconvert.passes.rope_factors import RopeFactors
 from qconvert.pipeline import Function, Pass
 from qconvert.report import Report, Row
 from qconvert.request import Request, parse_nbytes
-from qconvert.target import Legal, Lowered, Source
+from qconvert.target import Contents, Item, Legal, Lowered, Source
 from qconvert.weights import Weights
 
 
@@ -120,6 +120,15 @@ class GGUF:
             from qconvert.formats import gguf_check  # loads torch
 
         return gguf_check.prove(source, lowered, weights, parts, threads)
+
+    def find(self, path: Path) -> Path | None:
+        """A GGUF file is known by its name or its first bytes."""
+        return path if path.is_file() and (path.suffix == ".gguf" or gguf_header.begins_as_gguf(path)) else None
+
+    def inspect(self, path: Path) -> Contents:
+        header = gguf_header.read_header(path)
+        items = [Item(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
+        return Contents("gguf", items, header.file_nbytes, header.kv)
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
         """Every check that a file made elsewhere can be put to; see gguf_verify."""

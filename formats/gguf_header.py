@@ -71,6 +71,11 @@ def encode(kvs: Sequence[KV], infos: Iterable[tuple[str, str, tuple[int, ...], i
     return bytes(out) + bytes(-len(out) % ALIGNMENT)
 
 
+def begins_as_gguf(path: Path) -> bool:
+    with path.open("rb") as f:
+        return f.read(4) == MAGIC
+
+
 def read_header(path: Path) -> Header:
     """Key/values and tensor infos of a GGUF file. InputError where the file is cut, lies about itself, or is none."""
     file_nbytes = path.stat().st_size

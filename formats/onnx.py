@@ -31,11 +31,11 @@ from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
-from qconvert.report import Row
+from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request
 from qconvert.scheme import GROUPS
 from qconvert.sources import Store
-from qconvert.target import Legal, Lowered, Source
+from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
 
@@ -187,6 +187,28 @@ class ONNX:
             from qconvert.formats import onnx_check  # loads torch
 
         return onnx_check.prove(source, lowered, weights, parts, threads)
+
+
+    def find(self, path: Path) -> Path | None:
+        """A .onnx file, or that of a folder which is no checkpoint; see onnx_inspect."""
+        from qconvert.formats.onnx_inspect import model_file
+
+        return model_file(path)
+
+    def inspect(self, path: Path) -> Contents:
+        """Tensors and nodes from the protobuf alone; see onnx_inspect."""
+        require("onnx", f"reading {path}", '"qconvert[onnx]"')
+        from qconvert.formats.onnx_inspect import contents
+
+        return contents(path)
+
+    def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
+        """Every check that a decoder made elsewhere can be put to; see onnx_verify."""
+        require("onnx", f"reading {path}", '"qconvert[onnx]"')
+        with uninterrupted():
+            from qconvert.formats import onnx_verify  # loads torch
+
+        return onnx_verify.verify(path, source, merged, threads, places)
 
 
 def form_of(request: Request) -> Form:

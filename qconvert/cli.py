@@ -151,7 +151,7 @@ def run_convert(
 @click.option("--ir", is_flag=True, help="Print the graph of a checkpoint folder (and adapters: MODEL+ADAPTER).")
 @click.option("--json", "json_file", metavar="FILE", help="Write the facts as JSON; - for standard output.")
 def inspect(file: str, ir: bool, json_file: str | None) -> None:
-    """What is in a GGUF, a safetensors file or a checkpoint folder: tensors, types, true bits per weight."""
+    """What is in a GGUF, an ONNX, a safetensors file or a folder of such: tensors, types, true bits per weight."""
     from qconvert.inspection import graph_text, inspect_file, inspection_text
 
     if ir:
@@ -177,7 +177,7 @@ def verify(
     verbose: bool,
     threads: int | None,
 ) -> None:
-    """Prove a GGUF that exists, whoever made it, against the model and adapters it came from."""
+    """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from."""
     from qconvert.printing import report_text
     from qconvert.verification import verify_file
 

@@ -5,31 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from qconvert.errors import UsageError
-from qconvert.formats.gguf_header import read_header
 from qconvert.report import nbytes_text, table
-from qconvert.scheme import SCHEMES
+from qconvert.scheme import scheme_of
 from qconvert.sources import Store, find_model
+from qconvert.target import Contents, Item, reader_of
 from qconvert.text import format
 
 
-class Item(NamedTuple):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
 def inspect_file(text: str) -> dict[str, Any]:
-    """Facts about a .gguf file, a .safetensors or .bin file, or a checkpoint or adapter folder."""
-    path = Path(text) if Path(text).is_file() else find_model(text)
-    if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
-        header = read_header(path)
-        items = [Item(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
-        return facts(str(path), "gguf", items, header.file_nbytes, header.kv)
+    """Facts about a file of a known format, a .safetensors or .bin file, or a checkpoint or adapter folder."""
+    path = Path(text) if Path(text).exists() else find_model(text)
+    if known := reader_of(path):
+        reader, found = known
+        return facts(str(path), reader.inspect(found))
     store = Store()
     try:
         store.add("base", path)
@@ -40,12 +33,7 @@ def inspect_file(text: str) -> dict[str, Any]:
     finally:
         store.close()
     kind = "safetensors" if any(f.suffix == ".safetensors" for f in files) else "pytorch"
-    return facts(str(path), kind, items, sum(f.stat().st_size for f in files), {})
-
-
-def _magic(path: Path) -> bytes:
-    with path.open("rb") as f:
-        return f.read(4)
+    return facts(str(path), Contents(kind, items, sum(f.stat().st_size for f in files), {}))
 
 
 def _nbytes(dtype: str) -> int:
@@ -53,32 +41,38 @@ def _nbytes(dtype: str) -> int:
     return int(bits or 8) // 8
 
 
-def facts(path: str, kind: str, items: list[Item], file_nbytes: int, kv: dict[str, object]) -> dict[str, Any]:
+def facts(path: str, found: Contents) -> dict[str, Any]:
+    kv = found.metadata
     return {
         "path": path,
-        "format": kind,
-        "nbytes": file_nbytes,
-        "weights": sum(math.prod(i.shape) for i in items),
-        "bpw": bits_per_weight(items, file_nbytes),
-        "types": dict(Counter(i.dtype for i in items)),
+        "format": found.format,
+        "nbytes": found.nbytes,
+        "weights": sum(math.prod(i.shape) for i in found.items if not i.of),
+        "bpw": bits_per_weight(found.items, found.nbytes),
+        "types": dict(Counter(i.dtype for i in found.items if not i.of)),
         "metadata": {k: v for k, v in kv.items() if not isinstance(v, list)}
         | {k: f"[{len(v)} entries]" for k, v in kv.items() if isinstance(v, list)},
-        "tensors": [i._asdict() for i in items],
+        "tensors": [i._asdict() for i in found.items],
     }
 
 
-def bits_per_weight(items: list[Item], file_nbytes: int) -> dict[str, float]:
+def bits_per_weight(items: Sequence[Item], file_nbytes: int) -> dict[str, float]:
     """codes and linear over matrices other than embeddings; file over every weight."""
-    linears = [i for i in items if len(i.shape) > 1 and "embd" not in i.name and "embed" not in i.name] or items
+    whole = [i for i in items if not i.of]
+    linears = [i for i in whole if len(i.shape) > 1 and "embd" not in i.name and "embed" not in i.name] or whole
     n = max(1, sum(math.prod(i.shape) for i in linears))
-    codes = sum(math.prod(i.shape) * SCHEMES[i.dtype].bits if i.dtype in SCHEMES else 8 * i.nbytes for i in linears)
-    everything = max(1, sum(math.prod(i.shape) for i in items))
-    return {"codes": codes / n, "linear": 8 * sum(i.nbytes for i in linears) / n, "file": 8 * file_nbytes / everything}
+    codes = sum(math.prod(i.shape) * s.bits if (s := scheme_of(i.dtype)) else 8 * i.nbytes for i in linears)
+    names = {i.name for i in linears}
+    nbytes = sum(i.nbytes for i in items if (i.of or i.name) in names)
+    everything = max(1, sum(math.prod(i.shape) for i in whole))
+    return {"codes": codes / n, "linear": 8 * nbytes / n, "file": 8 * file_nbytes / everything}
 
 
 def inspection_text(found: dict[str, Any]) -> str:
     rows = [("tensor", "shape", "type", "bytes")]
-    rows += [(t["name"], "x".join(map(str, t["shape"])), t["dtype"], str(t["nbytes"])) for t in found["tensors"]]
+    for t in found["tensors"]:
+        kind = f"{t['dtype']} of {t['of']}" if t["of"] else t["dtype"]
+        rows.append((t["name"], "x".join(map(str, t["shape"])), kind, str(t["nbytes"])))
     lines = [f"{found['path']}: {found['format']}, {nbytes_text(found['nbytes'])}, {found['weights']:,} weights"]
     lines += [f"  {k} = {short(v)}" for k, v in found["metadata"].items()]
     bpw = found["bpw"]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
+from qconvert import registry
 from qconvert.adapters import Adapter
 from qconvert.emit import Plan
 from qconvert.graph import Graph
 from qconvert.pipeline import Function, Pass
-from qconvert.report import Row
+from qconvert.report import Report, Row
 from qconvert.request import Request
 from qconvert.sources import Checkpoint, Store
 from qconvert.weights import Weights
@@ -121,3 +122,43 @@ class Format(Protocol):
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
     ) -> tuple[list[Row], dict[str, str] | None]: ...
+
+
+class Item(NamedTuple):
+    """A tensor of a file. of: the tensor whose scales, zero points or codes once more it holds; such hold no weights."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    of: str = ""
+
+
+class Contents(NamedTuple):
+    """What is in a file, or in several that are one output; metadata is what else the header says."""
+
+    format: str
+    items: Sequence[Item]
+    nbytes: int
+    metadata: Mapping[str, object]
+
+
+class Reader(Protocol):
+    """A format whose files can be looked into and proven, whoever made them."""
+
+    def find(self, path: Path) -> Path | None:
+        """The file of this format that `path` is, or that the folder holds."""
+        ...
+
+    def inspect(self, path: Path) -> Contents: ...
+
+    def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report: ...
+
+
+def reader_of(path: Path) -> tuple[Reader, Path] | None:
+    """The format that knows a file or folder, and the file to open; None where none does."""
+    for name in registry.entries("formats"):
+        reader = cast(type[Reader], registry.find("formats", name))()
+        if hasattr(reader, "find") and (found := reader.find(path)):
+            return reader, found
+    return None
