@@ -152,9 +152,9 @@ def weight_error(group: int) -> Iterator[Result]:
 
 def linears(folder: Path) -> list[F32]:
     """The matrices of a checkpoint."""
+    from qconvert.build import build
     from qconvert.sources import Store, read_checkpoint
     from qconvert.weights import Weights
-    from qconvert.build import build
 
     store = Store()
     graph = build(read_checkpoint(folder, store))
@@ -278,7 +278,8 @@ def held_out(base: Path, text: str, begin: float) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     words = (DATA / "text" / text).read_text("utf-8-sig")
-    ids = Tokenizer.from_file(str(base / "tokenizer.json")).encode(words[int(begin * len(words)) :], add_special_tokens=False).ids
+    tokenizer, held = Tokenizer.from_file(str(base / "tokenizer.json")), words[int(begin * len(words)) :]
+    ids = tokenizer.encode(held, add_special_tokens=False).ids
     return [ids[i : i + N_TOKENS] for i in range(0, len(ids) - N_TOKENS, N_TOKENS)][:N_CHUNKS]
 
 
