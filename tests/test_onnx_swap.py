@@ -71,6 +71,23 @@ def test_logits_equal_peft_for_the_base_and_for_each_adapter(made: Any, tmp_path
     assert min(np.abs(a - b).max() for a, b in zip(answers, answers[1:], strict=False)) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("gpt2", ["c_attn", "c_fc", "c_proj"]),  # stored [in, out]
+        ("phi3", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]),  # one weight for three, two
+        ("gemma2", ["q_proj", "o_proj", "down_proj"]),  # a norm reads the sum of linear and slot
+    ],
+)
+def test_logits_equal_peft_where_linears_are_fused_or_stored_transposed(tmp_path: Path, family: str, targets: list[str]) -> None:
+    base = tiny_model(family, tmp_path / "base", width=64)
+    config = {"target_modules": targets, "rank_pattern": {targets[0]: 5}, "alpha_pattern": {targets[1]: 12}}
+    one, two = (tiny_adapter(base, tmp_path / name, **c) for name, c in (("one", config), ("two", {"target_modules": targets[1:]})))
+    assert swapped(tmp_path, tmp_path / "out", "one", "two", quant="fp32").verified
+    for name, model in (("", load(base)), ("one", one), ("two", two)):
+        assert_equal_logits(tmp_path / "out", name, model)
+
+
 def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base", tied=True, width=64)
     head = tiny_adapter(base, tmp_path / "head", target_modules=["lm_head", "q_proj"], r=4)
@@ -138,9 +155,10 @@ def test_a_file_that_one_adapter_was_loaded_into_gives_the_base_again(made: Any,
         assert_equal_logits(tmp_path / "out", name, models[name])
 
 
-def test_an_int4_base_takes_each_adapter_and_every_row_passes(made: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["ort", "portable", "legacy"])
+def test_an_int4_base_takes_each_adapter_and_every_row_passes(made: Any, tmp_path: Path, form: str) -> None:
     folder, _ = made
-    result = swapped(folder, tmp_path / "out", "small", "wide", bits=4)
+    result = swapped(folder, tmp_path / "out", "small", "wide", bits=4, form=form)
     rows = {r.what: r.verdict for r in result.report.checks}
     for name in ("small", "wide"):
         wanted = [f"adapter file {name}.onnx_adapter", f"slots filled by {name}", f"runtime onnxruntime, {name}, prompts"]
