@@ -77,6 +77,8 @@ def convert(
 
 
 def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
+    if request.adapters_as == "swap" and not request.adapters:
+        raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     target = cast(type[Format], registry.find("formats", request.to))()
     if request.model.endswith(REWRITTEN):
         return _rewrite(request, store, progress, target)
@@ -136,8 +138,6 @@ def write(
 
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
-    if request.adapters_as == "swap" and not request.adapters:
-        raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     checkpoint = read_checkpoint(find_model(request.model), store)
     base = build(checkpoint)
     adapters = []

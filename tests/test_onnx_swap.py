@@ -79,10 +79,11 @@ def test_logits_equal_peft_for_the_base_and_for_each_adapter(made: Any, tmp_path
         ("gemma2", ["q_proj", "o_proj", "down_proj"]),  # a norm reads the sum of linear and slot
     ],
 )
-def test_logits_equal_peft_where_linears_are_fused_or_stored_transposed(tmp_path: Path, family: str, targets: list[str]) -> None:
+def test_logits_equal_peft_where_linears_are_fused_or_stored_transposed(tmp_path: Path, family: str, targets: Any) -> None:
     base = tiny_model(family, tmp_path / "base", width=64)
     config = {"target_modules": targets, "rank_pattern": {targets[0]: 5}, "alpha_pattern": {targets[1]: 12}}
-    one, two = (tiny_adapter(base, tmp_path / name, **c) for name, c in (("one", config), ("two", {"target_modules": targets[1:]})))
+    one = tiny_adapter(base, tmp_path / "one", **config)
+    two = tiny_adapter(base, tmp_path / "two", target_modules=targets[1:])
     assert swapped(tmp_path, tmp_path / "out", "one", "two", quant="fp32").verified
     for name, model in (("", load(base)), ("one", one), ("two", two)):
         assert_equal_logits(tmp_path / "out", name, model)
