@@ -14,8 +14,18 @@ from onnx import ModelProto, NodeProto, helper
 QUANTIZERS = ("QuantizeLinear", "QLinearMatMul", "DynamicQuantizeLinear")
 
 
+def without_levels(model: ModelProto) -> ModelProto:
+    """In place: every accuracy_level 0."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    return model
+
+
 def without_rounding(model: ModelProto) -> ModelProto:
-    """In place: every accuracy_level 0, and products of integers as products of reals."""
+    """In place: every accuracy_level 0, and products of integers, as onnx_int8 says them, as products of reals."""
+    without_levels(model)
     codes = {name for node in model.graph.node if node.op_type in QUANTIZERS for name in node.output[:1]}
     read = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"}
     nodes = [new for node in model.graph.node for new in exact(node, codes, read)]
@@ -43,9 +53,6 @@ def exact(node: NodeProto, codes: set[str], read: dict[str, str]) -> Iterator[No
             yield helper.make_node("Constant", [], [one], one, value_float=1.0)
             yield from product(name, read[x], [more[0], one, more[2]], node.output, {})
         case _:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
             yield node
 
 

@@ -72,6 +72,18 @@ def test_matmul_and_gemm_become_matmul_nbits_and_are_proven(products: Path, tmp_
     assert (fate["used"], fate["dropped"]) == (2, [])
 
 
+def test_activations_that_a_model_rounds_itself_are_still_rounded(tmp_path: Path) -> None:
+    """Found when the proof left out every rounding of the output, but none of the input."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["codes", "s", "z"]),
+        helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["a"]),
+        helper.make_node("MatMul", ["a", "w.weight"], ["y"], name="first"),
+    ]
+    path = saved(tmp_path / "m.onnx", nodes, {"w.weight": normal(64, 96)})
+    assert quantized(path, tmp_path / "out", bits=4).verified
+    assert ops(tmp_path / "out") == ["DynamicQuantizeLinear", "DequantizeLinear", "MatMulNBits"]
+
+
 def test_codes_are_those_of_a_checkpoint_of_the_same_weights(tmp_path: Path) -> None:
     """A decoder that we write in fp32, read as a foreign model; one set of codes serves its embedding and its head."""
     convert(TINY, to="onnx", quant="fp32", output=tmp_path / "fp32", check=False)
