@@ -1,6 +1,7 @@
 """ONNX cases of bench.py: our int4 files beside those of onnxruntime-genai's model builder.
 
-The builder needs onnx-ir; GENAI_PYTHON names a Python that has both. Without it only ours is measured.
+The builder and onnxruntime's quantizers need onnx-ir; GENAI_PYTHON names a Python that has builder and onnx-ir, if this one
+has not. Without them only ours is measured.
 BENCH_WORK keeps the synthetic models between calls; see bench_pipeline.
 """
 
@@ -10,8 +11,10 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,23 +134,30 @@ def weight_error(group: int) -> Iterator[Result]:
     if DATA.is_dir():
         sets["novels-13m"] = linears(DATA / "models" / "novels-13m")
     for name, matrices in sets.items():
-        found = {f"{s}": error(matrices, partial(our_weights, scheme=s, group=group)) for s in ("int4", "uint4")}
-        theirs = {
-            how: error(matrices, partial(ort_weights, how=how, group=group))
-            for how in ("default sym", "default asym", "rtn", "k_quant")
-        }
-        best = min(theirs, key=theirs.__getitem__)
-        yield {
+        found = {s: error(matrices, partial(our_weights, scheme=s, group=group)) for s in ("int4", "uint4")}
+        result: Result = {
             "case": f"onnx weight error, 4 bits in blocks of {group}, {name}",
             "relative_rmse": round(found["int4"], 4),
             "relative_rmse_zero_points": round(found["uint4"], 4),
-            "builder_relative_rmse": round(theirs["default sym"], 4),
-            "ort_best_relative_rmse": round(theirs[best], 4),
-            "ort_best": best,
-            "percent_below_builder": round(100 * (1 - found["int4"] / theirs["default sym"]), 1),
-            "percent_below_builder_zero_points": round(100 * (1 - found["uint4"] / theirs["default sym"]), 1),
-            "percent_below_ort_best": round(100 * (1 - min(found.values()) / theirs[best]), 1),
         }
+        if find_spec("onnx_ir"):
+            result |= beside_ort(matrices, found, group)
+        yield result
+
+
+def beside_ort(matrices: list[F32], found: Mapping[str, float], group: int) -> Result:
+    """The builder's default is ORT's `default sym`; hqq is not among them, its zero points are floats."""
+    hows = ("default sym", "default asym", "rtn", "k_quant")
+    theirs = {how: error(matrices, partial(ort_weights, how=how, group=group)) for how in hows}
+    builder, best = theirs["default sym"], min(theirs, key=theirs.__getitem__)
+    return {
+        "builder_relative_rmse": round(builder, 4),
+        "ort_best_relative_rmse": round(theirs[best], 4),
+        "ort_best": best,
+        "percent_below_builder": round(100 * (1 - found["int4"] / builder), 1),
+        "percent_below_builder_zero_points": round(100 * (1 - found["uint4"] / builder), 1),
+        "percent_below_ort_best": round(100 * (1 - min(found.values()) / theirs[best]), 1),
+    }
 
 
 def linears(folder: Path) -> list[F32]:
@@ -170,8 +180,6 @@ def error(matrices: list[F32], quantized: Callable[[F32], F32]) -> float:
 
 def our_weights(w: F32, scheme: str, group: int) -> F32:
     """What --to onnx makes of a matrix."""
-    import tempfile
-
     from safetensors.numpy import save_file
 
     from qconvert.graph import Graph, Node, Type
@@ -278,8 +286,8 @@ def held_out(base: Path, text: str, begin: float) -> list[list[int]]:
     from tokenizers import Tokenizer
 
     words = (DATA / "text" / text).read_text("utf-8-sig")
-    tokenizer, held = Tokenizer.from_file(str(base / "tokenizer.json")), words[int(begin * len(words)) :]
-    ids = tokenizer.encode(held, add_special_tokens=False).ids
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    ids = tokenizer.encode(words[int(begin * len(words)) :], add_special_tokens=False).ids
     return [ids[i : i + N_TOKENS] for i in range(0, len(ids) - N_TOKENS, N_TOKENS)][:N_CHUNKS]
 
 
