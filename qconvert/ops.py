@@ -108,11 +108,30 @@ def _part(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     return Type(i[0].dtype, (e, end - begin, k))
 
 
+def _interleave(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    (e, n, k), other = i[0].dims, i[1].dims
+    if other != i[0].dims:
+        raise GraphError(f"{i[0]} and {i[1]} differ")
+    return Type("f32", (e, 2 * n, k))
+
+
+def _beside(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    e, n, k = i[0].dims
+    return Type("f32", (n, e * k))
+
+
+def _spread(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    width, times = i[0].shape[-1], attrs["times"]
+    assert isinstance(width, int) and isinstance(times, int)
+    return Type("f32", (*i[0].shape[:-1], width * times))
+
+
 def _experts(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    x, route, gate, up, down = i
-    e, n, k = gate.dims
-    if x.shape[-1] != k or route.shape[-1] != e or up.shape != gate.shape or down.shape != (e, k, n):
-        raise GraphError(f"x {x}, the route {route} and the weights {gate}, {up}, {down} do not fit together")
+    x, route, *first, down = i
+    e, k, n = down.dims
+    inner = [(e, n, k)] * 2 if len(first) == 2 else [(e, 2 * n, k)]
+    if x.shape[-1] != k or route.shape[-1] != e or [w.dims for w in first] != inner:
+        raise GraphError(f"x {x}, the route {route} and the weights {', '.join(map(str, i[2:]))} do not fit together")
     return Type("f32", x.shape)
 
 
@@ -141,6 +160,9 @@ OPS: dict[str, Op] = {
     "transpose": Op(_transpose, "w.T", True),
     "stack": Op(_stack, "(w, w, ...): matrices [N,K] of E experts as one weight [E,N,K]; it has E*N rows", True),
     "part": Op(_part, "(w[E,N,K]) {begin, end}: rows begin..end of every expert", True),
+    "interleave": Op(_interleave, "(w[E,N,K], u[E,N,K]): their rows in turn, [E,2N,K]", True),
+    "flat": Op(lambda i, _: Type("f32", (i[0].rows, i[0].dims[-1])), "(w[E,N,K]): one below the other, [E*N,K]", True),
+    "beside": Op(_beside, "(w[E,N,K]): one beside the other, [N,E*K]", True),
     "cast": Op(_declared, "w rounded to the node's dtype", True),
     "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
     "dora": Op(
@@ -198,8 +220,9 @@ OPS: dict[str, Op] = {
     "experts": Op(
         _experts,
         "(x, route, gate[E,F,K], up[E,F,K], down[E,K,F]) {act}: sum over e of route[..., e] * "
-        "(act(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T",
+        "(act(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T; gate and up may be one weight, interleaved",
     ),
+    "spread": Op(_spread, "(x) {times}: each feature that many times in a row"),
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),

@@ -16,6 +16,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "adapter-slots": "qconvert.passes.adapter_slots:AdapterSlots",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
         "untie-head": "qconvert.passes.untie_head:UntieHead",
+        "interleave-experts": "qconvert.passes.interleave_experts:InterleaveExperts",
+        "flatten-experts": "qconvert.passes.flatten_experts:FlattenExperts",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
         "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
         "quantize": "qconvert.passes.quantize:Quantize",

@@ -206,7 +206,7 @@ def _route(v: Values, node: Node) -> Tensor:
 
 
 def _experts(v: Values, node: Node) -> Tensor:
-    x_name, route, gate, up, down = node.inputs
+    x_name, route, *first, down = node.inputs
     x, share = v[x_name].flatten(0, -2), v[route].flatten(0, -2)
     act, y = ACTIVATIONS[str(node.attrs["act"])], torch.zeros_like(x)
 
@@ -219,8 +219,9 @@ def _experts(v: Values, node: Node) -> Tensor:
     for e in range(share.shape[-1]):
         at = share[:, e].nonzero()[:, 0]  # the tokens that chose this expert
         if len(at):
-            inner = act(product(x[at], gate, e)) * product(x[at], up, e)
-            y[at] += share[at, e, None] * product(inner, down, e)
+            parts = [product(x[at], weight, e) for weight in first]
+            gate, up = parts if len(parts) == 2 else (parts[0][:, ::2], parts[0][:, 1::2])
+            y[at] += share[at, e, None] * product(act(gate) * up, down, e)
     return y.reshape(v[x_name].shape)
 
 
@@ -342,6 +343,7 @@ OPS: dict[str, Run] = {
     **{name: _plain(act) for name, act in ACTIVATIONS.items()},
     "route": _route,
     "experts": _experts,
+    "spread": lambda v, node: v[node.inputs[0]].repeat_interleave(_count(node, "times"), -1),
     "slice": lambda v, node: v[node.inputs[0]][..., _count(node, "begin") : _count(node, "end")],
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,

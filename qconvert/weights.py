@@ -160,6 +160,21 @@ def _joined(w: Weights, node: Node, parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, node.type.dims[2]), w.dtype), *parts])
 
 
+def _interleave(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    low = begin // 2
+    pair = [w.real(i, low, -(-end // 2)) for i in node.inputs]
+    return np.stack(pair, 1).reshape(-1, node.type.dims[2])[begin - 2 * low : end - 2 * low]
+
+
+def _flat(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return w.real(node.inputs[0], begin, end)
+
+
+def _beside(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    e, n, _ = w.graph.nodes[node.inputs[0]].type.dims
+    return np.concatenate([w.real(node.inputs[0], i * n + begin, i * n + end) for i in range(e)], axis=1)
+
+
 def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     value = w.real(node.inputs[0], begin, end)
     if node.type.dtype == "f16":
@@ -314,7 +329,8 @@ def _number(node: Node, attr: str) -> float:
 Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
 OPS: dict[str, Op] = {
     "load": _load, "constant": _constant, "transpose": _transpose,
-    "stack": _stack, "part": _part, "cast": _cast, "merge": _merge, "dora": _dora,
+    "stack": _stack, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside, "cast": _cast,
+    "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
 }  # fmt: skip

@@ -32,6 +32,7 @@ TENSORS = {
     "bias": torch.randn(N, generator=torch.Generator().manual_seed(8)),
     "wt": torch.randn(K, N, generator=torch.Generator().manual_seed(9)),
     "experts": torch.randn(3, N, K, generator=torch.Generator().manual_seed(10)),
+    "experts2": torch.randn(3, N, K, generator=torch.Generator().manual_seed(11)),
 }
 V = {n: t.double().numpy() for n, t in TENSORS.items()}  # the same as float64: the oracle's numbers
 Make = Callable[..., Weights]
@@ -154,6 +155,12 @@ CASES: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         (f"%s : f32[2,{N},{K}] = stack(%w, %w2)", f'%out : f32[2,8,{K}] = part(%s) {{"begin": 16, "end": 24}}'),
         np.concatenate([V["w"][16:], V["w2"][16:]]),
     ),
+    "interleave": (
+        (f"%out : f32[3,{2 * N},{K}] = interleave(%experts, %experts2)",),
+        np.stack([V["experts"], V["experts2"]], 2).reshape(-1, K),
+    ),
+    "flat": ((f"%out : f32[{3 * N},{K}] = flat(%experts)",), V["experts"].reshape(-1, K)),
+    "beside": ((f"%out : f32[{N},{3 * K}] = beside(%experts)",), np.concatenate([*V["experts"]], axis=1)),
     "experts in one tensor": (
         (f'%out : f32[3,{N},{K}] = scaled(%experts) {{"scale": 1}}',),
         V["experts"].reshape(3 * N, K),
@@ -161,7 +168,7 @@ CASES: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
     "permute_rope of a bias": ((f'%out : f32[{N}] = permute_rope(%bias) {{"heads": 2}}',), permuted(V["bias"], 2)),
 }
 each_case = pytest.mark.parametrize(("lines", "want"), CASES.values(), ids=CASES)
-MOVES = ("load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows", "stack")
+MOVES = ("load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows", "stack", "interleave", "flat", "beside")
 
 
 @each_case
