@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
-from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention
+from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention, is_encoder
 from qconvert.formats.onnx_cliffs import slow_paths
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
@@ -23,10 +23,11 @@ from qconvert.formats.onnx_int8_plan import QUANTS as INTEGER_QUANTS
 from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refuse_group
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
+from qconvert.formats.onnx_mixtures import mixture_notes, mixture_passes, oldest_runtime, pairs, routers, running_in, why_pair
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
 from qconvert.formats.onnx_storage import Storage, placing, storage
 from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
-from qconvert.graph import Graph, Type
+from qconvert.graph import Graph, Type, n_rows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
@@ -118,6 +119,8 @@ class ONNX:
 
         check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)
+        if source.swap and is_encoder(graph):
+            raise UnsupportedError("--adapters swap: this model is an encoder", hint="--adapters merge")
         if kept.browser_dtype:
             files = onnx_transformersjs.companions(source, tokenizer)
         else:
@@ -132,21 +135,22 @@ class ONNX:
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
         check_supported(graph, options.form)
-        untie = portable_head(graph, options)
-        for each in untie:
+        first = (*mixture_passes(graph, options.form, options.quant), *portable_head(graph, options))
+        for each in first:
             graph = each(graph)
         types, columns, fallbacks = integer_types_of(graph) if options.integer else types_of(graph, options)
         if fallbacks and options.fallback == "error":
             f = fallbacks[0]
             raise UnsupportedError(f"{f['tensor']}: {f['reason']}", hint="--fallback warn takes what divides")
         solver = "mse" if options.group else "search"
-        passes: tuple[Pass, ...] = (*untie, Quantize(options.quant, solver, types), Pack("onnx", columns))
+        passes: tuple[Pass, ...] = (*first, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
         linears = {types[n.inputs[1]] for n in graph.nodes.values() if n.op == "linear"}
         notes = (*context_length(graph)[1], *slow_paths(linears, options.accuracy_level))
+        notes = (*notes, *mixture_notes(graph, experts_need(graph, options)))
         if options.integer:
-            passes, more = passes_of(graph, options.quant, options.integer, types, columns)
-            notes += more
+            integers, more = passes_of(graph, options.quant, options.integer, types, columns)
+            passes, notes = (*first, *integers), (*notes, *more)
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
         return Legal(passes, label, tuple(shown), (*notes, *options.notes, *notes_of(graph)))
 
@@ -168,7 +172,8 @@ class ONNX:
         if storage.safetensors and len(shards) > 1:
             files[INDEX] = index_of(shards)
         context, level, in_browsers = context_length(graph)[0], options.accuracy_level, storage.browser_dtype is not None
-        proto = serialized(graph, model, options.form, context, level, options.name, options.metadata, in_browsers)
+        form = running_in(options.form, experts_need(graph, options))
+        proto = serialized(graph, model, form, context, level, options.name, options.metadata, in_browsers)
         if options.checked:
             refuse_missing(model)
         if storage.browser_dtype:
@@ -184,9 +189,10 @@ class ONNX:
     ) -> tuple[list[Row], dict[str, str] | None]:
         """Every check there is for an ONNX folder; see onnx_check."""
         with uninterrupted():
-            from qconvert.formats import onnx_check  # loads torch
+            from qconvert.formats import onnx_check, onnx_encoder_check  # load torch
 
-        return onnx_check.prove(source, lowered, weights, parts, threads)
+        prove = onnx_encoder_check.prove if is_encoder(lowered.graph) else onnx_check.prove
+        return prove(source, lowered, weights, parts, threads)
 
 
     def find(self, path: Path) -> Path | None:
@@ -215,6 +221,10 @@ def form_of(request: Request) -> Form:
     if request.form not in FORMS:
         raise UsageError(f"--form {request.form}: there are {', '.join(FORMS)}")
     return FORMS[request.form]
+
+
+def experts_need(graph: Graph, options: Options) -> str | None:
+    return oldest_runtime(graph, options.form, options.quant, options.group, options.accuracy_level)
 
 
 def shares_cache(graph: Graph, form: Form) -> bool:
@@ -258,9 +268,11 @@ def portable_head(graph: Graph, options: Options) -> tuple[UntieHead, ...]:
 def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, str], list[dict[str, str]]]:
     """Weight -> dtype or scheme; weight -> layouts, where it lies [K,N]; and what did not get the scheme that was asked for."""
     types, columns, fallbacks = {}, {}, []
-    matrices, embedding = quantizable(graph), embedding_of(graph)
+    matrices, embedding, alike = quantizable(graph), embedding_of(graph), pairs(graph)
     for name in graph.parameters():
         dims = graph.nodes[name].type.dims
+        if name in alike:
+            dims = (*dims[:-1], math.gcd(*alike[name]))
         if options.group is None or name not in matrices:
             types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
             continue
@@ -269,6 +281,8 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
             columns[name] = COLUMNS_PREFIX
         if types[name] != wanted:
             reason = why_other(options, dims, name == embedding)
+            if name in alike:
+                reason = why_pair(*alike[name], options.group)
             fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
     return types, columns, fallbacks
 
@@ -292,9 +306,9 @@ def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
 
 
 def quantizable(graph: Graph) -> set[str]:
-    """Weights of linears, and the embedding of tokens."""
-    tokens = {n for n, node in graph.nodes.items() if node.op == "input"}
-    linears = {n.inputs[1] for n in graph.nodes.values() if n.op == "linear"}
+    """Weights of linears and experts, and the embedding of tokens."""
+    tokens = {n for n, node in graph.nodes.items() if node.op == "input" and "default" not in node.attrs}
+    linears = {n.inputs[1] for n in graph.nodes.values() if n.op == "linear"} - routers(graph) | pairs(graph).keys()
     return linears | {n.inputs[1] for n in graph.nodes.values() if n.op == "embed" and n.inputs[0] in tokens}
 
 
@@ -309,8 +323,8 @@ def places(graph: Graph) -> list[Entry]:
         planes = []
         for nbytes, bits in row_planes(kind):
             planes.append(Plane(at, nbytes, bits))
-            at += planes[-1].file_nbytes(kind.dims[0])
-        total = sum(plane.file_nbytes(kind.dims[0]) for plane in planes)
+            at += planes[-1].file_nbytes(kind.rows)
+        total = sum(plane.file_nbytes(kind.rows) for plane in planes)
         entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0].offset, tuple(planes)))
     return entries
 
@@ -318,11 +332,11 @@ def places(graph: Graph) -> list[Entry]:
 def row_planes(kind: Type) -> list[tuple[int, int | None]]:
     """nbytes of each piece of one row, and bits of a value where rows become columns."""
     if kind.dtype in LAYOUTS:
-        return [(nbytes, None) for nbytes in LAYOUTS[kind.dtype].planes(kind.dims[1])]
+        return [(nbytes, None) for nbytes in LAYOUTS[kind.dtype].planes(kind.dims[-1])]
     if kind.dtype in COLUMNS:
         layout = COLUMNS[kind.dtype]
         return list(zip(layout.planes(kind.dims[1]), layout.bits, strict=True))
-    return [(math.prod(kind.dims[1:]) * DTYPE_NBYTES[kind.dtype], None)]
+    return [(math.prod(kind.dims) // kind.rows * DTYPE_NBYTES[kind.dtype], None)]
 
 
 def add_weight(model: object, graph: Graph, entry: Entry) -> None:
@@ -330,21 +344,23 @@ def add_weight(model: object, graph: Graph, entry: Entry) -> None:
     from qconvert.formats.onnx_lowering import part_names, rows_name
     from qconvert.formats.onnx_proto import Model
 
-    m, n = cast(Model, model), entry.shape[0]
+    m, n, k = cast(Model, model), n_rows(entry.shape), entry.shape[-1]
     if entry.dtype in COLUMNS:
         layout, names = COLUMNS[entry.dtype], part_names(entry.name)
-        dims = layout.dims(n, entry.shape[1])
+        dims = layout.dims(n, k)
         for name, dtype, shape, plane in zip(names, layout.dtypes, dims, entry.planes, strict=False):
             m.external(name, dtype, shape, plane.offset, plane.file_nbytes(n))
         return
     if entry.dtype not in LAYOUTS:
         m.external(entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
         return
+    outer = entry.shape[:-1]
     readers = {node.op for node in graph.nodes.values() if entry.value in node.inputs}
-    parts = LAYOUTS[entry.dtype].parts(n, entry.shape[1])
+    parts = LAYOUTS[entry.dtype].parts(n, k)
     for i, (name, part, plane) in enumerate(zip(part_names(entry.name), parts, entry.planes, strict=False)):
-        if i or "linear" in readers:
-            m.external(name, part.dtype, part.dims, plane.offset, plane.file_nbytes(n))
+        shape = part.dims if len(outer) == 1 else (*outer, plane.nbytes // (4 if part.dtype == "f32" else 1))
+        if i or readers & {"linear", "experts"}:
+            m.external(name, part.dtype, shape, plane.offset, plane.file_nbytes(n))
     if "embed" in readers:
         codes = entry.planes[0]
         m.external(rows_name(entry.name), "u8", (n, codes.nbytes), codes.offset, codes.file_nbytes(n))

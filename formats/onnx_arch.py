@@ -32,11 +32,11 @@ FORMS: Mapping[str, Form] = {
 UNDERSTOOD: Mapping[str, frozenset[str]] = {
     op: frozenset(attrs.split())
     for op, attrs in {
-        "input": "slot", "positions": "", "embed": "", "linear": "round_input round_output", "lora": "scale", "add": "",
-        "mul": "", "times": "by",
-        "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end", "rms_norm": "eps",
-        "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
-        "attention": "heads kv_heads scale window softcap",
+        "input": "default slot", "positions": "", "embed": "", "linear": "round_input round_output", "lora": "scale", "add": "",
+        "mul": "", "times": "by", "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end",
+        "rms_norm": "eps", "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
+        "attention": "heads kv_heads scale causal window softcap", "pool": "mode", "unit": "",
+        "route": "used normalize", "experts": "act", "spread": "times",
     }.items()
 }  # fmt: skip
 
@@ -51,21 +51,38 @@ def check_supported(graph: Graph, form: Form) -> None:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op}", hint="--to gguf may have it")
         if lost := node.attrs.keys() - UNDERSTOOD[node.op]:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op} with {', '.join(sorted(lost))}")
-        if node.op == "attention" and form.opset < 23 and (why := why_not_fused(graph, node)):
-            raise UnsupportedError(f"%{name}: {why}", hint="--form ort has standard nodes for it")
-        if node.op == "attention" and len(node.inputs) > 3:
-            raise UnsupportedError(f"%{name}: --to onnx has no attention with a mask as input")
+        if node.op == "attention":
+            check_attention(graph, name, node, form)
         if node.op == "rope" and len(node.inputs) > 1:
             raise UnsupportedError(f"%{name}: --to onnx has no rope by factors")
     inputs = [n for n, node in graph.nodes.items() if node.op == "input" and "slot" not in node.attrs]
-    if len(inputs) > 1:
+    if not is_encoder(graph) and len(inputs) > 1:
         raise UnsupportedError(f"--to onnx writes decoders of one input, this model has {', '.join(inputs)}")
+
+
+def check_attention(graph: Graph, name: str, node: Node, form: Form) -> None:
+    if not is_encoder(graph):
+        if form.opset < 23 and (why := why_not_fused(graph, node)):
+            raise UnsupportedError(f"%{name}: {why}", hint="--form ort has standard nodes for it")
+        if len(node.inputs) > 3:
+            raise UnsupportedError(f"%{name}: --to onnx has no decoder's attention with a mask as input")
+    elif lost := [what for what in ("window", "softcap") if node.attrs.get(what) is not None]:
+        raise UnsupportedError(f"%{name}: --to onnx has no encoder's attention with {' and '.join(lost)}")
+    elif len(node.inputs) < 4 or node.attrs.get("causal", True) or node.inputs[3] != "attention_mask":
+        raise UnsupportedError(f"%{name}: --to onnx wants all attention of an encoder to see all tokens of attention_mask")
+    elif any(graph.nodes[i].op == "rope" for i in node.inputs):
+        raise UnsupportedError(f"%{name}: --to onnx has no encoder whose heads rotate")
+
+
+def is_encoder(graph: Graph) -> bool:
+    """Whether tokens see those after them: no cache, and hidden states instead of logits."""
+    return any(node.op == "attention" and node.attrs.get("causal") is False for node in graph.nodes.values())
 
 
 def fused_attention(graph: Graph, form: Form) -> frozenset[str]:
     """Attention that GroupQueryAttention says in this form."""
     found = {n for n, node in graph.nodes.items() if node.op == "attention" and not why_not_fused(graph, node)}
-    return frozenset(found if form.contrib else ())
+    return frozenset(found if form.contrib and not is_encoder(graph) else ())
 
 
 def why_not_fused(graph: Graph, node: Node) -> str | None:

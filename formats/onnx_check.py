@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +22,18 @@ from qconvert.errors import VerificationError
 from qconvert.formats import onnx_int8_check as int8
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
+from qconvert.formats.onnx_expert_kernels import expert_rows
 from qconvert.formats.onnx_genai import n_vocab
 from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
 from qconvert.formats.onnx_layouts import LAYOUTS, rounds
 from qconvert.formats.onnx_lowering import part_names, rows_name
+from qconvert.formats.onnx_mixtures import experts_level, unrounded
 from qconvert.formats.onnx_reference import Expected, reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
 from qconvert.formats.onnx_safetensors import safetensors_rows
 from qconvert.formats.onnx_swap_check import swap_rows
-from qconvert.graph import Graph, Node
+from qconvert.graph import Graph, Node, n_rows
 from qconvert.layouts import layout_of
 from qconvert.report import Row, judged
 from qconvert.run import Reals, run
@@ -50,16 +52,12 @@ def prove(
 ) -> tuple[list[Row], dict[str, str] | None]:
     """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
     path, graph = parts[0], lowered.graph
-    written = set(graph.parameters())
-    entries = [e for e in lowered.plan.entries if e.value in written]
-    initializers = read_initializers(path)
-    rows = [checker_row(path), bytes_row(entries, initializers, weights, threads), *safetensors_rows(initializers)]
+    rows, reals = file_rows(path, lowered, weights, threads)
     if any(row.verdict == "fail" for row in rows[1:]):
         return rows, None
     tokenizer = lowered.options.tokenizer
     encode = tokenizer and tokenizer.reference()
     prompts = check.prompts_for(encode or no_words, hard_corpus(), n_vocab(graph), room(graph))
-    reals = FileReals(graph, {e.value: planes_of(e, initializers) for e in entries})
     with check.torch_threads(threads):
         merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
         (quantized,) = run(graph, reals, prompts).values()
@@ -72,6 +70,15 @@ def prove(
 
 
 # the file -----------------------------------------------------------------------------------------
+
+
+def file_rows(path: Path, lowered: Lowered, weights: Weights, threads: int) -> tuple[list[Row], FileReals]:
+    """What the onnx package says of the file, its bytes after that; and the weights as it reads them."""
+    written = set(lowered.graph.parameters())
+    entries = [e for e in lowered.plan.entries if e.value in written]
+    initializers = read_initializers(path)
+    rows = [checker_row(path), bytes_row(entries, initializers, weights, threads), *safetensors_rows(initializers)]
+    return rows, FileReals(lowered.graph, {e.value: planes_of(e, initializers) for e in entries})
 
 
 @dataclass(frozen=True)
@@ -172,13 +179,16 @@ class FileReals:
     graph: Graph
     planes: Mapping[str, Sequence[Place]]  # weight -> its pieces
 
+    def packed(self, name: str, begin: int, end: int) -> Array:
+        return read_rows(self.planes[name], self.graph.nodes[name].type.rows, begin, end)
+
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         kind = self.graph.nodes[name].type
-        n, *rest = kind.dims
-        data = read_rows(self.planes[name], n, begin, n if end is None else end)
+        width = kind.dims[1:] and kind.dims[-1:]
+        data = self.packed(name, begin, kind.rows if end is None else end)
         if "." in kind.dtype:
             return layout_of(kind.dtype).unpack(data).dequantize()
-        return data.view({"f32": "<f4", "f16": "<f2"}[kind.dtype]).astype(np.float32).reshape(-1, *rest)
+        return data.view({"f32": "<f4", "f16": "<f2"}[kind.dtype]).astype(np.float32).reshape(-1, *width)
 
 
 def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weights: Weights, threads: int) -> Row:
@@ -186,7 +196,7 @@ def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weigh
     wrong: list[str] = []
 
     def compare(entry: Entry) -> None:
-        n, planes = entry.shape[0], planes_of(entry, initializers)
+        n, planes = n_rows(entry.shape), planes_of(entry, initializers)
         for begin, end in entry_ranges(entry):
             data = read_rows(planes, n, begin, end)
             if not np.array_equal(data, encoded_rows(weights, entry, begin, end)):
@@ -202,8 +212,8 @@ def first_rows(graph: Graph, planes: Mapping[str, Sequence[Place]]) -> dict[str,
     for name, places in planes.items():
         kind = graph.nodes[name].type
         if kind.dtype != int8.INTEGER and (kind.dtype in LAYOUTS or kind.dtype in COLUMNS):
-            n = kind.dims[0]
-            readers = tuple(sorted({node.op for node in graph.nodes.values() if name in node.inputs}))
+            n = kind.rows
+            readers = tuple(sorted({node.op for node in graph.nodes.values() if name in node.inputs} - {"experts"}))
             found[name] = (kind.dtype, read_rows(places, n, 0, min(n, ROWS)), readers)
     return found
 
@@ -218,11 +228,13 @@ def in_runtime(
     runtime, graph, tokenizer = OnnxRuntime(), lowered.graph, lowered.options.tokenizer
     if reason := runtime.missing():
         return [Row(RUNTIME, "not verified", None, None, "skip", reason)], None
+    form, level = lowered.options.form, lowered.options.accuracy_level
     rows = kernel_rows(kernels_of(first_rows(graph, reals.planes)))
     rows += int8.kernel_rows(graph, lambda name, n: read_rows(reals.planes[name], graph.nodes[name].type.dims[0], 0, n))
+    rows += expert_rows(graph, reals.packed, experts_level(form, 4, level))
     rows += exact_rows(path, exact, prompts, threads)
     if lowered.options.accuracy_level == 4:
-        rows += rounded_rows(path, graph, reals, exact, prompts, threads)
+        rows += rounded_rows(path, graph, reals, exact, prompts, threads, unrounded(graph, form, level))
     if (path.parent / "genai_config.json").is_file():
         rows += genai_rows(path, tokenizer and tokenizer.reference(), prompts[0], n_new(graph, prompts), threads)
     return rows, {"name": runtime.name, "version": runtime.version()}
@@ -247,21 +259,21 @@ def exact_rows(path: Path, want: torch.Tensor, prompts: Tokens, threads: int) ->
 
 
 def rounded_rows(
-    path: Path, graph: Graph, reals: Reals, exact: torch.Tensor, prompts: Tokens, threads: int
-) -> list[Row]:
-    """The file as it is: where its kernels round activations to 8 bits, the graph rounds them alike."""
-    weights = {graph.nodes[n.inputs[1]].type.dtype for n in graph.nodes.values() if n.op == "linear"}
-    if not any("." in dtype and rounds(layout_of(dtype)) for dtype in weights):
+    path: Path, graph: Graph, reals: Reals, exact: torch.Tensor, prompts: Tokens, threads: int,
+    unrounded: Container[str] = (),
+) -> list[Row]:  # fmt: skip
+    """The file as it is: where its kernels round activations to 8 bits, the graph rounds them alike; not at `unrounded`."""
+    if not is_rounded(graph):
         return []
     model = OnnxRuntime().open(path, len(prompts[0]), threads)
     try:
         at_once, cached = (torch.log_softmax(x, -1) for x in both_ways(model, prompts))
     finally:
         model.close()
-    exact, want = (torch.log_softmax(x, -1) for x in (exact, rounded(graph, reals, prompts)))
+    exact, want = (torch.log_softmax(x, -1) for x in (exact, rounded(graph, reals, prompts, unrounded)))
     by_cache = want
     if int8.is_integer(graph):
-        by_cache = torch.log_softmax(rounded(graph, reals, prompts, len(prompts[0]) - steps(prompts)), -1)
+        by_cache = torch.log_softmax(rounded(graph, reals, prompts, first=len(prompts[0]) - steps(prompts)), -1)
     name = f"{RUNTIME}, 8-bit activations"
     limit = rounding_limit(graph, check.distance(exact, want, prompts))
     rows = [
@@ -282,9 +294,15 @@ def rounding_limit(graph: Graph, price: Distance) -> float:
     return max(limit, 2 * price.mean_kl) if int8.is_integer(graph) else limit
 
 
-def rounded(graph: Graph, reals: Reals, prompts: Tokens, first: int | None = None) -> torch.Tensor:
+def rounded(
+    graph: Graph, reals: Reals, prompts: Tokens, unrounded: Container[str] = (), first: int | None = None
+) -> torch.Tensor:
     """Logits with activations rounded as the file's nodes round them; see onnx_int8_check.hooks for `first`."""
-    (logits,) = run(graph, reals, prompts, **int8.hooks(first, lambda node, x: round_activations(graph, node, x))).values()
+
+    def other(node: Node, x: torch.Tensor) -> torch.Tensor:
+        return x if node.inputs[1] in unrounded else round_activations(graph, node, x)
+
+    (logits,) = run(graph, reals, prompts, **int8.hooks(first, other)).values()
     return logits
 
 
@@ -297,6 +315,12 @@ def calls(graph: Graph, reals: Reals, tokens: Sequence[int], n: int) -> Expected
     (want,) = run(graph, reals, prompts, **int8.hooks(len(tokens) - n, lambda _, x: x)).values()
     price = check.distance(torch.log_softmax(exact, -1), torch.log_softmax(want, -1), prompts)
     return Expected(want[0], rounding_limit(graph, price))
+
+
+def is_rounded(graph: Graph) -> bool:
+    """Whether some kernel rounds what a linear reads."""
+    weights = {graph.nodes[n.inputs[1]].type.dtype for n in graph.nodes.values() if n.op == "linear"}
+    return any("." in dtype and rounds(layout_of(dtype)) for dtype in weights)
 
 
 def round_activations(graph: Graph, node: Node, x: torch.Tensor) -> torch.Tensor:

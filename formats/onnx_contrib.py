@@ -10,8 +10,8 @@ from typing import cast
 
 import numpy as np
 
+from qconvert.formats import onnx_experts, onnx_standard
 from qconvert.formats import onnx_lowering as common
-from qconvert.formats import onnx_standard
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import (
     MASK,
@@ -153,4 +153,7 @@ OPS: dict[str, Lower] = common.OPS | {
     "rms_norm": _rms_norm,
     "rope": _rope,
     "attention": _attention,
+    "route": onnx_experts.fused_route,
+    "experts": onnx_experts.experts,
+    "spread": onnx_experts.spread,
 }

@@ -24,8 +24,15 @@ def without_levels(model: ModelProto) -> ModelProto:
 
 
 def without_rounding(model: ModelProto) -> ModelProto:
-    """In place: every accuracy_level 0, and products of integers, as onnx_int8 says them, as products of reals."""
+    """In place: every accuracy_level 0, and products of integers, as onnx_int8 says them, as products of reals.
+
+    QMoE rounds for weights of other bits than 4 at any level, but takes a plain path where they are no constants.
+    """
     without_levels(model)
+    free = {name for node in model.graph.node if node.op_type == "QMoE" for name in (node.input[2], node.input[5])}
+    for tensor in model.graph.initializer:
+        if tensor.name in free:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     codes = {name for node in model.graph.node if node.op_type in QUANTIZERS for name in node.output[:1]}
     read = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DynamicQuantizeLinear"}
     nodes = [new for node in model.graph.node for new in exact(node, codes, read)]

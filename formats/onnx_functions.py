@@ -199,6 +199,103 @@ def _gather_block_quantized(model: Model, node: NodeProto) -> Body:
 }}""")
 
 
+# experts ------------------------------------------------------------------------------------------
+
+# shares [tokens, E] of the k largest, then all experts at once: those that were not chosen count 0
+MIXTURE = """
+  column = Constant <value_ints = [-1]> ()
+  used_scalar = Constant <value_int: int = @k> ()
+  used = Reshape (used_scalar, column)
+  top, at = TopK <axis = -1> (router_probs, used)
+  top_shares = Softmax <axis = -1> (top)
+  route_shape = Shape (router_probs)
+  no_shares = ConstantOfShape (route_shape)
+  shares = ScatterElements <axis = -1> (no_shares, at, top_shares)
+  width = Shape <start = -1> (input)
+  rows_shape = Concat <axis = 0> (column, width)
+  rows = Reshape (input, rows_shape)
+  first = Reshape (fc1, rows_shape)
+  first_turned = Transpose <perm = [1, 0]> (first)
+  both_flat = MatMul (rows, first_turned)
+  n_experts = Shape <start = 0, end = 1> (fc2)
+  n_inner = Shape <start = 2> (fc2)
+  pair = Constant <value_ints = [2]> ()
+  both_shape = Concat <axis = 0> (column, n_experts, n_inner, pair)
+  both = Reshape (both_flat, both_shape)
+  gate_index = Constant <value_int = 0> ()
+  up_index = Constant <value_int = 1> ()
+  gate = Gather <axis = -1> (both, gate_index)
+  up = Gather <axis = -1> (both, up_index)
+  alpha = Constant <value_float: float = @activation_alpha> ()
+  beta = Constant <value_float: float = @activation_beta> ()
+  steep = Mul (gate, alpha)
+  sigmoid = Sigmoid (steep)
+  acted = Mul (gate, sigmoid)
+  raised = Add (up, beta)
+  gated = Mul (acted, raised)
+  share = Unsqueeze (shares, column)
+  shared = Mul (gated, share)
+  second = Transpose <perm = [0, 2, 1]> (fc2)
+  second_flat = Reshape (second, rows_shape)
+  shared_flat = Flatten <axis = 1> (shared)
+  product = MatMul (shared_flat, second_flat)
+  whole = Shape (input)
+  output = Reshape (product, whole)
+"""
+
+
+def _moe(model: Model, node: NodeProto) -> Body:
+    """input f32[..., D], router's logits f32[tokens, E], fc1 f32[E, 2F, D] (gate and up in turn), fc2 f32[E, D, F]"""
+    return Body("", f"""MoE
+  <k, normalize_routing_weights, activation_type, swiglu_fusion, activation_alpha, activation_beta>
+  (input, router_probs, fc1, fc1_bias, fc2) => (output)
+{{{MIXTURE}}}""")
+
+
+def _qmoe(model: Model, node: NodeProto) -> Body:
+    """The same with codes u8[E, N, K * bits / 8], scales f32[E, N, groups] and zero points u8[E, N, packed groups]"""
+    given = len(node.input) > 11
+    return Body("zero_points" if given else "", f"""QMoE
+  <k, normalize_routing_weights, activation_type, swiglu_fusion, activation_alpha, activation_beta, expert_weight_bits,
+   block_size, accuracy_level>
+  (input, router_probs, fc1_codes, fc1_scales, fc1_bias, fc2_codes, fc2_scales, fc2_bias, fc3, fc3_scales, fc3_bias,
+   fc1_zeros, fc2_zeros) => (output)
+{{{SHIFTS.replace("@bits", "@expert_weight_bits")}
+  block_scalar = Constant <value_int: int = @block_size> ()
+  block = Reshape (block_scalar, last)
+{CENTRE}
+{real_experts("fc1", given)}
+{real_experts("fc2", given)}
+{MIXTURE}}}""")
+
+
+def real_experts(weight: str, zeros_given: bool) -> str:
+    """Codes, scales and zero points of a weight -> f32[E, N, K]"""
+    zeros = f"""
+{unpacked(f"{weight}_zeros", f"{weight}_zeros_spread")}
+  {weight}_zeros_shape = Shape <end = 2> ({weight}_scales)
+  {weight}_zeros_rows_shape = Concat <axis = 0> ({weight}_zeros_shape, last)
+  {weight}_zeros_rows = Reshape ({weight}_zeros_spread, {weight}_zeros_rows_shape)
+  {weight}_n_groups = Shape <start = 2> ({weight}_scales)
+  {weight}_begin = Reshape (none, last)
+  {weight}_zeros_cut = Slice ({weight}_zeros_rows, {weight}_begin, {weight}_n_groups, last)
+  {weight}_centre = Unsqueeze ({weight}_zeros_cut, last)
+""" if zeros_given else f"  {weight}_centre = Identity (zeros)"
+    return f"""
+{unpacked(f"{weight}_codes", f"{weight}_spread")}
+  {weight}_outer = Shape ({weight}_scales)
+  {weight}_grouped_shape = Concat <axis = 0> ({weight}_outer, block)
+  {weight}_grouped = Reshape ({weight}_spread, {weight}_grouped_shape)
+{zeros}
+  {weight}_centred = Sub ({weight}_grouped, {weight}_centre)
+  {weight}_factors = Unsqueeze ({weight}_scales, last)
+  {weight}_values = Mul ({weight}_centred, {weight}_factors)
+  {weight}_rows_shape = Shape <end = 2> ({weight}_scales)
+  {weight}_shape = Concat <axis = 0> ({weight}_rows_shape, last)
+  {weight} = Reshape ({weight}_values, {weight}_shape)
+"""
+
+
 # the rest -----------------------------------------------------------------------------------------
 
 
@@ -288,4 +385,6 @@ BODIES: dict[str, Callable[[Model, NodeProto], Body]] = {
     "GroupQueryAttention": _group_query_attention,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "FusedMatMul": _fused_matmul,
+    "MoE": _moe,
+    "QMoE": _qmoe,
 }

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import cast
 
 from qconvert.errors import UnsupportedError
+from qconvert.formats.onnx_arch import is_encoder
 from qconvert.formats.onnx_lowering import MASK, PAST, PRESENT, TOKENS
 from qconvert.graph import Attr, Graph
+from qconvert.passes.untie_head import embedding_of
 from qconvert.sources import inside
 from qconvert.target import TOKENIZER_FILES, Source, tokenizer_folder
 from qconvert.tokenizer import Tokenizer, read_tokenizer
@@ -17,7 +19,7 @@ from qconvert.tokenizer import Tokenizer, read_tokenizer
 TYPES: Mapping[str, str] = {"mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 MAX_LENGTH = 4096  # genai reserves a cache of search.max_length at once; a caller may ask for more
 
@@ -34,13 +36,17 @@ def tokenizer_of(source: Source, graph: Graph) -> Tokenizer | None:
 
 
 def n_vocab(graph: Graph) -> int:
-    return cast(int, graph.nodes[graph.outputs[0]].type.shape[-1])
+    embedding = embedding_of(graph)
+    assert embedding is not None
+    return graph.nodes[embedding].type.dims[0]
 
 
 def companions(
     source: Source, graph: Graph, context: int, tokenizer: Tokenizer | None, share_cache: bool
 ) -> dict[str, bytes]:
     """File name -> bytes. share_cache: past and present may be one buffer."""
+    if is_encoder(graph):  # which genai does not run
+        return carried(source)
     config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)), share_cache)
     return {"genai_config.json": (json.dumps(config, indent=2) + "\n").encode(), **carried(source)}
 

@@ -14,6 +14,7 @@ from typing import Literal
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.onnx_calibration import Calibration, calibration_of, ranges_of
 from qconvert.formats.onnx_columns import PREFIX
+from qconvert.formats.onnx_mixtures import routers
 from qconvert.graph import Attr, Graph
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -62,7 +63,7 @@ def refuse_group(request: Request, quant: str) -> None:
 def types_of(graph: Graph) -> tuple[dict[str, str], dict[str, str], list[dict[str, str]]]:
     """Weight -> dtype or scheme; weight -> layouts, where it lies [K,N]; and an embedding that stays real."""
     types, columns, fallbacks = {}, {}, []
-    linears = {node.inputs[1] for node in graph.nodes.values() if node.op == "linear"}
+    linears = {node.inputs[1] for node in graph.nodes.values() if node.op == "linear"} - routers(graph)
     for name in graph.parameters():
         k = graph.nodes[name].type.dims[-1]
         if name in linears:
@@ -88,7 +89,8 @@ def passes_of(
 
 def grids_of(graph: Graph, integer: Integer) -> tuple[dict[str, dict[str, Attr]], tuple[str, ...]]:
     """Linear -> the attributes of quantize-activations."""
-    linears = [name for name, node in graph.nodes.items() if node.op == "linear"]
+    real = routers(graph)
+    linears = [name for name, node in graph.nodes.items() if node.op == "linear" and node.inputs[1] not in real]
     if integer.operators is None:
         return {name: {"round_input": DYNAMIC} for name in linears}, ()
     sides = ("round_input", "round_output") if integer.operators == "qoperator" else ("round_input",)

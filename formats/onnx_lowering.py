@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from qconvert.formats.onnx_arch import Form, fused_attention
+from qconvert.formats.onnx_arch import Form, fused_attention, is_encoder
 from qconvert.formats.onnx_proto import Model, i64, info
 from qconvert.graph import Graph, Node
 from qconvert.rope import frequencies
 
 DIMS = {"B": "batch_size", "T": "sequence_length"}
 TOKENS, MASK = "input_ids", "attention_mask"
+INPUTS: Mapping[str, str] = {"tokens": TOKENS, "attention_mask": MASK, "token_types": "token_type_ids"}
 PAST, PRESENT = "past_key_values.{i}.{part}", "present.{i}.{part}"  # as onnxruntime-genai and transformers.js name them
 
 
@@ -43,8 +44,10 @@ class Lowering:
         self.fused = fused_attention(self.graph, self.form)
 
     def run(self, ops: Mapping[str, Lower]) -> None:
-        self.model.inputs += [info(TOKENS, "i64", ("batch_size", "sequence_length"))]
-        self.model.inputs += [info(MASK, "i64", ("batch_size", "total_sequence_length"))]
+        shape, given = ("batch_size", "sequence_length"), [n for n, node in self.graph.nodes.items() if node.op == "input"]
+        self.model.inputs += [info(name, "i64", shape) for key, name in INPUTS.items() if key in given]
+        if not is_encoder(self.graph):
+            self.model.inputs += [info(MASK, "i64", ("batch_size", "total_sequence_length"))]
         for name, node in self.graph.nodes.items():
             if "slot" in node.attrs:
                 slot(self, name, node)
@@ -52,14 +55,12 @@ class Lowering:
         for name, node in self.graph.nodes.items():
             if name not in fixed and node.op != "input":
                 ops[node.op](self, name, node)
-        logits = self.graph.outputs[0]
-        self.model.outputs.insert(0, info(logits, "f32", self.shape(logits)))
+        self.model.outputs[:0] = [info(name, "f32", self.shape(name)) for name in self.graph.outputs]
 
     # names and shapes ----------------------------------------------------------------------------
 
     def edge(self, name: str) -> str:
-        node = self.graph.nodes[name]
-        return TOKENS if node.op == "input" and "slot" not in node.attrs else name
+        return INPUTS.get(name, name) if self.graph.nodes[name].op == "input" else name
 
     def shape(self, name: str) -> list[int | str]:
         return [DIMS.get(d, d) if isinstance(d, str) else d for d in self.graph.nodes[name].type.shape]

@@ -20,6 +20,7 @@ from qconvert.scheme import Array
 
 MOST_NBYTES = 1 << 28  # of weights: it keeps all of them, and several copies of each as it goes
 N_TOKENS, N_CACHED = 8, 2
+WHAT = "onnx.reference"
 
 
 class Expected(NamedTuple):
@@ -31,26 +32,32 @@ class Expected(NamedTuple):
 
 def reference_rows(path: Path, prompt: Sequence[int], want: Callable[[Sequence[int], int], Expected]) -> list[Row]:
     """Logits of a prompt's first tokens, some at once and the last by the cache, against want(tokens, those by the cache)."""
-    what = "onnx.reference"
-    nbytes = sum(f.stat().st_size for f in path.parent.iterdir())
-    if nbytes > MOST_NBYTES:
-        return [Row(what, "not run", None, None, "skip", f"{nbytes >> 20} MB are too much for it")]
-    import onnx
-    import onnx.inliner
-
-    model = onnx.load(path)
-    if not model.functions and any(node.domain == CONTRIB for node in model.graph.node):
-        return [Row(what, "not run", None, None, "skip", "the file has no bodies for onnxruntime's nodes (--form ort has)")]
-    session = Interpreted(onnx.inliner.inline_local_functions(model))
+    session = interpreted(path)
+    if isinstance(session, Row):
+        return [session]
     tokens = prompt[:N_TOKENS]
     n = min(N_CACHED, len(tokens) - 1)
     got, (logits, most_kl) = Model(path, len(tokens), session).decoded(tokens, n), want(tokens, n)
     if most_kl is not None:
         p, q = (torch.log_softmax(x[None], -1) for x in (logits, torch.from_numpy(got)))
-        return [judged(what, "mean KL", distance(p, q, [list(tokens)]).mean_kl, most_kl, f"{len(got)} tokens")]
+        return [judged(WHAT, "mean KL", distance(p, q, [list(tokens)]).mean_kl, most_kl, f"{len(got)} tokens")]
     wanted = logits.numpy()
     error = float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
-    return [judged(what, "relative error", error, LIMITS["runtime onnxruntime"][0], f"{len(got)} tokens")]
+    return [judged(WHAT, "relative error", error, LIMITS["runtime onnxruntime"][0], f"{len(got)} tokens")]
+
+
+def interpreted(path: Path) -> Interpreted | Row:
+    """The model as standard nodes alone; a row that says why not, where it cannot be."""
+    nbytes = sum(f.stat().st_size for f in path.parent.iterdir())
+    if nbytes > MOST_NBYTES:
+        return Row(WHAT, "not run", None, None, "skip", f"{nbytes >> 20} MB are too much for it")
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(path)
+    if not model.functions and any(node.domain == CONTRIB for node in model.graph.node):
+        return Row(WHAT, "not run", None, None, "skip", "the file has no bodies for onnxruntime's nodes (--form ort has)")
+    return Interpreted(onnx.inliner.inline_local_functions(model))
 
 
 class Interpreted:

@@ -6,6 +6,7 @@ from typing import cast
 
 import numpy as np
 
+from qconvert.formats import onnx_experts
 from qconvert.formats import onnx_lowering as common
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_layouts import LAYOUTS, centre, has_zeros
@@ -197,4 +198,6 @@ OPS: dict[str, Lower] = common.OPS | {
     "linear": _linear,
     "rope": rope,
     "attention": attention,
+    "route": onnx_experts.route,
+    "spread": onnx_experts.spread,
 }

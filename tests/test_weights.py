@@ -168,7 +168,10 @@ CASES: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
     "permute_rope of a bias": ((f'%out : f32[{N}] = permute_rope(%bias) {{"heads": 2}}',), permuted(V["bias"], 2)),
 }
 each_case = pytest.mark.parametrize(("lines", "want"), CASES.values(), ids=CASES)
-MOVES = ("load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows", "stack", "interleave", "flat", "beside")
+MOVES = (
+    "load", "constant", "transpose of a load", "permute_rope", "permute_rope of a bias", "set_rows", "stack", "interleave",
+    "flat", "beside",
+)  # fmt: skip
 
 
 @each_case
