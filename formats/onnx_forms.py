@@ -24,11 +24,11 @@ def serialized(
     in_browsers: bool = False,
 ) -> bytes:
     """`model` has the weights' places; what it computes is added here."""
-    ops = with_integers(onnx_contrib.OPS if form.contrib else onnx_standard.OPS)
+    ops = onnx_contrib.OPS if form.contrib else onnx_standard.OPS
     if in_browsers:  # the onnxruntime-web in transformers.js has no GatherBlockQuantized but on WebGPU
         ops = {**ops, "embed": onnx_standard.embed}
     if is_encoder(graph):
         graph, ops = onnx_encoder.named(graph), {**ops, **onnx_encoder.OPS}
-    Lowering(graph, model, form, context, accuracy_level).run(ops)
+    Lowering(graph, model, form, context, accuracy_level).run(with_integers(ops))
     functions = with_bodies(model) if form.bodies else ()
     return model.serialized(name, {**metadata, "qconvert.form": form.name, "qconvert.runs_in": form.runs_in}, form, functions)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qconvert.errors import InputError, UsageError
+from qconvert.formats.onnx_schemes import gathered
 from qconvert.sources import inside
 from qconvert.target import Contents, Item
 
@@ -108,9 +109,10 @@ def items_of(tensors: Mapping[str, TensorProto], nodes: Iterable[NodeProto], qua
         if codes in tensors:
             found.setdefault(codes, scheme_in(node, tensors[codes], [tensors[m] for m in more if m in tensors]))
             owners |= {m: codes for m in more if m in tensors and m not in owners}
-    for rows in (name for name in tensors if name.endswith(".qweight.rows") and name not in found and quant):
+    ours = quant if re.fullmatch(r"(u?int|nf|fp)\df?", quant) else ""
+    for rows in (name for name in tensors if name.endswith(".qweight.rows") and name not in found and ours):
         scales, zeros = (rows.removesuffix("qweight.rows") + part for part in ("scales", "zero_points"))
-        found[rows] = gathered(tensors[rows], tensors[scales], quant)
+        found[rows] = rows_scheme(tensors[rows], tensors[scales], gathered(ours))
         owners |= {name: rows for name in (scales, zeros) if name in tensors}
     aliases: dict[tuple[object, ...], str] = {}
     items = []
@@ -140,9 +142,9 @@ def is_constant(name: str, tensor: TensorProto) -> bool:
     return name.startswith("const.") or (small and (dtype_of(tensor) in ("i64", "i32", "bool") or not tensor.dims))
 
 
-def gathered(rows: TensorProto, scales: TensorProto, quant: str) -> Scheme:
+def rows_scheme(rows: TensorProto, scales: TensorProto, quant: str) -> Scheme:
     """Rows of codes that our standard nodes gather; no node tells their bits."""
-    bits = int("".join(filter(str.isdigit, quant)) or 8)
+    bits = int("".join(filter(str.isdigit, quant)))
     n, k = rows.dims[0], rows.dims[1] * 8 // bits
     return Scheme(f"{quant}_g{k // scales.dims[1]}", (n, k))
 
@@ -151,14 +153,14 @@ def scheme_in(node: NodeProto, codes: TensorProto, more: list[TensorProto]) -> S
     """Type and shape [N,K] (or as the tensor has it) of the weight whose codes a node reads."""
     said: dict[str, Any] = {a.name: value_of(a) for a in node.attribute}
     bits, block, dims = said.get("bits"), said.get("block_size", 0), tuple(codes.dims)
-    zeros = "u" if len(more) > 1 else ""
+    zeros, real = ("u", "f" * dtype_of(more[1]).startswith("f")) if len(more) > 1 else ("", "")
     match node.op_type:
         case "MatMulNBits":
-            return Scheme(f"{zeros}int{bits}_g{block}", (said["N"], said["K"]))
+            return Scheme(f"{zeros}int{bits}{real}_g{block}", (said["N"], said["K"]))
         case "GatherBlockQuantized":
             bits = bits or 4
             per = 8 // bits if dtype_of(codes) == "u8" else 1
-            return Scheme(f"{zeros}int{bits}_g{block}", (*dims[:-1], dims[-1] * per))
+            return Scheme(f"{zeros}int{bits}{real}_g{block}", (*dims[:-1], dims[-1] * per))
         case "MatMulBnb4":
             return Scheme(f"{('fp4', 'nf4')[said.get('quant_type', 1)]}_g{block}", (said["N"], said["K"]))
     kind = dtype_of(codes)

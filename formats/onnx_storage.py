@@ -15,7 +15,7 @@ BROWSER_MAX_NBYTES = 1_900_000_000  # WebAssembly takes less than 2 GiB in one p
 # quant -> transformers.js' dtype, and what it appends to the file's name: src/utils/dtypes.js of its 4.3.2
 DTYPES: Mapping[str, str] = {
     "fp32": "fp32", "fp16": "fp16", "int8": "int8", "uint8": "uint8", "int8-dynamic": "q8", "w8a8": "q8", "int4": "q4",
-    "uint4": "q4", "int2": "q2", "uint2": "q2", "nf4": "bnb4", "fp4": "bnb4",
+    "uint4": "q4", "uint4f": "q4", "int2": "q2", "uint2": "q2", "uint2f": "q2", "nf4": "bnb4", "fp4": "bnb4",
 }  # fmt: skip
 SUFFIXES: Mapping[str, str] = {"fp32": "", "q8": "_quantized"}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from qconvert import check
 from qconvert.check import LIMITS, LogProbs, Tokens
 from qconvert.emit import Entry
-from qconvert.errors import InputError, QConvertError, UnsupportedError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.onnx_check import (
     RUNTIME,
     FileReals,
@@ -30,7 +30,8 @@ from qconvert.formats.onnx_check import (
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
 from qconvert.formats.onnx_decoder import Decoder
 from qconvert.formats.onnx_genai import n_vocab, tokenizer_of
-from qconvert.formats.onnx_inspect import contents, dtype_of, read_proto
+from qconvert.formats.onnx_inspect import contents, read_proto
+from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_runtime import OnnxRuntime
 from qconvert.graph import Graph
@@ -40,16 +41,14 @@ from qconvert.passes.untie_head import HEAD, UntieHead
 from qconvert.pipeline import Function, Pass, Pipeline
 from qconvert.report import Report, Row, judged
 from qconvert.run import run
-from qconvert.scheme import AFFINE, GROUPS
+from qconvert.scheme import GROUPS
 from qconvert.target import Item, Source
 from qconvert.tokenizer import hard_corpus
 from qconvert.weights import Weights, rows_per_block
 
-if TYPE_CHECKING:
-    from onnx import TensorProto
-
 FLOOR = 1e-6  # relative: rounding of f32 sums
 WEIGHTS = "weights"
+INTEGER_PRODUCTS = {"MatMulInteger", "DynamicQuantizeLinear", "QuantizeLinear", "QLinearMatMul"}
 Logits = torch.Tensor
 Places = Callable[[Graph], list[Entry]]
 
@@ -81,8 +80,7 @@ def runtime_rows(
 ) -> list[Row]:
     """At once and by the cache. Files of f32 are held to arithmetic, others to the price that their type has."""
     at_once, cached = answers(path, heads_of(merged), prompts, threads)
-    items = contents(path).items
-    kind = kind_of(items)
+    kind = kind_of(contents(path).items)
     rows = [Row(f"{RUNTIME}, cached steps", "not run", None, None, "skip", "the file has no cache")] if cached is None else []
     if kind in ("f32", "f16"):
         limit, _ = LIMITS["runtime onnxruntime" if kind == "f32" else "runtime onnxruntime f16"]
@@ -93,12 +91,16 @@ def runtime_rows(
     reference, said = (torch.log_softmax(x, -1) for x in (trained, at_once))
     price = check.distance(reference, said, prompts)
     rows = [*check.price_rows(price), *rows]
+    by_cache = None if cached is None else torch.log_softmax(cached, -1)
     if judge_price:
-        ours = own_price(source, merged, reference, prompts, kind)
-        rows.append(judged(f"{RUNTIME}, price over that of our own {kind}", "mean KL / mean KL", price.mean_kl / ours,
-                           LIMITS["price"][0]))  # fmt: skip
-    if cached is not None:
-        distance = check.distance(said, torch.log_softmax(cached, -1), prompts)
+        scheme, ours = own_price(path, source, merged, reference, prompts)
+        what = f"{RUNTIME}, price over that of our own {scheme}"
+        rows.append(judged(what, "mean KL / mean KL", price.mean_kl / ours, LIMITS["price"][0]))
+        if by_cache is not None:
+            again = check.distance(reference, by_cache, prompts).mean_kl / ours
+            rows.append(judged(f"{what}, {steps(prompts)} cached steps", "mean KL / mean KL", again, LIMITS["price"][0]))
+    if by_cache is not None and not integers_in(path):  # whose activations share a scale with all tokens of a call
+        distance = check.distance(said, by_cache, prompts)
         rows.append(check.arithmetic_row(f"{RUNTIME}, {steps(prompts)} cached steps", "runtime 8-bit activations", distance))
     return rows
 
@@ -140,9 +142,9 @@ def kind_of(items: Sequence[Item]) -> str:
     return max(quantized, key=lambda dtype: quantized[dtype])
 
 
-def own_price(source: Source, merged: Graph, reference: LogProbs, prompts: Tokens, kind: str) -> float:
-    """Mean KL of the model with linears quantized by us, in that scheme or the nearest we have, and activations to 8 bits."""
-    scheme = kind if kind in AFFINE else "int8_g32" if "8" in kind.partition("_")[0] else "int4_g32"
+def own_price(path: Path, source: Source, merged: Graph, reference: LogProbs, prompts: Tokens) -> tuple[str, float]:
+    """A scheme of ours, and the mean KL of the model with linears quantized to it by us, and activations to 8 bits."""
+    scheme = yardstick(path)
     quant, _, group = scheme.partition("_g")
     types = dict.fromkeys(merged.parameters(), "f32")
     for name in {node.inputs[1] for node in merged.nodes.values() if node.op == "linear"}:
@@ -152,7 +154,22 @@ def own_price(source: Source, merged: Graph, reference: LogProbs, prompts: Token
     graph = Pipeline((Quantize(quant, "mse", types), Pack("onnx"))).run(merged)
     weights = Weights(graph, source.store)
     quantized = check.log_probs(graph, weights, prompts, lambda node, x: round_activations(graph, node, x))
-    return check.distance(reference, quantized, prompts).mean_kl
+    return scheme, check.distance(reference, quantized, prompts).mean_kl
+
+
+def yardstick(path: Path) -> str:
+    """The file's own scheme where we have it; 4 bits where activations are integers too, which costs more than weights of 8."""
+    if integers_in(path):
+        return "int4_g32"
+    kind = kind_of(contents(path).items)
+    if f"onnx.{kind}" in LAYOUTS:
+        return kind
+    return "int8_g32" if "8" in kind.partition("_")[0] else "int4_g32"
+
+
+def integers_in(path: Path) -> set[str]:
+    """Ops of the file that make integers of activations."""
+    return INTEGER_PRODUCTS & {node.op_type for node in read_proto(path).graph.node}
 
 
 # a file of ours -----------------------------------------------------------------------------------
@@ -182,39 +199,32 @@ def own_rows(path: Path, source: Source, merged: Graph, prompts: Tokens, threads
 
 
 def as_in_file(path: Path, merged: Graph) -> Graph:
-    """The graph with weights of the types that the file's initializers have. InputError where one is missing."""
-    tensors = {t.name: t for t in read_proto(path).graph.initializer}
+    """The graph with weights of the types that the file's have. InputError where one is missing, UnsupportedError for types."""
+    if integers := integers_in(path):
+        raise UnsupportedError(f"weights beside {min(integers)} are not compared yet")
+    tensors, items = {t.name: t for t in read_proto(path).graph.initializer}, {i.name: i for i in contents(path).items}
     passes: list[Pass | Function] = [UntieHead()] if {HEAD, part_names(HEAD)[0]} & tensors.keys() else []
     graph = Pipeline(tuple(passes)).run(merged)
     types, columns = {}, {}
     for name in graph.parameters():
-        types[name], is_columns = type_in_file(path, name, graph.nodes[name].type.dims, tensors)
-        if is_columns:
+        item = item_of(path, name, graph.nodes[name].type.dims, items)
+        types[name] = item.dtype
+        if item.name != name and item.name != rows_name(name) and len(tensors[item.name].dims) == 2:
             columns[name] = COLUMNS_PREFIX
-    try:
-        return Pipeline((Quantize("file", "mse", types), Pack("onnx", columns))).run(graph)
-    except QConvertError as e:
-        raise UnsupportedError(f"{path}: {e.message}") from e
+    return Pipeline((Quantize("file", "mse", types), Pack("onnx", columns))).run(graph)
 
 
-def type_in_file(path: Path, weight: str, dims: tuple[int, ...], tensors: Mapping[str, TensorProto]) -> tuple[str, bool]:
-    """dtype or scheme of a weight, and whether it lies [K,N]."""
-    if weight in tensors:
-        if tuple(tensors[weight].dims) != dims:
-            raise InputError(f"{path}: {weight} is {list(tensors[weight].dims)}, the model's is {list(dims)}")
-        return dtype_of(tensors[weight]), False
-    names, (_, scales, zeros) = (part_names(weight)[0], rows_name(weight)), part_names(weight)
-    codes = next((tensors[n] for n in names if n in tensors), None)
-    if codes is None or scales not in tensors:
-        raise InputError(f"{path}: has no {weight}, neither plain nor as {names[0]} with {scales}")
-    n_values, kind, sign = int(np.prod(dims)), dtype_of(codes), "u" if zeros in tensors else ""
-    is_columns = kind != "u8"
-    bits = int(kind[1:]) if is_columns else 8 * int(np.prod(codes.dims)) // n_values
-    groups = int(np.prod(tensors[scales].dims)) // dims[0]
-    scheme = f"{sign}int{bits}_g{dims[1] // max(1, groups)}"
-    if scheme not in AFFINE:
-        raise UnsupportedError(f"{weight} is {scheme}, which is not compared yet")
-    return scheme, is_columns
+def item_of(path: Path, weight: str, dims: tuple[int, ...], items: Mapping[str, Item]) -> Item:
+    """The tensor that is a weight, or its codes."""
+    names = (weight, part_names(weight)[0], rows_name(weight))
+    item = next((items[n] for n in names if n in items), None)
+    if item is None:
+        raise InputError(f"{path}: has no {weight}, neither plain nor as {' or '.join(names[1:])}")
+    if item.dtype not in ("f32", "f16") and f"onnx.{item.dtype}" not in LAYOUTS:
+        raise UnsupportedError(f"{weight} is {item.dtype}, which is not compared yet")
+    if item.shape not in (dims, dims[::-1]):
+        raise InputError(f"{path}: {item.name} is {list(item.shape)}, the model's {weight} is {list(dims)}")
+    return item
 
 
 def weights_row(source: Source, merged: Graph, graph: Graph, reals: FileReals) -> Row:

@@ -92,7 +92,7 @@ def test_a_weights_codes_and_scales_lie_in_one_file(tmp_path: Path) -> None:
 # safetensors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", ["uint4", "fp16"])
+@pytest.mark.parametrize("quant", ["uint4", "fp16", "nf4"])
 def test_safetensors_has_every_tensor_that_the_model_reads(tmp_path: Path, quant: str) -> None:
     safetensors, torch = pytest.importorskip("safetensors"), pytest.importorskip("torch")
     out = made(tmp_path / "out", weights_in="safetensors", quant=quant)
@@ -103,7 +103,8 @@ def test_safetensors_has_every_tensor_that_the_model_reads(tmp_path: Path, quant
         for name in names:
             assert torch.equal(opened.get_tensor(name), torch.from_numpy(values[name].copy())), name
         assert opened.metadata()["qconvert.base_model"] == "tiny"
-    assert values.keys() - set(names) == ({"model.embed_tokens.qweight.rows"} if quant == "uint4" else set())
+    tied = {"model.embed_tokens.qweight.rows"} if quant != "fp16" else set()
+    assert values.keys() - set(names) == tied
 
 
 def test_an_index_says_in_which_file_of_safetensors_a_tensor_is(tmp_path: Path) -> None:
@@ -161,6 +162,18 @@ def test_the_layout_of_transformersjs_has_its_names_and_says_them_in_config_json
     }  # fmt: skip
     assert config == json.loads((TINY / "config.json").read_text())
     same_values(out / "onnx" / "model_q4.onnx", whole)
+
+
+def test_a_model_that_is_onnx_already_keeps_its_layout(tmp_path: Path, shared_data: Path) -> None:
+    for name, value in (("layout", "genai"), ("weights_in", "safetensors"), ("split_max_size", "1G")):
+        with pytest.raises(UnsupportedError, match=f"{value}: a model that is ONNX already"):
+            model = shared_data / "silero-vad" / "silero_vad_half.onnx"
+            convert(model, to="onnx", bits=8, output=tmp_path / "out", **{name: value})
+
+
+def test_transformersjs_has_no_adapters_to_swap(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no adapters to swap"):
+        made(tmp_path / "out", layout="transformersjs", adapters_as="swap")
 
 
 def test_transformersjs_gets_the_chat_template_where_it_looks_for_it(tmp_path: Path) -> None:

@@ -161,6 +161,13 @@ def test_files_of_ours_are_verified_weight_by_weight(tmp_path: Path, options: di
     assert {"weights", "runtime onnxruntime, the file's weights, 8 cached steps"} <= rows.keys()
 
 
+def test_integer_products_are_held_to_the_price_of_four_bits_as_their_weights_are_not_compared(tmp_path: Path) -> None:
+    report = verify_file(made(tmp_path / "out", quant="int8-dynamic"), BOTH, threads=1)
+    rows = verdicts(report)
+    assert rows.pop("weights") == "skip" and set(rows.values()) == {"pass"}
+    assert "runtime onnxruntime, price over that of our own int4_g32" in rows
+
+
 def test_the_model_without_its_adapter_is_another_and_the_worst_weight_is_named(int4: Path) -> None:
     report = verify_file(int4, str(TINY), threads=1)
     assert report.exit == 6 and report.failed[0].what == "weights" and "mlp.up_proj" in report.failed[0].reason
