@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from qconvert import __version__
+from qconvert import __version__, gguf_reader
+from qconvert.dtypes import FLOATS
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UnsupportedError, UsageError, uninterrupted
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_names import gguf_name, sort_key
 from qconvert.formats.gguf_vocabulary import Vocabulary, vocabulary
+from qconvert.gguf_reader import ALIGNMENT, row_nbytes
 from qconvert.graph import Graph, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.permute_rope import PermuteRope
@@ -27,6 +29,7 @@ from qconvert.pipeline import Function, Pass
 from qconvert.report import Report, Row
 from qconvert.request import Request, parse_nbytes
 from qconvert.target import Contents, Item, Legal, Lowered, Source
+from qconvert.transcoded import notes
 from qconvert.weights import Weights
 
 
@@ -90,7 +93,8 @@ class GGUF:
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
         passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
         fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
-        return Legal(tuple(passes), options.mix.name, fallbacks, (*arch.notes, *options.vocabulary.notes), arch.kvs)
+        told = (*arch.notes, *options.vocabulary.notes, *notes(graph, types))
+        return Legal(tuple(passes), options.mix.name, fallbacks, told, arch.kvs)
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """Header bytes and entries of every file, from types alone."""
@@ -123,10 +127,10 @@ class GGUF:
 
     def find(self, path: Path) -> Path | None:
         """A GGUF file is known by its name or its first bytes."""
-        return path if path.is_file() and (path.suffix == ".gguf" or gguf_header.begins_as_gguf(path)) else None
+        return path if path.is_file() and (path.suffix == ".gguf" or gguf_reader.begins_as_gguf(path)) else None
 
     def inspect(self, path: Path) -> Contents:
-        header = gguf_header.read_header(path)
+        header = gguf_reader.read_header(path)
         items = [Item(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
         return Contents("gguf", items, header.file_nbytes, header.kv)
 
@@ -153,12 +157,12 @@ class GGUF:
 def stored_dtype(graph: Graph) -> str:
     """The plain dtype that most of the checkpoint's matrices have: what is left alone is kept in it."""
     dtypes = Counter(graph.root(p).type.dtype for p in graph.parameters() if len(graph.nodes[p].type.shape) > 1)
-    return dtypes.most_common(1)[0][0]
+    return next((dtype for dtype, _ in dtypes.most_common() if dtype in FLOATS), "f16")
 
 
 def nbytes_of(kind: Type) -> int:
     *lead, k = kind.dims
-    return math.prod(lead) * gguf_header.row_nbytes(kind.dtype.removeprefix("gguf."), k)
+    return math.prod(lead) * row_nbytes(kind.dtype.removeprefix("gguf."), k)
 
 
 Tensor = tuple[str, str, Type, int]
@@ -169,7 +173,7 @@ def split(tensors: list[Tensor], max_nbytes: int | None) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
     room = max_nbytes or 0
     for tensor in tensors:
-        padded = tensor[3] + -tensor[3] % gguf_header.ALIGNMENT
+        padded = tensor[3] + -tensor[3] % ALIGNMENT
         if max_nbytes and shards[-1] and room < padded:
             shards.append([])
             room = max_nbytes
@@ -186,7 +190,7 @@ def file_plan(path: Path, kvs: list[KV], tensors: list[Tensor]) -> FilePlan:
     infos, at = [], 0
     for name, _, kind, nbytes in tensors:
         infos.append((name, kind.dtype.removeprefix("gguf."), kind.dims, at))
-        at += nbytes + -nbytes % gguf_header.ALIGNMENT
+        at += nbytes + -nbytes % ALIGNMENT
     header = gguf_header.encode(kvs, infos)
     entries = tuple(
         Entry(name, value, kind.dtype, shape, nbytes, len(header) + offset)

@@ -44,6 +44,18 @@ ARCHS: dict[str, Arch] = {
 }
 
 
+# our setting -> its key below the architecture's name; gguf_source reads by the same tables
+KEYS: Mapping[str, str] = {
+    "layers": "block_count",
+    "context": "context_length",
+    "width": "embedding_length",
+    "ffn": "feed_forward_length",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+}
+CAPS: Mapping[str, str] = {"attn_softcap": "attn_logit_softcapping", "softcap": "final_logit_softcapping"}
+
+
 class Description(NamedTuple):
     kvs: tuple[KV, ...]  # the first is general.architecture
     hyper: Hyper
@@ -63,12 +75,7 @@ def describe(graph: Graph) -> Description:
     refuse_what_is_lost(arch, config)
     context, notes = context_length(graph, config, arch)
     values: list[tuple[str, str, object]] = [
-        ("block_count", "u32", config["layers"]),
-        ("context_length", "u32", context),
-        ("embedding_length", "u32", config["width"]),
-        ("feed_forward_length", "u32", config["ffn"]),
-        ("attention.head_count", "u32", config["heads"]),
-        ("attention.head_count_kv", "u32", config["kv_heads"]),
+        *((key, "u32", context if name == "context" else config[name]) for name, key in KEYS.items()),
         (f"attention.{arch.norm_key}", "f32", config["eps"]),
     ]
     factors: tuple[float, ...] = ()
@@ -81,7 +88,7 @@ def describe(graph: Graph) -> Description:
         scaling, factors = rope_keys(config)
         values += scaling
     values += window_keys(arch, config) + expert_keys(arch, config)
-    for name, key in (("attn_softcap", "attn_logit_softcapping"), ("softcap", "final_logit_softcapping")):
+    for name, key in CAPS.items():
         if config.get(name) is not None:
             values.append((key, "f32", config[name]))
     if arch.name == "llama":
@@ -108,15 +115,19 @@ def refuse_what_is_lost(arch: Arch, config: Config) -> None:
         )
     if arch.name == "gemma2" and (config.get("attn_softcap") is None or config.get("softcap") is None):
         raise UnsupportedError("attn_logit_softcapping, final_logit_softcapping: llama.cpp's gemma2 always has both")
-    squared = _int(config, "head_dim") if arch.rotary else 1
-    if arch.layers_of_27b == config["layers"]:
-        squared = _int(config, "width") // _int(config, "heads")
+    squared = attention_scalar(arch, config) if arch.rotary else 1
     scale = config.get("attn_scale", _int(config, "head_dim") ** -0.5 if arch.rotary else 1.0)
     assert isinstance(scale, float)
     if not math.isclose(scale, squared**-0.5):
         raise UnsupportedError(
             f"query_pre_attn_scalar = {scale**-2:.6g}: llama.cpp's {arch.name} of {config['layers']} layers has {squared}"
         )
+
+
+def attention_scalar(arch: Arch, config: Config) -> int:
+    """What llama.cpp divides scores by the root of."""
+    large = arch.layers_of_27b == config["layers"]
+    return _int(config, "width") // _int(config, "heads") if large else _int(config, "head_dim")
 
 
 def window_keys(arch: Arch, config: Config) -> list[tuple[str, str, object]]:

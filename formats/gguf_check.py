@@ -25,6 +25,7 @@ from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import Tokenizer, hard_corpus
+from qconvert.transcoded import stored_rows
 from qconvert.weights import Weights
 
 RUNTIME = "runtime llama.cpp"
@@ -85,6 +86,7 @@ def prove(
         steps, merged = check.stage_rows(lowered.stages, source.store, prompts)
         quantized = check.log_probs(graph, weights, prompts)
         rows += [*steps, *check.price_rows(check.distance(merged, quantized, prompts))]
+        rows += stored_rows(graph, weights, reals)
         read = check.log_probs(graph, reals, prompts)
         rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
         del merged, quantized, read

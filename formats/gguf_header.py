@@ -1,63 +1,16 @@
-"""GGUF headers, both ways: key/values and tensor infos to bytes, and a fast reader of the same.
+"""GGUF headers as bytes: key/values and tensor infos. gguf_reader reads them.
 
-Source: ggml/docs/gguf.md, version 3, little endian. gguf-py needs about a second for what this reads in milliseconds.
+Source: ggml/docs/gguf.md, version 3, little endian.
 """
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from qconvert.errors import InputError
 from qconvert.formats import gguf_kv
 from qconvert.formats.gguf_kv import KV
-from qconvert.formats.gguf_layouts import GGML_TYPES
-
-MAGIC = b"GGUF"
-ALIGNMENT = 32
-STRING, ARRAY = 8, 9
-# type id -> numpy spelling
-SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
-NAMES_BY_ID = {number: name for name, (number, _, _) in GGML_TYPES.items()}
-
-
-class Info(NamedTuple):
-    """One tensor: dtype is ours (q4_k, f32 …; type42 where unknown), shape [N,K], offset from the file's start."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-class Header(NamedTuple):
-    kv: dict[str, object]
-    tensors: tuple[Info, ...]
-    data_offset: int
-    file_nbytes: int
-
-
-def row_nbytes(dtype: str, k: int) -> int:
-    _, block, nbytes = GGML_TYPES[dtype]
-    return k // block * nbytes
+from qconvert.gguf_reader import ALIGNMENT, GGML_TYPES
 
 
 def encode(kvs: Sequence[KV], infos: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
@@ -69,100 +22,3 @@ def encode(kvs: Sequence[KV], infos: Iterable[tuple[str, str, tuple[int, ...], i
         out += struct.pack("<Q", len(data)) + data
         out += struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPES[dtype][0], offset)
     return bytes(out) + bytes(-len(out) % ALIGNMENT)
-
-
-def begins_as_gguf(path: Path) -> bool:
-    with path.open("rb") as f:
-        return f.read(4) == MAGIC
-
-
-def read_header(path: Path) -> Header:
-    """Key/values and tensor infos of a GGUF file. InputError where the file is cut, lies about itself, or is none."""
-    file_nbytes = path.stat().st_size
-    with path.open("rb") as f:
-        if f.read(4) != MAGIC:
-            raise InputError(f"{path} is not a GGUF file: it does not begin with {MAGIC!r}")
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return _Reader(data, path).header(file_nbytes)
-            except (struct.error, UnicodeDecodeError, IndexError, ValueError, OverflowError, MemoryError) as e:
-                raise InputError(f"{path}: damaged GGUF: {e}", hint="download or convert it again") from e
-
-
-class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 4
-
-    def header(self, file_nbytes: int) -> Header:
-        (version,) = self.unpack("<I")
-        if version not in (2, 3):
-            raise InputError(f"{self.path} is GGUF version {version}; versions 2 and 3 are read")
-        n_tensors, n_kv = self.unpack("<QQ")
-        if max(n_tensors, n_kv) > file_nbytes // 12:
-            raise ValueError(f"{n_tensors} tensors and {n_kv} keys do not fit {file_nbytes} bytes")
-        kv = {}
-        for _ in range(n_kv):
-            key = self.string()
-            kv[key] = self.value(self.unpack("<I")[0])
-        raw = [self.info() for _ in range(n_tensors)]
-        alignment = kv.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
-        start = -(-self.at // alignment) * alignment
-        return Header(
-            kv, tuple(self.checked(i._replace(offset=start + i.offset), file_nbytes) for i in raw), start, file_nbytes
-        )
-
-    def unpack(self, form: str) -> tuple[int, ...]:
-        values = struct.unpack_from(form, self.data, self.at)
-        self.at += struct.calcsize(form)
-        return values
-
-    def string(self) -> str:
-        (n,) = self.unpack("<Q")
-        if n > len(self.data) - self.at:
-            raise ValueError(f"a string of {n} bytes at {self.at} passes the end")
-        self.at += n
-        return self.data[self.at - n : self.at].decode("utf-8", "surrogateescape")
-
-    def value(self, kind: int) -> object:
-        if kind == STRING:
-            return self.string()
-        if kind == ARRAY:
-            inner, n = self.unpack("<IQ")
-            if n > len(self.data) - self.at:
-                raise ValueError(f"an array of {n} entries at {self.at} passes the end")
-            if inner in (STRING, ARRAY):
-                return [self.value(inner) for _ in range(n)]
-            values = np.frombuffer(self.data, self.scalar(inner), n, self.at)
-            self.at += values.nbytes
-            return values.tolist()
-        dtype = np.dtype(self.scalar(kind))
-        self.at += dtype.itemsize
-        return np.frombuffer(self.data, dtype, 1, self.at - dtype.itemsize)[0].item()
-
-    def scalar(self, kind: int) -> str:
-        if kind not in SCALARS:
-            raise ValueError(f"value type {kind} at {self.at} is unknown")
-        return SCALARS[kind]
-
-    def info(self) -> Info:
-        name = self.string()
-        (n_dims,) = self.unpack("<I")
-        if n_dims > 4:
-            raise ValueError(f"{name} has {n_dims} dimensions")
-        dims = self.unpack(f"<{n_dims}Q")
-        number, offset = self.unpack("<IQ")
-        return Info(name, NAMES_BY_ID.get(number, f"type{number}"), dims[::-1], offset, 0)
-
-    def checked(self, info: Info, file_nbytes: int) -> Info:
-        if info.dtype not in GGML_TYPES:
-            return info  # a type we do not know: listed, never read
-        k = info.shape[-1] if info.shape else 1
-        rows = int(np.prod(info.shape[:-1], dtype=object)) if info.shape else 1
-        if k % GGML_TYPES[info.dtype][1]:
-            raise ValueError(f"{info.name}: rows of {k} are no whole {info.dtype} blocks")
-        nbytes = rows * row_nbytes(info.dtype, k)
-        if info.offset + nbytes > file_nbytes:
-            raise ValueError(f"{info.name} ends at byte {info.offset + nbytes} of {file_nbytes}: the file is cut short")
-        return info._replace(nbytes=nbytes)

@@ -10,8 +10,8 @@ import numpy as np
 
 from qconvert.check import LIMITS
 from qconvert.formats.gguf_activations import as_ggml
-from qconvert.formats.gguf_layouts import GGML_TYPES
 from qconvert.formats.llama_cpp import library
+from qconvert.gguf_reader import GGML_TYPES
 from qconvert.report import Row, judged
 
 ROWS, COLUMNS = 64, 4

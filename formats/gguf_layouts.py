@@ -22,14 +22,6 @@ U4 = np.uint8(15)
 Blocks = npt.NDArray[np.void]  # of a C struct, [N, K/block]
 
 
-class GGMLType(NamedTuple):
-    """ggml's number of a tensor type; `block` weights take `nbytes` bytes. Source: ggml.h, enum ggml_type."""
-
-    id: int
-    block: int
-    nbytes: int
-
-
 class Plane(NamedTuple):
     """One struct field that holds `bits` bits of every code."""
 
@@ -219,12 +211,3 @@ def _layout(scheme: Scheme) -> Layout:
 
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in map(_layout, SCHEMES.values())}
-
-_IDS = {
-    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq4_xs": 23,
-}  # fmt: skip
-GGML_TYPES: dict[str, GGMLType] = {
-    "f32": GGMLType(0, 1, 4), "f16": GGMLType(1, 1, 2), "bf16": GGMLType(30, 1, 2),
-    **{name: GGMLType(i, SCHEMES[name].block, LAYOUTS[f"gguf.{name}"].block.itemsize) for name, i in _IDS.items()},
-}  # fmt: skip

@@ -7,6 +7,8 @@ import re
 from qconvert.errors import GraphError
 from qconvert.graph import Graph
 
+STEMS = {"ffn_gate_up": "ffn_up"}  # role -> its name where it is another: llama.cpp's for both in one
+
 
 def gguf_name(graph: Graph, parameter: str) -> str:
     """blk.3.attn_q.weight: the stem is the role, the suffix the parameter's own."""
@@ -14,7 +16,7 @@ def gguf_name(graph: Graph, parameter: str) -> str:
     role, layer = attrs.get("role"), attrs.get("layer")
     if not isinstance(role, str):
         raise GraphError(f"{parameter} has no role; GGUF cannot name it")
-    role = {"ffn_gate_up": "ffn_up"}.get(role, role)  # llama.cpp's name for both in one
+    role = STEMS.get(role, role)
     suffix = "bias" if parameter.endswith(".bias") else "weight"
     return f"{role}.{suffix}" if layer is None else f"blk.{layer}.{role}.{suffix}"
 

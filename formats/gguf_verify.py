@@ -15,9 +15,9 @@ from qconvert import check, kernels
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats import gguf_arch
 from qconvert.formats.gguf_check import FileReals, Tensor, by_rows, context, in_runtime, n_vocab, read_tensors
-from qconvert.formats.gguf_header import read_header
 from qconvert.formats.gguf_names import gguf_name
 from qconvert.formats.gguf_vocabulary import vocabulary
+from qconvert.gguf_reader import read_header
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
 from qconvert.passes.permute_rope import PermuteRope
@@ -27,6 +27,7 @@ from qconvert.pipeline import Function, Pass, Pipeline
 from qconvert.report import Report, Row, judged
 from qconvert.request import Request
 from qconvert.scheme import SCHEMES, Array
+from qconvert.sources import gguf_files
 from qconvert.target import Source
 from qconvert.tokenizer import hard_corpus
 from qconvert.weights import Weights, rows_per_block
@@ -36,7 +37,7 @@ FLOOR = 1e-6  # relative: rounding of f32 sums
 
 def verify(path: Path, source: Source, merged: Graph, threads: int) -> Report:
     """Rows as at a conversion, but for the bytes. InputError where the file is another architecture's."""
-    paths = shards(path)
+    paths = gguf_files(path)
     arch = gguf_arch.describe(merged)
     header = read_header(paths[0])
     if (found := header.kv.get("general.architecture")) != arch.hyper.arch:
@@ -55,18 +56,6 @@ def verify(path: Path, source: Source, merged: Graph, threads: int) -> Report:
     rows += check.price_rows(check.distance(reference, read, prompts))
     got, runtime = in_runtime(paths, tokenizer, graph, reals, prompts, threads)
     return Report([], [*rows, *got], runtime, provenance={"model": source.name, "file": path.name})
-
-
-def shards(path: Path) -> list[Path]:
-    """The files of a split GGUF, by the first one's name; a whole file alone."""
-    n = read_header(path).kv.get("split.count", 0)
-    if not isinstance(n, int) or n < 2:
-        return [path]
-    stem = path.name.rpartition("-of-")[0][:-6]
-    found = [path.with_name(f"{stem}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)]
-    if missing := [p for p in found if not p.is_file()]:
-        raise InputError(f"{path} is one of {n} shards, and {missing[0]} is missing")
-    return found
 
 
 def passes_for(arch: gguf_arch.Description, merged: Graph, tensors: Mapping[str, Tensor]) -> tuple[Pass | Function, ...]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from qconvert import __version__
 from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention, is_encoder
@@ -24,6 +23,8 @@ from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refu
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_mixtures import mixture_notes, mixture_passes, oldest_runtime, pairs, routers, running_in, why_pair
+from qconvert.formats.onnx_moves import kept, ordering, quant_of
+from qconvert.formats.onnx_provenance import names_of, provenance
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
 from qconvert.formats.onnx_storage import Storage, placing, storage
 from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
@@ -38,6 +39,7 @@ from qconvert.scheme import GROUPS
 from qconvert.sources import Store
 from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
+from qconvert.transcoded import notes
 from qconvert.weights import Weights
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ PLAIN = {"fp32": "f32", "fp16": "f16"}
 QUANTS = (*PLAIN, "int2", "int4", "int8", "uint2", "uint4", "uint8", "nf4", "fp4", *INTEGER_QUANTS)
 BITS = {2: "int2", 4: "int4", 8: "int8"}
 GROUP = 32
-DTYPE_NBYTES = {"f32": 4, "f16": 2}
+DTYPE_NBYTES = {"f32": 4, "f16": 2, "i64": 8}
 FLAGS_OF_GGUF = {
     "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
     "token_embedding_type": "--token-embedding-type", "leave_output_tensor": "--leave-output-tensor",
@@ -76,6 +78,8 @@ class Options:
     metadata: Mapping[str, str]
     integer: Integer | None = None
     notes: tuple[str, ...] = ()
+    any_quant: bool = True  # --quant was not given: codes that a source has are kept with zero points too
+    any_group: bool = True
 
 
 class ONNX:
@@ -127,15 +131,19 @@ class ONNX:
             files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
         name, facts = " + ".join(names_of(source, graph)), provenance(source, graph, quant)
         integer, config = integer_of(request, quant, source.store, tokenizer), onnx_transformersjs.config_of(source, graph)
-        checked, notes = request.check and not request.dry_run, other_tokenizers(source)
+        checked, told = request.check and not request.dry_run, other_tokenizers(source)
         return Options(
-            form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, notes
-        )
+            form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, told,
+            any_quant=request.quant is None, any_group=request.group is None,
+        )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
         check_supported(graph, options.form)
-        first = (*mixture_passes(graph, options.form, options.quant), *portable_head(graph, options))
+        order = ordering(graph, options.quant, options.group, options.any_quant, options.any_group)
+        first: tuple[Pass, ...] = (
+            *order, *mixture_passes(graph, options.form, options.quant), *portable_head(graph, options)
+        )  # fmt: skip
         for each in first:
             graph = each(graph)
         types, columns, fallbacks = integer_types_of(graph) if options.integer else types_of(graph, options)
@@ -146,13 +154,13 @@ class ONNX:
         passes: tuple[Pass, ...] = (*first, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
         linears = {types[n.inputs[1]] for n in graph.nodes.values() if n.op == "linear"}
-        notes = (*context_length(graph)[1], *slow_paths(linears, options.accuracy_level))
-        notes = (*notes, *mixture_notes(graph, experts_need(graph, options)))
+        told = (*context_length(graph)[1], *slow_paths(linears, options.accuracy_level), *notes(graph, types))
+        told = (*told, *mixture_notes(graph, experts_need(graph, options)))
         if options.integer:
             integers, more = passes_of(graph, options.quant, options.integer, types, columns)
-            passes, notes = (*first, *integers), (*notes, *more)
+            passes, told = (*first, *integers), (*told, *more)
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
-        return Legal(passes, label, tuple(shown), (*notes, *options.notes, *notes_of(graph)))
+        return Legal(passes, label, tuple(shown), (*told, *options.notes, *notes_of(graph)))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.quant, *(["swap"] if source.swap else []), "onnx"]))
@@ -271,12 +279,19 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
     matrices, embedding, alike = quantizable(graph), embedding_of(graph), pairs(graph)
     for name in graph.parameters():
         dims = graph.nodes[name].type.dims
+        if graph.nodes[name].type.dtype == "i64":
+            continue
         if name in alike:
             dims = (*dims[:-1], math.gcd(*alike[name]))
         if options.group is None or name not in matrices:
             types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
             continue
-        wanted, types[name] = f"{options.quant}_g{options.group}", fitting(options, dims, name == embedding)
+        quant = quant_of(graph, name, options.quant, options.any_quant)
+        keeps = kept(graph, name, options.quant, options.group, options.any_quant, options.any_group)
+        if keeps and (options.form.contrib or name == embedding or COLUMNS[f"{COLUMNS_PREFIX}.{keeps}"].fits(dims[0])):
+            wanted = types[name] = keeps
+        else:
+            wanted, types[name] = f"{quant}_g{options.group}", fitting(replace(options, quant=quant), dims, name == embedding)
         if types[name] != "f32" and not options.form.contrib and name != embedding:
             columns[name] = COLUMNS_PREFIX
         if types[name] != wanted:
@@ -364,31 +379,3 @@ def add_weight(model: object, graph: Graph, entry: Entry) -> None:
     if "embed" in readers:
         codes = entry.planes[0]
         m.external(rows_name(entry.name), "u8", (n, codes.nbytes), codes.offset, codes.file_nbytes(n))
-
-
-# names --------------------------------------------------------------------------------------------
-
-
-def adapters_of(graph: Graph) -> list[tuple[str, float]]:
-    """Name and weight of each adapter."""
-    listed = graph.meta.get("adapters", [])
-    found = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
-    return [(str(a["name"]), cast(float, a.get("weight", 1.0))) for a in found]
-
-
-def names_of(source: Source, graph: Graph) -> list[str]:
-    """The model and its adapters, without the paths they came from."""
-    name = source.name.partition("@")[0]
-    base = Path(source.name).resolve().name if Path(source.name).exists() else name.rpartition("/")[2]
-    return [base, *(name for name, _ in adapters_of(graph))]
-
-
-def provenance(source: Source, graph: Graph, quant: str) -> dict[str, str]:
-    """What metadata_props say of where the weights come from."""
-    base, *_ = names_of(source, graph)
-    facts = {"qconvert.version": __version__, "qconvert.quant": quant, "qconvert.base_model": base}
-    if source.checkpoint.revision:
-        facts["qconvert.base_revision"] = source.checkpoint.revision
-    for i, (name, weight) in enumerate(adapters_of(graph)):
-        facts[f"qconvert.adapter.{i}"] = name if weight == 1 else f"{name}:{weight:g}"
-    return facts

@@ -33,8 +33,8 @@ UNDERSTOOD: Mapping[str, frozenset[str]] = {
     op: frozenset(attrs.split())
     for op, attrs in {
         "input": "default slot", "positions": "", "embed": "", "linear": "round_input round_output", "lora": "scale", "add": "",
-        "mul": "", "times": "by", "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "", "slice": "begin end",
-        "rms_norm": "eps", "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
+        "mul": "", "times": "by", "take": "", "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "",
+        "slice": "begin end", "rms_norm": "eps", "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
         "attention": "heads kv_heads scale causal window softcap", "pool": "mode", "unit": "",
         "route": "used normalize", "experts": "act", "spread": "times",
     }.items()

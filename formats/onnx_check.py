@@ -40,6 +40,7 @@ from qconvert.run import Reals, run
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import hard_corpus
+from qconvert.transcoded import stored_rows
 from qconvert.weights import Weights
 
 RUNTIME = "runtime onnxruntime"
@@ -63,6 +64,7 @@ def prove(
         (quantized,) = run(graph, reals, prompts).values()
         rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
         del merged
+        rows += stored_rows(graph, weights, reals)
         rows += reference_rows(path, prompts[0], lambda tokens, n: calls(graph, reals, tokens, n))
         answers, runtime = in_runtime(path, lowered, reals, quantized, prompts, threads)
         answers += swap_rows(path, lowered, weights, reals, prompts, steps(prompts), n_new(graph, prompts), threads)
@@ -188,7 +190,7 @@ class FileReals:
         data = self.packed(name, begin, kind.rows if end is None else end)
         if "." in kind.dtype:
             return layout_of(kind.dtype).unpack(data).dequantize()
-        return data.view({"f32": "<f4", "f16": "<f2"}[kind.dtype]).astype(np.float32).reshape(-1, *width)
+        return data.view({"f32": "<f4", "f16": "<f2", "i64": "<i8"}[kind.dtype]).astype(np.float32).reshape(-1, *width)
 
 
 def bytes_row(entries: Sequence[Entry], initializers: Mapping[str, Place], weights: Weights, threads: int) -> Row:

@@ -34,7 +34,7 @@ def with_bodies(model: Model) -> list[FunctionProto]:
         key = node.op_type, body.variant
         if key not in made:
             made[key] = function = parser.parse_function(f'<domain: "{CONTRIB}", opset_import: ["" : 23]>\n{body.text}')
-            function.overload = body.variant if any(op == node.op_type for op, _ in made.keys() - {key}) else ""
+            function.overload = (body.variant or "plain") if any(op == node.op_type for op, _ in made.keys() - {key}) else ""
         node.overload = made[key].overload
     return list(made.values())
 

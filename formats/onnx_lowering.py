@@ -209,6 +209,10 @@ def _softcap(e: Lowering, name: str, node: Node) -> None:
     e.say("Mul", name, [bounded, cap])
 
 
+def _take(e: Lowering, name: str, node: Node) -> None:
+    e.say("Gather", name, [e.edge(i) for i in node.inputs], axis=2)
+
+
 def _slice(e: Lowering, name: str, node: Node) -> None:
     begin, end = (e.model.constant(i64(cast(int, node.attrs[k]))) for k in ("begin", "end"))
     e.say("Slice", name, [node.inputs[0], begin, end, e.model.constant(i64(2))])
@@ -293,6 +297,7 @@ OPS: dict[str, Lower] = {
     "gelu": _plain("Gelu", approximate="none"),
     "gelu_tanh": _plain("Gelu", approximate="tanh"),
     "relu": _plain("Relu"),
+    "take": _take,
     "slice": _slice,
     "layer_norm": _layer_norm,
 }

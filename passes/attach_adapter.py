@@ -16,6 +16,7 @@ from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, is_t
 from qconvert.sources import TensorInfo
 
 AS_STORED = ("transpose", "shifted")  # what makes a parameter of a tensor that a checkpoint stores otherwise
+QUANTIZED = ("unpack", "unpermute_rope", "gptq", "unsort")  # or stores quantized: an adapter brings it as it was trained
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,10 @@ def _loads(graph: Graph, name: str, new: str, tensor: TensorInfo) -> dict[str, N
     node = graph.nodes[name]
     while node.op not in ("load", *AS_STORED):
         node = graph.nodes[node.inputs[0]]
+    trained = node.attrs.get("trained_as")
+    if isinstance(trained, dict):
+        op, attrs = str(trained["op"]), {k: v for k, v in trained.items() if k != "op"}
+        node = Node(op, (), node.type, attrs)
     if node.op in AS_STORED:
         stored = f"{new}~stored"
         kind = infer(node.op, (Type(tensor.dtype, tensor.shape),), **node.attrs)
@@ -287,7 +292,7 @@ def find_parameter(graph: Graph, name: str) -> str | None:
     """By its own name, or with the model's prefix (model., transformer.) put before it or taken away."""
     bare = re.sub(r"^(model|transformer)\.", "", name)
     for candidate in (name, bare, f"model.{name}", f"transformer.{name}"):
-        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", *AS_STORED, "blend", "set_rows"):
+        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", *AS_STORED, *QUANTIZED, "blend", "set_rows"):
             return candidate
     return None
 

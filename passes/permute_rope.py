@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qconvert.errors import GraphError
-from qconvert.graph import Graph, Node, Type
+from qconvert.graph import Graph, Node
+from qconvert.ops import infer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PermuteRope:
                 real = f"{name}~halves"
                 return {
                     real: node,
-                    name: Node("permute_rope", (real,), Type("f32", node.type.shape), {"heads": heads[name]}),
+                    name: Node("permute_rope", (real,), infer("permute_rope", (node.type,)), {"heads": heads[name]}),
                 }
             if node.op == "rope":
                 return {name: Node("rope", node.inputs, node.type, {**node.attrs, "interleaved": True})}

@@ -1,4 +1,7 @@
-"""quantize: put a quantized (or rounded) weight under the name of each weight that has a type assigned."""
+"""quantize: put a quantized (or rounded) weight under the name of each weight that has a type assigned.
+
+Codes that a source stores are carried over where the type holds the same values; no solver runs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import ClassVar
 
 from qconvert.errors import GraphError
 from qconvert.graph import Graph, Node, Type
+from qconvert.moves import moves
 from qconvert.scheme import scheme_of
 
 
@@ -30,7 +34,9 @@ class Quantize:
             if dtype == node.type.dtype:
                 return None
             real, kind = f"{name}~real", Type(dtype, node.type.shape)
-            scheme = scheme_of(dtype)
+            scheme, stored = scheme_of(dtype), scheme_of(node.type.dtype)
+            if scheme is not None and stored is not None and moves(stored, scheme):
+                return {f"{name}~stored": node, name: Node("transcode", (f"{name}~stored",), kind)}
             if scheme is None:
                 return {real: node, name: Node("cast", (real,), kind)}
             if node.type.dims[-1] % scheme.block:

@@ -20,44 +20,10 @@ from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import infer
 from qconvert.pooling import read_pooling
 from qconvert.settings import Experts, Settings, read_settings
+from qconvert.shapes import FUSED_EXPERTS, SHAPES, product
 from qconvert.sources import Checkpoint, Store, TensorInfo
+from qconvert.stored_forms import GPTQ, gguf_parameter, gptq_parameter, read_gptq, trained_as
 
-# A weight's shape by its role, in terms of our settings. A bias has the first dimension.
-SHAPES: Mapping[str, tuple[str, ...]] = {
-    "token_embd": ("vocab", "width"),
-    "position_embd": ("context", "width"),
-    "token_types": ("token_types", "width"),
-    "token_embd_norm": ("width",),
-    "output_norm": ("width",),
-    "output": ("vocab", "width"),
-    "attn_norm": ("width",),
-    "attn_q": ("heads * head_dim", "width"),
-    "attn_k": ("kv_heads * head_dim", "width"),
-    "attn_v": ("kv_heads * head_dim", "width"),
-    "attn_qkv": ("(heads + 2 * kv_heads) * head_dim", "width"),
-    "attn_output": ("width", "heads * head_dim"),
-    "attn_q_norm": ("head_dim",),
-    "attn_k_norm": ("head_dim",),
-    "post_attention_norm": ("width",),
-    "attn_output_norm": ("width",),
-    "layer_output_norm": ("width",),
-    "ffn_norm": ("width",),
-    "post_ffw_norm": ("width",),
-    "ffn_gate": ("ffn", "width"),
-    "ffn_up": ("ffn", "width"),
-    "ffn_gate_up": ("2 * ffn", "width"),
-    "ffn_gate_inp": ("experts", "width"),
-    "ffn_gate_exps": ("expert_ffn", "width"),  # of each expert
-    "ffn_up_exps": ("expert_ffn", "width"),
-    "ffn_down_exps": ("width", "expert_ffn"),
-    "ffn_down": ("width", "ffn"),
-}
-# The same where all experts are one tensor: its name, its shape, and which half of it the role has.
-FUSED_EXPERTS: Mapping[str, tuple[str, tuple[str, ...], int | None]] = {
-    "ffn_gate_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 0),
-    "ffn_up_exps": ("gate_up_proj", ("experts", "2 * expert_ffn", "width"), 1),
-    "ffn_down_exps": ("down_proj", ("experts", "width", "expert_ffn"), None),
-}
 BLOCK = 1 << 22  # values compared at a time
 
 
@@ -70,16 +36,20 @@ def build(checkpoint: Checkpoint) -> Graph:
     UnsupportedError for an architecture or a setting that no family has; InputError for config keys that are unknown,
     and for tensors that are missing, unread or misshapen.
     """
-    where = str(checkpoint.folder / "config.json")
+    where = str(checkpoint.gguf.file if checkpoint.gguf else checkpoint.folder / "config.json")
     family = family_of(checkpoint.config, where)
-    settings = read_settings(family, checkpoint.config, where)
-    b = _Builder(checkpoint, family, settings)
+    family = family.in_gguf() if checkpoint.gguf else family
+    gptq = read_gptq(checkpoint.config, where)
+    ours = {k: v for k, v in checkpoint.config.items() if not gptq or k != "quantization_config"}
+    settings = read_settings(family, ours, where)
+    b = _Builder(checkpoint, family, settings, gptq)
     x = b.embedding()
     for i in range(settings.layers):
         x = b.feed_forward(i, b.attention(i, x))
     outputs = (b.head(b.norm("norm", x, "output_norm")),) if "output" in family.names else b.pooled(x)
     dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
-    keys: dict[str, Attr] = {"used": list(settings.used), "dropped": dict(settings.dropped)}
+    used: list[Attr] = [*settings.used, *(["quantization_config"] if gptq else [])]
+    keys: dict[str, Attr] = {"used": used, "dropped": dict(settings.dropped)}
     meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
     return Graph(b.nodes, outputs, meta)
 
@@ -89,6 +59,7 @@ class _Builder:
     checkpoint: Checkpoint
     family: Family
     settings: Settings
+    gptq: GPTQ | None
     nodes: dict[str, Node] = field(default_factory=lambda: {"tokens": Node("input", (), Type("i64", ("B", "T")))})
     used: set[str] = field(default_factory=set)
     bare: bool = field(init=False)
@@ -257,6 +228,14 @@ class _Builder:
             return name
         turned = part == "weight" and role in self.family.stored_transposed
         attrs: dict[str, Attr] = {"role": role} | ({} if layer is None else {"layer": layer})
+        if self.checkpoint.gguf:
+            more = trained_as(self.family.trained_as or self.family, role, part)
+            self.nodes |= gguf_parameter(name, self.load(name, shape, attrs | more), self.heads_in_pairs(role))
+            return name
+        if self.gptq and part == "weight" and self.stored(f"{name.removesuffix('.weight')}.qweight") in self.checkpoint.tensors:
+            n, k = (product(dim, self.sizes) for dim in shape)
+            self.nodes |= gptq_parameter(name, name.removesuffix(".weight"), self.find, (n, k), attrs, self.gptq)
+            return name
         stored = self.load(name, shape[::-1] if turned else shape, attrs)
         if turned:
             self.nodes[f"{name}~stored"] = stored
@@ -268,6 +247,12 @@ class _Builder:
             self.nodes[name] = stored
         return name
 
+    def heads_in_pairs(self, role: str) -> int | None:
+        """Of a weight whose rows a GGUF keeps as they rotate."""
+        if self.checkpoint.gguf is None or not self.checkpoint.gguf.pairs:
+            return None
+        return {"attn_q": self.settings.heads, "attn_k": self.settings.kv_heads}.get(role)
+
     def find(self, name: str) -> TensorInfo:
         tensors, stored = self.checkpoint.tensors, self.stored(name)
         if stored not in tensors and self.settings.tied and name == f"{self.family.module('token_embd', None)}.weight":
@@ -276,7 +261,7 @@ class _Builder:
             if stored not in tensors and stored.replace(old, new) in tensors:
                 stored = stored.replace(old, new)
         if stored not in tensors:
-            raise InputError(f"{self.checkpoint.folder}: no tensor is called {stored}", hint=self.why_missing(name))
+            raise InputError(f"{self.checkpoint.place}: no tensor is called {stored}", hint=self.why_missing(name))
         self.used.add(stored)
         return tensors[stored]
 
@@ -288,15 +273,20 @@ class _Builder:
         """The name in this checkpoint: without the prefix where it was saved from the model below the head."""
         return name.removeprefix(self.family.prefix) if self.bare else name
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What SHAPES' words stand for."""
+        sizes = {k: v for k, v in vars(self.settings).items() if isinstance(v, int)}
+        experts = self.settings.experts
+        return sizes if experts is None else sizes | {"experts": experts.n, "expert_ffn": experts.ffn}
+
     def check(self, info: TensorInfo, shape: tuple[str, ...]) -> None:
-        if info.dtype not in FLOATS:
+        if info.dtype not in FLOATS and not (self.checkpoint.gguf and "." in info.dtype):
             raise UnsupportedError(
                 f"{info.ref}: {info.dtype} is not a type of weights", hint="convert the checkpoint before quantization"
             )
-        sizes = {k: v for k, v in vars(self.settings).items() if isinstance(v, int)}
-        if (experts := self.settings.experts) is not None:
-            sizes |= {"experts": experts.n, "expert_ffn": experts.ffn}
-        wanted = tuple(_product(dim, sizes) for dim in shape)
+        sizes = self.sizes
+        wanted = tuple(product(dim, sizes) for dim in shape)
         if info.shape != wanted:
             keys = {k: self.family.config[k].spellings[0] for k in sizes if k in self.family.config}
             text = ", ".join(re.sub(r"[a-z_]+", lambda m: keys.get(m[0], m[0]), dim) for dim in shape)
@@ -314,6 +304,8 @@ class _Builder:
             if name in self.used:
                 continue
             reason = next((r for pattern, r in self.family.ignorable.items() if re.fullmatch(pattern, name)), None)
+            if reason is None and self.gptq and name.endswith(".bias") and is_zero(self.checkpoint, info):
+                reason = "all zeros, which GPTQ's tools add"
             if reason is None and name == self.head_name and self.settings.tied:
                 reason = self.tied_head(info)
             if reason is None:
@@ -362,14 +354,14 @@ class _Builder:
         return "is config.json of another model, or the model a variant that is not supported?"
 
 
-def _product(dim: str, sizes: Mapping[str, int]) -> int:
-    """The number that a dimension of SHAPES says."""
-    if dim.startswith("("):
-        return (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head_dim"]
-    out = 1
-    for factor in dim.split(" * "):
-        out *= int(factor) if factor.isdigit() else sizes[factor]
-    return out
+def is_zero(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Of a vector."""
+    store = Store()
+    store.add(info.ref.partition("/")[0], checkpoint.folder)
+    try:
+        return not store.read(info.ref, 0, info.shape[0] if info.shape else 1).any()
+    finally:
+        store.close()
 
 
 def _equal(checkpoint: Checkpoint, a: TensorInfo, b: TensorInfo) -> bool:

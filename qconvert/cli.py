@@ -82,6 +82,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--operators", type=click.Choice(["qdq", "qoperator"]),
               help="ONNX w8a8: MatMul of dequantized codes (default), or QLinearMatMul.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="ONNX w8a8: the text that ranges are of.")
+@click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
+              help="In place of the model's own, which a GGUF may hold in a form that is not read.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",
               help="ONNX as input: arrays by name, on which outputs are compared. Default: random numbers.")  # fmt: skip
@@ -106,7 +108,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes"]))
 @report_options
 def convert(model: str | None, listing: str | None, **options: Any) -> None:
-    """Convert MODEL: a folder, or org/name[@revision] in the local Hugging Face cache.
+    """Convert MODEL: a folder, a .gguf, or org/name[@revision] in the local Hugging Face cache.
 
     MODEL+ADAPTER[:WEIGHT] adds adapters, as -a does.
     """

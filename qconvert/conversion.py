@@ -21,6 +21,7 @@ from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, UsageError, VerificationError
+from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
@@ -87,7 +88,8 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     report = describe(request, source, lowered)
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
-        return target.prove(source, lowered, weights, parts, threads)
+        rows, runtime = target.prove(source, lowered, weights, parts, threads)
+        return [*tokenizer_rows(source), *rows], runtime
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
 
@@ -138,7 +140,8 @@ def write(
 
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
-    checkpoint = read_checkpoint(find_model(request.model), store)
+    path = find_model(request.model)
+    checkpoint = read_checkpoint(path, store) if path.is_dir() else read_gguf(path, store)
     base = build(checkpoint)
     adapters = []
     for i, spec in enumerate(request.adapters):
@@ -148,7 +151,8 @@ def read_source(request: Request, store: Store) -> Source:
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
         check_delta(adapter, store, graph)
-    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, request.adapters_as == "swap")
+    swap = request.adapters_as == "swap"
+    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer)
 
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:

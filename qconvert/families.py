@@ -64,7 +64,13 @@ class Family:
     ignorable: Mapping[str, str] = field(default_factory=dict)  # tensors (a regex) that hold nothing learned, and why
 
     renamed: tuple[tuple[str, str], ...] = ()  # parts of names, and what other checkpoints have in their place
+    trained_as: Family | None = None  # where weights are not stored as a checkpoint has them: the family that has
     fused_experts: str | None = None  # where newer checkpoints have all experts in one tensor: {this}.gate_up_proj
+
+    def in_gguf(self) -> Family:
+        """How a GGUF stores the same weights."""
+        known = {r"rope_freqs\.weight": "read as the rope's scaling"}
+        return replace(self, norm_offset=0.0, stored_transposed=frozenset(), ignorable=known, trained_as=self)
 
     def module(self, role: str, layer: int | None) -> str:
         return self.names[role].format(i=layer, e="{e}")

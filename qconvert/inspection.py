@@ -94,7 +94,7 @@ def graph_text(model: str) -> str:
     from qconvert.request import Request, parse_model
 
     name, adapters = parse_model(model)
-    if Path(name).is_file():
+    if Path(name).is_file() and Path(name).suffix != ".gguf":
         raise UsageError(f"{name} is one file; a graph needs a checkpoint folder with config.json")
     store = Store()
     logging.getLogger("qconvert").setLevel(logging.WARNING)

@@ -126,6 +126,29 @@ def _spread(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape[:-1], width * times))
 
 
+def _permuted(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return i[0] if scheme_of(i[0].dtype) else Type("f32", i[0].shape)
+
+
+def _unpack(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type(i[0].dtype.rpartition(".")[2], i[0].shape)
+
+
+def _order(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type("i64", i[0].shape)
+
+
+def _gptq(i: tuple[Type, ...], attrs: dict[str, Attr]) -> None:
+    (words, n), (groups, zero_words), scales, bits = i[0].dims, i[1].dims, i[2].dims, attrs["bits"]
+    assert isinstance(bits, int) and isinstance(attrs["group"], int)
+    if scales != (groups, n) or zero_words * 32 != n * bits or groups * attrs["group"] * bits != words * 32:
+        raise GraphError(f"qweight {i[0]}, qzeros {i[1]} and scales {i[2]} do not fit together")
+
+
+def _take(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    return Type(i[0].dtype, (*i[0].shape[:-1], *i[1].shape))
+
+
 def _experts(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     x, route, *first, down = i
     e, k, n = down.dims
@@ -181,7 +204,18 @@ OPS: dict[str, Op] = {
     "add_scaled": Op(_real, "(w, d) {scale}: w + scale * d", True),
     "scaled": Op(_real, "(w) {scale}: scale * w", True),
     "shifted": Op(_real, "(w) {by}: w + by", True),
-    "permute_rope": Op(_real, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
+    "permute_rope": Op(_permuted, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
+    "unpermute_rope": Op(_same, "(w or q) {heads}: rows of each head from pairs (GGUF llama) to halves (HF)", True),
+    "unpack": Op(_unpack, "(bytes): the codes and metadata that a source stores in a layout such as gguf.q4_0", True),
+    "gptq": Op(
+        _gptq,
+        "(qweight[K*bits/32,N], qzeros[G,N*bits/32], scales[G,N][, g_idx[K]]) {bits, group, minus_one, sorted}: GPTQ's words "
+        "as codes; minus_one: zero points are stored less one; sorted: columns in the order of their groups",
+        True,
+    ),
+    "order": Op(_order, "(g_idx[K]): i64[K], the columns in the order of their groups", True),
+    "unsort": Op(_real, "(w[N,K], order[K]): w's column j as column order[j]", True),
+    "transcode": Op(_declared, "(q): the same values in the scheme that is the node's dtype", True),
     "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
@@ -223,6 +257,7 @@ OPS: dict[str, Op] = {
         "(act(x @ gate[e].T) * (x @ up[e].T)) @ down[e].T; gate and up may be one weight, interleaved",
     ),
     "spread": Op(_spread, "(x) {times}: each feature that many times in a row"),
+    "take": Op(_take, "(x, indices[n]): features in that order"),
     "slice": Op(_slice, "(x) {begin, end}: features begin..end"),
     "rms_norm": Op(_same, "(x, w) {eps}: over the last axis, or over each chunk of len(w) features (qk-norm)"),
     "layer_norm": Op(_same, "(x, w, b) {eps}"),
@@ -243,6 +278,9 @@ OPS: dict[str, Op] = {
         "scores, before that",
     ),
 }
+
+
+QUANTIZED = ("quantize", "transcode", "unpack", "gptq")  # what gives codes and metadata
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:
@@ -285,7 +323,9 @@ def _check_dtype(node: Node, line: str) -> None:
     if node.op == "pack":
         if "." not in dtype:
             raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
-    elif node.op == "quantize":
+    elif node.op == "load" and "." in dtype:
+        return  # as the source stores it
+    elif node.op in QUANTIZED or (node.op in ("unpermute_rope", "permute_rope") and dtype not in DTYPES):
         if scheme_of(dtype) is None:
             raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE, *TABLES])}")
     elif dtype not in DTYPES:

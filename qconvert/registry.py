@@ -20,6 +20,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "flatten-experts": "qconvert.passes.flatten_experts:FlattenExperts",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
         "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
+        "order-columns": "qconvert.passes.order_columns:OrderColumns",
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
         "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",

@@ -37,6 +37,7 @@ class Request:
     adapters_as: Literal["merge", "swap"] = "merge"
     operators: str | None = None
     calibrate: Path | None = None
+    tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs

@@ -152,6 +152,11 @@ def _linear(v: Values, node: Node) -> Tensor:
     return y + v[node.inputs[2]] if len(node.inputs) > 2 else y
 
 
+def _take(v: Values, node: Node) -> Tensor:
+    x, indices = (v[i] for i in node.inputs)
+    return x[..., indices.long()]
+
+
 def _lora(v: Values, node: Node) -> Tensor:
     x, a, b, *bias = (v[i] for i in node.inputs)
     y = F.linear(F.linear(x, a), b)
@@ -331,6 +336,7 @@ OPS: dict[str, Run] = {
     "input": lambda v, _: v.tokens,
     "positions": lambda v, node: torch.arange(v[node.inputs[0]].shape[1]).expand_as(v[node.inputs[0]]),
     "embed": _embed,
+    "take": _take,
     "linear": _linear,
     "lora": _lora,
     "lora_embed": _lora_embed,

@@ -12,9 +12,11 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
 from qconvert.tensor_files import TensorFile, open_tensors
 
@@ -39,6 +41,7 @@ class Store:
         self._single: dict[str, str] = {}
         self._files: dict[tuple[str, str], TensorFile] = {}
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
+        self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
 
     def add(self, alias: str, folder: Path) -> None:
@@ -97,6 +100,16 @@ class Store:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+            if self._scratch is not None:
+                self._scratch.cleanup()
+                self._scratch = None
+
+    def scratch(self) -> Path:
+        """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""
+        with self._lock:
+            if self._scratch is None:
+                self._scratch = TemporaryDirectory(prefix="qconvert-")
+            return Path(self._scratch.name)
 
     def _find(self, ref: str) -> tuple[TensorFile, str]:
         place, _, name = ref.partition("#")
@@ -124,6 +137,11 @@ class Store:
         name = self._single.get(alias) or _weights_file(root, alias.startswith("adapter"))
         if name.endswith(".index.json"):
             return self._list_shards(alias, name)
+        if name.endswith(".gguf"):
+            files = [p.name for p in gguf_files(root / name)]
+            return {
+                t: TensorInfo(f"{alias}/{f}#{t}", *kind) for f in files for t, kind in self._open(alias, f).types.items()
+            }
         file = self._open(alias, name)
         return {t: TensorInfo(f"{alias}/{name}#{t}", *kind) for t, kind in file.types.items()}
 
@@ -151,14 +169,31 @@ class Store:
         return self._open(alias, shard)
 
 
+class GGUFStorage(NamedTuple):
+    """pairs: rows of queries and keys lie as they rotate there, neighbours together."""
+
+    file: Path
+    pairs: bool
+
+
 class Checkpoint(NamedTuple):
-    """A model as it lies on disk. revision is the commit where the folder is a snapshot of the Hugging Face cache."""
+    """A model as it lies on disk. revision is the commit where the folder is a snapshot of the Hugging Face cache.
+
+    gguf: where it was read from such a file; `config` and `tensors` then have the names of a checkpoint, and the folder
+    holds what a checkpoint's has beside its weights.
+    """
 
     folder: Path
     config: dict[str, object]
     generation_config: dict[str, object]
     tensors: dict[str, TensorInfo]
     revision: str | None
+    gguf: GGUFStorage | None = None
+
+    @property
+    def place(self) -> Path:
+        """What errors name."""
+        return self.gguf.file if self.gguf else self.folder
 
 
 def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint:
@@ -169,6 +204,8 @@ def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint
     folder = Path(path)
     if not (folder / "config.json").is_file():
         hint = "a model folder in Hugging Face's layout is wanted"
+        if ggufs := sorted(p.name for p in folder.glob("*.gguf")):
+            hint = f"give the file: {folder / ggufs[0]}"
         if (folder / "adapter_config.json").is_file():
             hint = f"this is an adapter: give its model first, MODEL+{folder}"
         raise InputError(f"{folder}: has no config.json", hint=hint)
@@ -192,6 +229,8 @@ def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
         found = part.get("quantization_config") or part.get("quantization")
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else None
+            if method == "gptq" and part is config:
+                continue
             raise UnsupportedError(
                 f"{folder}: the weights are already quantized ({method or 'config.json has quantization settings'})",
                 hint="convert the checkpoint before quantization, in bf16, f16 or f32",
@@ -261,16 +300,28 @@ def _weight_map(path: Path, shown: Path) -> dict[str, str]:
     return cast(dict[str, str], where)
 
 
+def gguf_files(path: Path) -> list[Path]:
+    """The files of a split GGUF, by the first one's name; a whole file alone. InputError where one is missing."""
+    n = read_gguf_header(path).kv.get("split.count", 0)
+    if not isinstance(n, int) or n < 2:
+        return [path]
+    stem = path.name.rpartition("-of-")[0][:-6]
+    found = [path.with_name(f"{stem}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)]
+    if missing := [p for p in found if not p.is_file()]:
+        raise InputError(f"{path} is one of {n} shards, and {missing[0]} is missing")
+    return found
+
+
 def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
     if not 0 <= begin <= end <= n:
         raise InputError(f"{ref}: {what} {begin}..{end} of {n}")
 
 
 def find_model(text: str) -> Path:
-    """A folder as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
+    """A folder or a .gguf as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
     try:
         path = Path(text).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
             return path
         exists = path.exists()
     except (OSError, RuntimeError) as e:  # a name too long, the home of an unknown user

@@ -29,13 +29,17 @@ class Source(NamedTuple):
     base: Graph
     graph: Graph
     swap: bool = False  # adapters stay out of the weights; each is used alone
+    tokenizer: Path | None = None  # a folder that the user named
 
 
 def tokenizer_folder(source: Source) -> Path:
-    """The last adapter that brings a tokenizer (added tokens, a chat template), else the model's own folder.
+    """The folder that was named, else the last adapter's that brings a tokenizer (added tokens, a chat template), else the
+    model's own.
 
     Where adapters are swapped the model's comes first: it serves them all.
     """
+    if source.tokenizer is not None:
+        return source.tokenizer
     folders = [source.checkpoint.folder, *(source.store.roots[a.alias] for a in source.adapters)]
     order = folders if source.swap else folders[::-1]
     return next((f for f in order if any((f / name).exists() for name in TOKENIZER_FILES)), folders[0])

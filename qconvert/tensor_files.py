@@ -1,7 +1,8 @@
-"""One file of tensors, read by rows: safetensors by pread, PyTorch .bin by torch with weights_only."""
+"""One file of tensors, read by rows: safetensors and GGUF by pread, PyTorch .bin by torch with weights_only."""
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -15,6 +16,8 @@ import numpy as np
 
 from qconvert.dtypes import DTYPES, FROM_SAFETENSORS, FROM_TORCH
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.gguf_reader import GGML_TYPES, row_nbytes
+from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.safetensors_header import DAMAGED, Entry, damaged, read_header
 from qconvert.scheme import Array
 
@@ -26,7 +29,10 @@ BLOCK_NBYTES = 1 << 21
 
 
 class TensorFile(Protocol):
-    """Tensors of one file: (dtype, shape) by name; rows in the file's own dtype, bf16 as its bits (uint16)."""
+    """Tensors of one file: (dtype, shape) by name; rows in the file's own dtype, bf16 as its bits (uint16).
+
+    Quantized ones have a layout as dtype (gguf.q4_0) and the shape [N,K] of the weight; a row is its bytes, u8.
+    """
 
     @property
     def types(self) -> Mapping[str, tuple[str, tuple[int, ...]]]: ...
@@ -41,19 +47,41 @@ class TensorFile(Protocol):
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """By the file's ending: .safetensors or .bin. InputError where it cannot be read."""
+    """By the file's ending: .safetensors, .gguf or .bin. InputError where it cannot be read."""
+    if path.suffix == ".gguf":
+        return GGUFFile(path)
     return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(path)
+
+
+def opened(path: Path) -> int:
+    """A file descriptor to read from. InputError where there is none."""
+    try:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from e
+
+
+def fill(fd: int, path: Path, out: Array, offset: int, name: str) -> Array:
+    """`out`, which is contiguous, with the bytes at `offset`. InputError where the file ends before."""
+    flat = out.reshape(-1).view(np.uint8)  # no copy
+    done = 0
+    while done < flat.size:
+        try:
+            n = os.preadv(fd, [flat[done:].data], offset + done)
+        except OSError as e:
+            raise InputError(f"{path}: {name}: {e.strerror} at byte {offset + done}") from e
+        if n == 0:
+            where = f"the file ended at byte {offset + done}"
+            raise InputError(f"{path}: {name}: {where}", hint="it was changed while it was read")
+        done += n
+    return out
 
 
 class SafetensorsFile:
     """Header checked on opening; values by pread, so that nothing read stays resident. Threads may read at once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from e
+        self.path, self.fd = path, opened(path)
         try:
             self.entries = read_header(self.fd, path)
         except OSError as e:
@@ -97,18 +125,54 @@ class SafetensorsFile:
         return _numpy_dtype(self.path, name, self.types[name][0])
 
     def _fill(self, out: Array, offset: int, name: str) -> Array:
-        flat = out.reshape(-1).view(np.uint8)  # out is contiguous, so this is no copy
-        done = 0
-        while done < flat.size:
-            try:
-                n = os.preadv(self.fd, [flat[done:].data], offset + done)
-            except OSError as e:
-                raise InputError(f"{self.path}: {name}: {e.strerror} at byte {offset + done}") from e
-            if n == 0:
-                where = f"the file ended at byte {offset + done}"
-                raise InputError(f"{self.path}: {name}: {where}", hint="it was changed while it was read")
-            done += n
-        return out
+        return fill(self.fd, self.path, out, offset, name)
+
+
+class GGUFFile:
+    """A GGUF's tensors, by pread as above; its key/values are gguf_reader's."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        self.path = path
+        self.infos = {t.name: t for t in read_gguf_header(path).tensors}
+        self.types = {n: (f"gguf.{t.dtype}" if t.dtype not in DTYPES else t.dtype, t.shape) for n, t in self.infos.items()}
+        self.fd = opened(path)
+
+    def read(self, name: str, begin: int, end: int) -> Array:
+        return self.read_stacked(name, begin, end) if len(self.infos[name].shape) > 1 else self._vector(name)[begin:end]
+
+    def read_stacked(self, name: str, begin: int, end: int) -> Array:
+        info = self.infos[name]
+        width = row_nbytes(self._readable(name), info.shape[-1])
+        out = np.empty((end - begin, width), np.uint8)
+        return self._typed(name, fill(self.fd, self.path, out, info.offset + begin * width, name))
+
+    def read_columns(self, name: str, begin: int, end: int) -> Array:
+        if self.infos[name].dtype not in DTYPES:
+            raise UnsupportedError(f"{self.path}: {name} is {self.infos[name].dtype}, which is read by rows alone")
+        return np.ascontiguousarray(self.read(name, 0, self.infos[name].shape[0])[:, begin:end])
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _vector(self, name: str) -> Array:
+        info, dtype = self.infos[name], self._readable(name)
+        out = np.empty(math.prod(info.shape) * GGML_TYPES[dtype].nbytes // GGML_TYPES[dtype].block, np.uint8)
+        return self._typed(name, fill(self.fd, self.path, out, info.offset, name))
+
+    def _typed(self, name: str, data: Array) -> Array:
+        dtype = self.infos[name].dtype
+        return data.view(DTYPES[dtype].numpy) if dtype in DTYPES else data
+
+    def _readable(self, name: str) -> str:
+        dtype = self.infos[name].dtype
+        if dtype not in GGML_TYPES:
+            raise UnsupportedError(
+                f"{self.path}: {name} is of ggml's {dtype}; read are {', '.join(GGML_TYPES)}",
+                hint="make the file anew with one of these, or give the checkpoint that it was made from",
+            )
+        return dtype
 
 
 class TorchFile:

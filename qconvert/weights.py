@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import kernels
+from qconvert import kernels, stored_weights
 from qconvert.bits import from_bits
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
@@ -55,7 +55,7 @@ class Weights:
         value = self.rows(name, begin, node.type.rows if end is None else end)
         if isinstance(value, QTensor):
             return value.dequantize().astype(self.dtype, copy=False)
-        if node.op == "pack":
+        if "." in node.type.dtype:
             return layout_of(node.type.dtype).unpack(cast(Bytes, value)).dequantize().astype(self.dtype, copy=False)
         return value
 
@@ -81,6 +81,8 @@ class Weights:
             return cast(Bytes, value).reshape(-1)
         if node.type.dtype == "u8":  # another file's bytes
             return value.reshape(-1)
+        if node.type.dtype == "i64":
+            return np.ascontiguousarray(value, "<i8").view(np.uint8).reshape(-1)
         _must_be_finite(self, name, value)
         match node.type.dtype:
             case "f32":
@@ -110,7 +112,7 @@ def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Array:
     """Source bits as real numbers; a NaN or an infinity is an error that names tensor and place."""
-    if node.type.dtype in ("i64", "i32", "u8", "bool"):
+    if node.type.dtype in ("i64", "i32", "u8", "bool") or "." in node.type.dtype:
         return raw
     value: Array = raw
     if node.type.dtype == "bf16":
@@ -265,15 +267,6 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     return (_number(node, "by") + w.real(node.inputs[0], begin, end)).astype(w.dtype)
 
 
-def _permute_rope(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    n = node.type.dims[0]
-    head_dim = n // int(_number(node, "heads"))
-    low, high = begin // head_dim * head_dim, min(n, -(-end // head_dim) * head_dim)
-    value = w.real(node.inputs[0], low, high)
-    out = value.reshape(-1, 2, head_dim // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-    return np.ascontiguousarray(out[begin - low : end - low])
-
-
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
@@ -332,5 +325,6 @@ OPS: dict[str, Op] = {
     "stack": _stack, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside, "cast": _cast,
     "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
-    "shifted": _shifted, "permute_rope": _permute_rope, "quantize": _quantize, "pack": _pack,
+    "shifted": _shifted, "quantize": _quantize, "pack": _pack,
+    **stored_weights.OPS,
 }  # fmt: skip

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from qconvert.errors import InputError
-from qconvert.formats.gguf_header import encode, read_header
+from qconvert.formats.gguf_header import encode
 from qconvert.formats.gguf_kv import KV
+from qconvert.gguf_reader import read_header
 
 KVS = (
     KV("general.architecture", "str", "llama"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.formats.gguf_layouts import GGML_TYPES, LAYOUTS
+from qconvert.formats.gguf_layouts import LAYOUTS
+from qconvert.gguf_reader import GGML_TYPES
 from qconvert.scheme import F32, SCHEMES, QTensor
 
 NAMES = sorted(SCHEMES)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qconvert import convert
-from qconvert.formats.gguf_header import read_header
 from qconvert.formats.llama_cpp import LlamaCpp, Model
+from qconvert.gguf_reader import read_header
 from qconvert.tokenizer import read_tokenizer
 
 needs_llama = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=f"{LlamaCpp().missing()}")

@@ -19,10 +19,10 @@ import pytest
 from qconvert.chat import CONVERSATIONS, render
 from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.formats import gguf_pretokenizers as pre
-from qconvert.formats.gguf_header import read_header
 from qconvert.formats.gguf_kv import KV, header
 from qconvert.formats.gguf_tokenizer import ENDS_BY_TEXT, metadata, notes, special_ids
 from qconvert.formats.llama_cpp import LlamaCpp, Model
+from qconvert.gguf_reader import read_header
 from qconvert.sentencepiece_model import read_sentencepiece
 from qconvert.tokenizer import Tokenizer, hard_corpus, read_tokenizer
 

@@ -1,0 +1,78 @@
+"""Which schemes hold another's weights value for value, and codes carried from the one to the other without rounding.
+
+A weight is scale * (code - zero), so a finer grid, smaller groups and a table of integers only need other codes; the
+scale is the same product of the same numbers. What has an offset or a minimum has no such place: scale * code + offset is
+rounded as scale * (code - zero) is not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qconvert.scheme import F32, Array, Level, QTensor, Scheme
+
+
+def moves(source: Scheme, target: Scheme) -> bool:
+    """Whether every weight of `source` is one of `target`, bit for bit, by the schemes alone."""
+    scales = [level for level in target.levels if level.role == "scale"]
+    group = scales[0].group
+    plain = {"scale", "zero"}.issuperset(level.role for level in (*source.levels, *target.levels))
+    if not plain or target.table or len(scales) > 1 or scales[0].dtype != "f32" or group is None or has_float_zeros(target):
+        return False
+    if any(level.group is None or level.group % group for level in source.levels) or has_float_zeros(source):
+        return False
+    if any(not float(v).is_integer() for v in source.table):
+        return False
+    (low, high), (lowest, highest) = code_range(source), code_range(target)
+    if has_zeros(source) and not has_zeros(target):
+        return lowest <= -high  # codes less their zero points
+    shift = target_shift(source, target)
+    return lowest <= low + shift and high + shift <= highest
+
+
+def moved(q: QTensor, target: Scheme) -> QTensor:
+    """The same weights as `target` has them; `moves` must have said that it has."""
+    source, group = q.scheme, target.block
+    codes: Array = np.asarray(source.table, np.int16)[q.codes] if source.table else q.codes.astype(np.int16)
+    codes += target_shift(source, target)
+    scale = at_group([(v, level.group or 1) for v, level in _levels(q, "scale")], group)
+    zeros = [at_group([(v, level.group or 1)], group) for v, level in _levels(q, "zero")]
+    if zeros and not has_zeros(target):
+        codes -= np.repeat(zeros.pop(), group, axis=1).astype(np.int16)
+    if has_zeros(target) and not zeros:
+        zeros = [np.full_like(scale, target_shift(source, target))]
+    wide = has_zeros(target) and target.bits == 8
+    by_role = {"scale": scale, **({"zero": zeros[0]} if zeros else {})}
+    return QTensor(target, codes.astype(np.uint8 if wide else np.int8), tuple(by_role[level.role] for level in target.levels))
+
+
+def at_group(levels: list[tuple[F32, int]], group: int) -> F32:
+    """The product of levels, coarse ones first, with an entry for each `group` weights."""
+    (factor, width), *finer = levels
+    for v, g in finer:
+        factor, width = np.repeat(factor, width // g, axis=1) * v, g
+    return factor if width == group else np.repeat(factor, width // group, axis=1)
+
+
+def code_range(scheme: Scheme) -> tuple[int, int]:
+    if scheme.table:
+        return int(min(scheme.table)), int(max(scheme.table))
+    half = 0 if has_zeros(scheme) else 1 << (scheme.bits - 1)
+    return -half, (1 << scheme.bits) - 1 - half
+
+
+def target_shift(source: Scheme, target: Scheme) -> int:
+    """What is added to codes: those that are centred on 0 get a zero point where the target's begin at 0."""
+    return 1 << (target.bits - 1) if has_zeros(target) and not has_zeros(source) else 0
+
+
+def has_zeros(scheme: Scheme) -> bool:
+    return any(level.role == "zero" for level in scheme.levels)
+
+
+def has_float_zeros(scheme: Scheme) -> bool:
+    return any(level.role == "zero" and not level.dtype.startswith("u") for level in scheme.levels)
+
+
+def _levels(q: QTensor, role: str) -> list[tuple[F32, Level]]:
+    return [(v, level) for level, v in zip(q.scheme.levels, q.levels, strict=True) if level.role == role]
