@@ -105,7 +105,24 @@ def test_genai_generates_the_tokens_that_transformers_and_peft_generate(tmp_path
     same_greedy_tokens(tmp_path / "out", TINY, LORA)
 
 
-@pytest.mark.parametrize("adapter", ["python-rslora-r16-all", "shakespeare-lora-r8-qv", "stories-dora-r8"])
+ADAPTERS = ["python-rslora-r16-all", "shakespeare-lora-r8-qv", "stories-dora-r8"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_int4_of_a_trained_adapter_is_scored_stage_by_stage(tmp_path: Path, shared_data: Path, adapter: str) -> None:
+    source = f"{shared_data / 'models' / 'novels-13m'}+{shared_data / 'adapters' / adapter}"
+    result = convert(source, to="onnx", bits=4, output=tmp_path / "out", threads=1)
+    rows = {(r.what, r.metric): r for r in result.report.checks}
+    price, change = (rows["price of the bits", metric].value for metric in ("mean KL", "NLL change"))
+    assert result.verified and price is not None and 1e-3 < price < 0.05  # measured 0.005 to 0.02
+    assert change is not None and abs(change) < 0.05  # nats; a wrong scale or permutation costs whole ones
+    for what in ("merge", "runtime onnxruntime, prompts", "runtime onnxruntime, 8 cached steps"):
+        assert [r.verdict for r in result.report.checks if r.what == what] == ["pass"]
+    pytest.importorskip("onnxruntime_genai")
+    assert [r.verdict for r in result.report.checks if r.what == "genai greedy tokens"] == ["pass"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_genai_generates_the_same_tokens_with_trained_adapters(tmp_path: Path, shared_data: Path, adapter: str) -> None:
     same_greedy_tokens(tmp_path / "out", shared_data / "models" / "novels-13m", shared_data / "adapters" / adapter)
 
