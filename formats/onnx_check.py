@@ -7,7 +7,6 @@ runtime: onnxruntime's own kernels, prompts at once and by the cache; onnxruntim
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
 from qconvert.formats.onnx_layouts import LAYOUTS, rounds
 from qconvert.formats.onnx_lowering import part_names, rows_name
 from qconvert.formats.onnx_mixtures import experts_level, unrounded
+from qconvert.formats.onnx_proto import bits_of
 from qconvert.formats.onnx_reference import Expected, reference_rows
 from qconvert.formats.onnx_runtime import Model, OnnxRuntime
 from qconvert.formats.onnx_safetensors import safetensors_rows
@@ -109,15 +109,6 @@ def read_initializers(path: Path) -> dict[str, Place]:
             raise VerificationError(f"{path}: {tensor.name} has {found.length} bytes, {list(dims)} takes {wanted}")
         places[tensor.name] = Place(path.parent / found.location, found.offset or 0, wanted, dims)
     return places
-
-
-def bits_of(data_type: int) -> int:
-    import onnx
-
-    name = onnx.TensorProto.DataType.Name(data_type)
-    if name in ("FLOAT", "DOUBLE"):
-        return 32 if name == "FLOAT" else 64
-    return int(re.sub(r"E.*|\D", "", name) or 8)
 
 
 def checker_row(path: Path) -> Row:

@@ -11,15 +11,16 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, helper
 
+from qconvert.formats.onnx_proto import graphs_of
+
 QUANTIZERS = ("QuantizeLinear", "QLinearMatMul", "DynamicQuantizeLinear")
 
 
 def without_levels(model: ModelProto) -> ModelProto:
-    """In place: every accuracy_level 0."""
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
+    """In place: every accuracy_level 0, in branches too."""
+    for attribute in (a for graph in graphs_of(model.graph) for node in graph.node for a in node.attribute):
+        if attribute.name == "accuracy_level":
+            attribute.i = 0
     return model
 
 

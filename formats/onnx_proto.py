@@ -6,12 +6,13 @@ Opset and IR are the form's: the onnx package's own defaults are newer than any 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qconvert import __version__
 from qconvert.formats.onnx_arch import Form
@@ -94,3 +95,26 @@ def types_of(model: Model) -> dict[str, str]:
     numbers = {name: tensor.data_type for name, tensor in model.initializers.items()}
     numbers |= {v.name: v.type.tensor_type.elem_type for v in (*model.inputs, *model.values, *model.outputs)}
     return {name: f"tensor({TensorProto.DataType.Name(number).lower()})" for name, number in numbers.items()}
+
+
+def bits_of(data_type: int) -> int:
+    """Of one value of a type of TensorProto."""
+    name = TensorProto.DataType.Name(data_type)
+    if name in ("FLOAT", "DOUBLE"):
+        return 32 if name == "FLOAT" else 64
+    return int(re.sub(r"E.*|\D", "", name) or 8)
+
+
+def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
+    for a in node.attribute:
+        if a.HasField("g"):
+            yield a.g
+        yield from a.graphs
+
+
+def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and all within it."""
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from graphs_of(inner)
