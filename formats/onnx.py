@@ -87,6 +87,7 @@ class ONNX:
 
     def rewrite(self, request: Request, store: Store) -> Rewritten:
         """The same for an ONNX model as input: its weights are quantized, its graph is kept."""
+        require("onnx", "a .onnx file as input", '"qconvert[onnx]"')
         from qconvert.formats.onnx_foreign import rewrite
 
         for field, flag in FLAGS_OF_GGUF.items():

@@ -1,121 +1,249 @@
-"""Which weights of a foreign ONNX model can be quantized, and by which node each is then read.
+"""What reads each tensor of a foreign model, and so how it may be quantized: a table, op -> wish or the reason against.
 
-    MatMul, Gemm, FusedMatMul   -> MatMulNBits
-    Gather of a table's rows    -> GatherBlockQuantized
-    Conv and recurrent weights  -> DequantizeLinear before them, 8 bits, a scale for each output
+A wish is legal where every reader has it: groups along the rows of a matrix (MatMulNBits, GatherBlockQuantized), or one
+scale for each output channel (DequantizeLinear before whatever reads the tensor; 8 bits alone).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from qconvert.formats.onnx_foreign_tensors import FLOATS
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-LEAST = 1024  # values: a smaller weight saves less than its nodes take
-Kind = Literal["product", "rows", "dequantized"]
-PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
-DEQUANTIZED = {"Conv": (1,), "ConvTranspose": (1,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
-MOVED = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Slice", "Concat", "Identity")  # on the way to one of those
+from qconvert.formats.onnx_foreign_tensors import dtype_of
+from qconvert.formats.onnx_proto import CONTRIB, graphs_of, subgraphs
+
+MIN_VALUES = 1024
+DEQUANTIZE_OPSET = 13  # the first in which DequantizeLinear has an axis
+IR_WITH_DEFAULTS = 4  # from it on an initializer that is an input too is a default that callers replace
+# how a value came from a tensor: it is the tensor, its transpose, or made of it by ops that move values
+Path = Literal["itself", "transposed", "moved"]
+MOVES = ("Identity", "Transpose", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Split", "Expand")
 
 
-class Site(NamedTuple):
-    """How all readers of a weight read it. turned: stored [K,N], so that its rows are columns there.
+class Use(NamedTuple):
+    """One reading of a tensor, as the node's input `number`; node None: it is an output of a graph."""
 
-    A tied weight is read both as a product's and by rows: the same codes serve both.
-    """
+    node: NodeProto | None
+    number: int
+    path: Path
 
-    kinds: frozenset[Kind]
-    turned: bool
-    n: int
-    k: int
+
+@dataclass
+class Tensor:
+    """A constant of the model: an initializer of a graph, or what a Constant node of it gives."""
+
+    name: str
+    key: str  # the name, or what tells it from others of that name in other branches
+    proto: TensorProto
+    graph: GraphProto
+    constant: NodeProto | None = None
+    replaceable: bool = False  # by a caller
+    uses: list[Use] = field(default_factory=list)
+    movers: list[NodeProto] = field(default_factory=list)  # nodes on the way to its readers
 
     @property
-    def dequantized(self) -> bool:
-        return "dequantized" in self.kinds
+    def dims(self) -> tuple[int, ...]:
+        return tuple(self.proto.dims)
 
 
-@dataclass(frozen=True)
-class Readers:
-    """nodes: (node, which input) of every graph; exposed: whether the value leaves the graph, or can be given from outside."""
+class Wish(NamedTuple):
+    """groups: rows of the tensor, or of its transpose; channels: a scale for each place along `axis`."""
 
-    nodes: tuple[tuple[Any, int], ...]
-    exposed: bool
-
-
-def readers_of(model: Any) -> dict[str, Readers]:
-    """Value -> who reads it."""
-    found: dict[str, list[tuple[Any, int]]] = {}
-    exposed: set[str] = {i.name for i in model.graph.input}
-    for graph in graphs(model.graph):
-        exposed |= {o.name for o in graph.output}
-        for node in graph.node:
-            for i, name in enumerate(node.input):
-                found.setdefault(name, []).append((node, i))
-    return {name: Readers(tuple(nodes), name in exposed) for name, nodes in found.items()}
+    kind: Literal["groups", "channels"]
+    transposed: bool = False
+    axis: int = 0
 
 
-def graphs(graph: Any) -> Iterator[Any]:
-    """A graph and all branches in it."""
-    yield graph
+# who reads what -----------------------------------------------------------------------------------
+
+
+def tensors_of(model: ModelProto) -> list[Tensor]:
+    """Every constant of the main graph and its branches, with its readers; bodies of functions are theirs."""
+    found: list[Tensor] = []
+    _read_graph(model.graph, {}, model.ir_version >= IR_WITH_DEFAULTS, found)
+    seen: set[str] = set()
+    for tensor in found:
+        n = 1
+        while tensor.key in seen:
+            n += 1
+            tensor.key = f"{tensor.name}~{n}"
+        seen.add(tensor.key)
+    return found
+
+
+Reads = dict[int, Path]  # number of a tensor -> how the value came from it
+
+
+def _read_graph(graph: GraphProto, outer: Mapping[str, Reads], defaults: bool, found: list[Tensor]) -> None:
+    known = dict(outer)
+    inputs = {i.name for i in graph.input}
+    known |= {name: {} for name in inputs}
+    for proto in graph.initializer:
+        known[proto.name] = {len(found): "itself"}
+        found.append(Tensor(proto.name, proto.name, proto, graph, replaceable=defaults and proto.name in inputs))
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from graphs(attribute.g)
+        made: Reads = {}
+        for index, name in enumerate(node.input):
+            reads = known.get(name, {})
+            if standard(node) in MOVES:
+                _move(node, index, reads, made, found)
+                continue
+            for number, path in reads.items():
+                found[number].uses.append(Use(node, index, path))
+        for inner in subgraphs(node):
+            _read_graph(inner, known, defaults, found)
+        if (value := constant_value(node)) is not None:
+            made = {len(found): "itself"}
+            found.append(Tensor(node.output[0], node.output[0], value, graph, node))
+        known |= dict.fromkeys(node.output, made)
+    for i, out in enumerate(graph.output):
+        for number, path in known.get(out.name, {}).items():
+            found[number].uses.append(Use(None, i, path))
 
 
-def site_of(name: str, tensor: Any, readers: Mapping[str, Readers], bits: int, opset: int) -> Site | str:
-    """How a weight is read, or why it stays as it is."""
-    if tensor.data_type not in FLOATS or FLOATS[tensor.data_type][0] not in ("f32", "f16"):
-        return "not f32 or f16"
-    if len(tensor.dims) < 2 or math.prod(tensor.dims) < LEAST:
-        return f"fewer than {LEAST} values" if len(tensor.dims) > 1 else "no matrix"
-    found = readers.get(name)
-    if found is None or found.exposed:
-        return "nothing reads it" if found is None else "it can be given from outside, or is an output"
-    sites = {_site(node, i, tensor, bits, opset) for node, i in found.nodes}
-    if reasons := sorted(s for s in sites if isinstance(s, str)):
-        return reasons[0]
-    kinds = frozenset(kind for s in sites if isinstance(s, Site) for kind in s.kinds)
-    if len({s[1:] for s in sites}) > 1 or (len(kinds) > 1 and "dequantized" in kinds):
-        return "read in several ways: " + ", ".join(sorted({node.op_type for node, _ in found.nodes}))
-    site = sites.pop()
-    assert isinstance(site, Site)
-    return site._replace(kinds=kinds)
+def _move(node: NodeProto, index: int, reads: Reads, made: Reads, found: list[Tensor]) -> None:
+    """What a node makes that only moves values; its other inputs (axes, shapes) are readers like any."""
+    for number, path in reads.items():
+        if index and standard(node) != "Concat":
+            found[number].uses.append(Use(node, index, path))
+            continue
+        found[number].movers.append(node)
+        after = _moved(node, path, len(found[number].dims))
+        made[number] = after if made.get(number, after) == after else "moved"
 
 
-def _site(node: Any, i: int, tensor: Any, bits: int, opset: int) -> Site | str:
-    attrs, dims = {a.name: a for a in node.attribute}, tuple(tensor.dims)
-    if node.op_type in PRODUCTS and i == 1:
-        if len(dims) != 2:
-            return f"{node.op_type} of {len(dims)} dimensions"
-        if bad := plain_product(node, attrs):
-            return bad
-        turned = not _number(attrs, "transB")
-        k, n = dims if turned else dims[::-1]
-        return Site(frozenset({"product"}), turned, n, k)
-    if node.op_type == "Gather" and i == 0 and _number(attrs, "axis") == 0 and len(dims) == 2:
-        return Site(frozenset({"rows"}), False, *dims)
-    if i in DEQUANTIZED.get(node.op_type, ()) or node.op_type in MOVED:
-        if bits != 8:
-            return f"{node.op_type} has no kernel for {bits} bits"
-        if opset < 13:
-            return f"opset {opset} has no scale for each output; 13 has"
-        return Site(frozenset({"dequantized"}), False, dims[0], math.prod(dims[1:]))
-    return f"{node.op_type} reads it"
+def _moved(node: NodeProto, path: Path, n_dims: int) -> Path:
+    if standard(node) == "Identity":
+        return path
+    if standard(node) == "Transpose" and n_dims == 2 and path != "moved":
+        perm = list(attributes(node)["perm"].ints) if "perm" in attributes(node) else [1, 0]
+        return path if perm == [0, 1] else "itself" if path == "transposed" else "transposed"
+    return "moved"
 
 
-def plain_product(node: Any, attrs: Mapping[str, Any]) -> str | None:
-    """Why a product is more than x @ w + c; None where it is not."""
-    for key, plain in (("transA", 0), ("alpha", 1), ("beta", 1), ("transBatchA", 0), ("transBatchB", 0)):
-        if _number(attrs, key, plain) != plain:
-            return f"{node.op_type} with {key}"
+def standard(node: NodeProto) -> str | None:
+    """The op's name in ONNX's own domain; None for an op of another."""
+    return node.op_type if node.domain in ("", "ai.onnx") else None
+
+
+def attributes(node: NodeProto) -> dict[str, AttributeProto]:
+    return {a.name: a for a in node.attribute}
+
+
+def odd_name(model: ModelProto) -> object:
+    """The first name in the graphs that is no text; None where all are."""
+    for graph in graphs_of(model.graph):
+        names = [v.name for v in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)]
+        for node in graph.node:
+            names += [node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+        if (odd := next((n for n in names if not isinstance(n, str)), None)) is not None:
+            return odd
     return None
 
 
-def _number(attrs: Mapping[str, Any], key: str, default: float = 0) -> float:
-    if key not in attrs:
-        return default
-    return float(attrs[key].f if attrs[key].type == 1 else attrs[key].i)
+def constant_value(node: NodeProto) -> TensorProto | None:
+    if standard(node) != "Constant" or not node.output:
+        return None
+    return next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
+
+
+# what they want -----------------------------------------------------------------------------------
+
+
+def wish_of(tensor: Tensor) -> Wish | str:
+    """How all of a tensor's readers take it quantized, or why it is carried over as it is."""
+    dims, dtype = tensor.dims, dtype_of(tensor.proto)
+    if dtype not in ("f32", "f16"):
+        return f"is of {dtype}" if dtype in ("bf16", "f64") else "not real numbers"
+    if len(dims) < 2:
+        return "a vector" if dims else "a number"
+    if math.prod(dims) < MIN_VALUES:
+        return f"smaller than {MIN_VALUES} values"
+    if tensor.replaceable:
+        return "also an input of the graph, so a caller may replace it"
+    if not tensor.uses:
+        return "nothing reads it"
+    wishes = [wish(use, dims) for use in tensor.uses]
+    against = next((w for w in wishes if isinstance(w, str)), None)
+    if against is not None:
+        return against
+    if len(set(wishes)) > 1:
+        ops = sorted({use.node.op_type for use in tensor.uses if use.node is not None})
+        return f"{' and '.join(ops)} read it in ways that no quantized form has together"
+    return wishes[0]
+
+
+def wish(use: Use, dims: tuple[int, ...]) -> Wish | str:
+    if use.node is None:
+        return "an output of the graph"
+    op = standard(use.node)
+    if (use.node.domain, use.node.op_type) == (CONTRIB, "FusedMatMul"):
+        return _gemm(use.node, use, dims)  # the same attributes, and no bias
+    if op is None:
+        return f"{use.node.domain}.{use.node.op_type} reads it"
+    rule = RULES.get(op)
+    return f"{op} reads it, which has no quantized form" if rule is None else rule(use.node, use, dims)
+
+
+def _matmul(node: NodeProto, use: Use, dims: tuple[int, ...]) -> Wish | str:
+    if use.number != 1:
+        return "the left side of a MatMul"
+    if len(dims) != 2:
+        return f"MatMulNBits multiplies by matrices, this has {len(dims)} dimensions"
+    if use.path == "moved":
+        return "a MatMul reads it sliced or reshaped"
+    return Wish("groups", transposed=use.path == "itself")
+
+
+def _gemm(node: NodeProto, use: Use, dims: tuple[int, ...]) -> Wish | str:
+    said = attributes(node)
+    if use.number != 1:
+        return f"the left side of a {node.op_type}" if use.number == 0 else f"the bias of a {node.op_type}"
+    if any(name in said and said[name].i for name in ("transA", "transBatchA", "transBatchB")):
+        return f"a {node.op_type} that transposes its left side reads it"
+    scales = ["alpha", *(["beta"] if has_bias(node) else [])]
+    if any(name in said and said[name].f != 1 for name in scales):
+        return f"a {node.op_type} with alpha or beta other than 1 reads it"
+    if use.path == "moved" or len(dims) != 2:
+        return f"a {node.op_type} reads it sliced or reshaped"
+    flipped = "transB" in said and bool(said["transB"].i)
+    return Wish("groups", transposed=(use.path == "itself") != flipped)
+
+
+def has_bias(node: NodeProto) -> bool:
+    return len(node.input) > 2 and bool(node.input[2])
+
+
+def _gather(node: NodeProto, use: Use, dims: tuple[int, ...]) -> Wish | str:
+    said = attributes(node)
+    axis = said["axis"].i if "axis" in said else 0
+    if use.number != 0 or len(dims) != 2 or axis not in (0, -2) or use.path != "itself":
+        return "a Gather reads it otherwise than by rows of a matrix"
+    return Wish("groups")
+
+
+def _conv(node: NodeProto, use: Use, dims: tuple[int, ...]) -> Wish | str:
+    if use.number != 1 or use.path != "itself":
+        return f"{node.op_type} reads it otherwise than as its weight"
+    return Wish("channels")
+
+
+def _recurrent(node: NodeProto, use: Use, dims: tuple[int, ...]) -> Wish | str:
+    """W [D, 4H, K] and R of one direction; or [4H, K], out of which they are put together."""
+    if use.number not in (1, 2):
+        return f"{node.op_type} reads it otherwise than as a weight"
+    if len(dims) == 3 and dims[0] == 1:
+        return Wish("channels", axis=1)
+    if len(dims) == 2 and use.path == "moved":
+        return Wish("channels")
+    return f"{node.op_type} of two directions: their rows have no scales of their own in DequantizeLinear"
+
+
+RULES: Mapping[str, Callable[[NodeProto, Use, tuple[int, ...]], Wish | str]] = {
+    "MatMul": _matmul, "Gemm": _gemm, "Gather": _gather, "Conv": _conv, "ConvTranspose": _conv,
+    "LSTM": _recurrent, "GRU": _recurrent, "RNN": _recurrent,
+}  # fmt: skip

@@ -41,6 +41,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "gguf": "qconvert.formats.gguf_layouts:LAYOUTS",
         "onnx": "qconvert.formats.onnx_layouts:LAYOUTS",
         "onnx_kn": "qconvert.formats.onnx_columns:LAYOUTS",
+        "onnx_f16": "qconvert.formats.onnx_foreign_layouts:LAYOUTS",
     },
 }
 
