@@ -51,7 +51,7 @@ def file_name(source: Source, graph: Graph, mix: str) -> str:
 def model_name(source: Source) -> str:
     if repo := repo_of(source.name):
         return repo.partition("/")[2]
-    return Path(source.name).resolve().name
+    return Path(source.name).resolve().name.removesuffix(".gguf")
 
 
 def repo_of(name: str) -> str | None:

@@ -107,7 +107,8 @@ def settings_of(
     heads, width = (cast(int, values[k]) for k in ("heads", "width"))
     values["kv_heads"] = kv.get(KEYS["kv_heads"], heads)
     values["eps"] = number(kv, f"attention.{arch.norm_key}", path)
-    values["head_dim"] = head_dim = cast(int, kv.get("attention.key_length", width // heads))
+    head_dim = cast(int, number({"attention.key_length": width // heads, **kv}, "attention.key_length", path))
+    values["head_dim"] = head_dim
     if kv.get("attention.value_length", head_dim) != head_dim:
         raise UnsupportedError(f"{path}: keys of {head_dim} and values of {kv['attention.value_length']} in a head")
     if "token_embd.weight" not in tensors:
@@ -115,7 +116,8 @@ def settings_of(
     values["vocab"] = tensors["token_embd.weight"].shape[0]
     values["tied"] = "output.weight" not in tensors
     values |= {name: kv.get(key) for name, key in CAPS.items()}
-    values["window"] = window = cast(int | None, kv.get("attention.sliding_window"))
+    window = cast(int, number(kv, "attention.sliding_window", path)) if "attention.sliding_window" in kv else None
+    values["window"] = window
     if window is not None and "window" not in family.config and window < cast(int, values["context"]):
         raise UnsupportedError(f"{path}: a sliding window of {window}, which {family.name} has not")
     values["attn_scalar"] = attention_scalar(arch, cast(Mapping[str, Attr], values))
@@ -141,8 +143,8 @@ def refuse_unread(kv: KV, path: Path, arch: Arch) -> None:
 
 def number(kv: KV, key: str, path: Path) -> object:
     value = kv.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"{path}: {key} is {str(value)[:80]}; one number was wanted", hint="is the file complete?")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise InputError(f"{path}: {key} is {str(value)[:80]}; one positive number was wanted", hint="is the file complete?")
     return value
 
 
@@ -162,7 +164,7 @@ def rope_of(
     """The keys of config.json that say how heads rotate."""
     theta = cast(float, shortest(kv.get("rope.freq_base", 10000.0)))
     rope: Config = {"rope_theta": theta}
-    dims = cast(int, kv.get("rope.dimension_count", head_dim))
+    dims = cast(int, number({"rope.dimension_count": head_dim, **kv}, "rope.dimension_count", path))
     if dims != head_dim:
         if not family.partial_rope:
             raise UnsupportedError(f"{path}: {dims} of {head_dim} values of each head rotate, which {family.name} has not")

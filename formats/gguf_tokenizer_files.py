@@ -59,8 +59,8 @@ def tokenizer_files(kv: KV, path: Path) -> dict[str, object]:
     if model not in kinds:
         raise UnsupportedError(f"{path}: the tokenizer model {model!r} is not read from GGUF", hint=HINT)
     types = cast(list[int], kv.get(f"{GGML}token_type") or [TOKEN_TYPES["normal"]] * len(tokens))
-    if len(types) != len(tokens):
-        raise InputError(f"{path}: {len(tokens)} tokens, but {len(types)} types of them")
+    if len(types) != len(tokens) or not set(TOKEN_TYPES.values()).issuperset(types):
+        raise InputError(f"{path}: {GGML}token_type does not have a type of 1 to 6 for each of {len(tokens)} tokens")
     special = special_ids(kv, len(tokens), path)
     kind = kinds[str(model)]
     document = byte_level(kv, path, tokens, types) if kind == "bpe" else sentencepiece(kv, path, tokens, types, special)

@@ -135,7 +135,7 @@ class ONNX:
         checked, told = request.check and not request.dry_run, other_tokenizers(source)
         return Options(
             form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, told,
-            any_quant=request.quant is None, any_group=request.group is None,
+            any_quant=request.quant is None and request.zero_point is None, any_group=request.group is None,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -288,7 +288,8 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
             types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
             continue
         quant = quant_of(graph, name, options.quant, options.any_quant)
-        keeps = kept(graph, name, options.quant, options.group, options.any_quant, options.any_group)
+        held = gathered(options.quant) if name == embedding else options.quant
+        keeps = kept(graph, name, held, options.group, options.any_quant, options.any_group)
         if keeps and (options.form.contrib or name == embedding or COLUMNS[f"{COLUMNS_PREFIX}.{keeps}"].fits(dims[0])):
             wanted = types[name] = keeps
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from qconvert.graph import Graph
-from qconvert.moves import moves
+from qconvert.moves import moves, nearly_moves
 from qconvert.passes.order_columns import OrderColumns
 from qconvert.scheme import GROUPS, scheme_of
 
 
 def kept(graph: Graph, name: str, quant: str, group: int | None, any_quant: bool, any_group: bool) -> str | None:
-    """The scheme of `quant` that has a stored weight value for value, of the largest groups; None where there is none.
+    """The scheme of `quant` that has a stored weight's codes as they are, of the largest groups; None where there is none.
 
     any_quant: with zero points too where the bits alone were asked for; any_group: of any groups.
     """
@@ -20,7 +20,9 @@ def kept(graph: Graph, name: str, quant: str, group: int | None, any_quant: bool
     for each in (quant, *((f"u{quant}",) if any_quant else ())):
         for g in sorted(GROUPS, reverse=True) if any_group else (group,):
             scheme = scheme_of(f"{each}_g{g}")
-            if scheme is not None and node.type.dims[1] % g == 0 and moves(stored, scheme):
+            if scheme is None or node.type.dims[-1] % g:
+                continue
+            if moves(stored, scheme) or nearly_moves(stored, scheme):
                 return scheme.name
     return None
 

@@ -21,7 +21,7 @@ def names_of(source: Source, graph: Graph) -> list[str]:
     """The model and its adapters, without the paths they came from."""
     name = source.name.partition("@")[0]
     base = Path(source.name).resolve().name if Path(source.name).exists() else name.rpartition("/")[2]
-    return [base, *(name for name, _ in adapters_of(graph))]
+    return [base.removesuffix(".gguf"), *(name for name, _ in adapters_of(graph))]
 
 
 def provenance(source: Source, graph: Graph, quant: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -9,22 +10,26 @@ from typing import ClassVar
 from qconvert.graph import Graph, Node
 from qconvert.ops import infer
 
+log = logging.getLogger("qconvert")
+
 
 @dataclass(frozen=True)
 class OrderColumns:
-    """linear(x, unsort(w, order)) becomes linear(take(x, order), w) for the weights that are named, so that w stays as stored.
+    """linear(x, unsort(w, order)) becomes linear(take(x, order), w), so that w stays as stored.
 
-    Declined where something else than a linear reads the weight.
+    weights: those that it is done for; None: all. Declined where something else than a linear reads the weight.
     """
 
     name: ClassVar[str] = "order-columns"
-    weights: Collection[str] = field(default=(), repr=False)
+    weights: Collection[str] | None = field(default=None, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
         users = graph.users()
-        chosen = {
-            w for w in self.weights if graph.nodes[w].op == "unsort" and {graph.nodes[u].op for u in users[w]} == {"linear"}
-        }
+        named = graph.nodes if self.weights is None else self.weights
+        scattered = {w for w in named if graph.nodes[w].op == "unsort"}
+        chosen = {w for w in scattered if {graph.nodes[u].op for u in users[w]} == {"linear"}}
+        for w in sorted(scattered - chosen):
+            log.debug("order-columns: left %s alone: not only linears read it", w)
 
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
             if name in chosen:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from qconvert.errors import GraphError
 from qconvert.graph import Graph, Node, Type
-from qconvert.moves import moves
+from qconvert.moves import moves, nearly_moves
 from qconvert.scheme import scheme_of
 
 
@@ -35,7 +35,7 @@ class Quantize:
                 return None
             real, kind = f"{name}~real", Type(dtype, node.type.shape)
             scheme, stored = scheme_of(dtype), scheme_of(node.type.dtype)
-            if scheme is not None and stored is not None and moves(stored, scheme):
+            if scheme is not None and stored is not None and (moves(stored, scheme) or nearly_moves(stored, scheme)):
                 return {f"{name}~stored": node, name: Node("transcode", (f"{name}~stored",), kind)}
             if scheme is None:
                 return {real: node, name: Node("cast", (real,), kind)}

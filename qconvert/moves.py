@@ -1,8 +1,8 @@
 """Which schemes hold another's weights value for value, and codes carried from the one to the other without rounding.
 
 A weight is scale * (code - zero), so a finer grid, smaller groups and a table of integers only need other codes; the
-scale is the same product of the same numbers. What has an offset or a minimum has no such place: scale * code + offset is
-rounded as scale * (code - zero) is not.
+scale is the same product of the same numbers. What has an offset or a minimum moves to float zero points alone, and not bit
+for bit: scale * code + offset is rounded as scale * (code - zero) is not.
 """
 
 from __future__ import annotations
@@ -30,9 +30,32 @@ def moves(source: Scheme, target: Scheme) -> bool:
     return lowest <= low + shift and high + shift <= highest
 
 
+def nearly_moves(source: Scheme, target: Scheme) -> bool:
+    """Whether codes and scales of `source` are those of `target`, its offsets or minima zero points as f32 has them."""
+    scales = [level for level in target.levels if level.role == "scale"]
+    group = scales[0].group
+    shifted = {"offset", "min"} & {level.role for level in source.levels}
+    fits = group is not None and not any(level.group is None or level.group % group for level in source.levels)
+    plain = len(scales) == 1 and not (target.table or source.table)
+    return bool(shifted) and has_float_zeros(target) and fits and plain and source.bits <= target.bits
+
+
+def _shifted(q: QTensor, target: Scheme) -> QTensor:
+    """A group without a scale is one number: code 0, less a zero point."""
+    group, role = target.block, "offset" if _levels(q, "offset") else "min"
+    scale, shift = (at_group([(v, level.group or 1) for v, level in _levels(q, r)], group) for r in ("scale", role))
+    flat = scale == 0
+    codes, scale = np.where(np.repeat(flat, group, axis=1), 0, q.codes), np.where(flat, np.float32(1), scale)
+    zero = shift / scale if role == "min" else -shift / scale
+    by_role = {"scale": scale, "zero": zero}
+    return QTensor(target, codes.astype(np.int8), tuple(by_role[level.role] for level in target.levels))
+
+
 def moved(q: QTensor, target: Scheme) -> QTensor:
-    """The same weights as `target` has them; `moves` must have said that it has."""
+    """The same weights as `target` has them; `moves` or `nearly_moves` must have said that it has."""
     source, group = q.scheme, target.block
+    if has_float_zeros(target):
+        return _shifted(q, target)
     codes: Array = np.asarray(source.table, np.int16)[q.codes] if source.table else q.codes.astype(np.int16)
     codes += target_shift(source, target)
     scale = at_group([(v, level.group or 1) for v, level in _levels(q, "scale")], group)

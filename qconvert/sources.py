@@ -210,6 +210,8 @@ def read_checkpoint(path: Path, store: Store, alias: str = "base") -> Checkpoint
             hint = f"this is an adapter: give its model first, MODEL+{folder}"
         raise InputError(f"{folder}: has no config.json", hint=hint)
     config = read_json(inside(folder, "config.json"))
+    if "quantization_config" not in config and (folder / "quantize_config.json").is_file():  # AutoGPTQ's older place for it
+        config |= {"quantization_config": {"quant_method": "gptq", **read_json(inside(folder, "quantize_config.json"))}}
     _refuse_quantized(folder, config)
     has_generation = (folder / "generation_config.json").is_file()
     generation = read_json(inside(folder, "generation_config.json")) if has_generation else {}

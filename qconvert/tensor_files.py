@@ -136,7 +136,8 @@ class GGUFFile:
             raise InputError(f"{path}: no such file")
         self.path = path
         self.infos = {t.name: t for t in read_gguf_header(path).tensors}
-        self.types = {n: (f"gguf.{t.dtype}" if t.dtype not in DTYPES else t.dtype, t.shape) for n, t in self.infos.items()}
+        packed = GGML_TYPES.keys() - DTYPES.keys()
+        self.types = {n: (f"gguf.{t.dtype}" if t.dtype in packed else t.dtype, t.shape) for n, t in self.infos.items()}
         self.fd = opened(path)
 
     def read(self, name: str, begin: int, end: int) -> Array:

@@ -10,11 +10,12 @@ import numpy as np
 
 from qconvert.emit import row_ranges
 from qconvert.graph import Graph
-from qconvert.moves import moves
+from qconvert.moves import moves, nearly_moves
 from qconvert.report import Row, judged
 from qconvert.scheme import Array, scheme_of
 from qconvert.weights import Weights
 
+ROUNDED_ZERO = 1e-6  # a zero point is f32: 2^-24 of it, so 6e-8 of weights as large
 log = logging.getLogger("qconvert")
 
 
@@ -25,12 +26,13 @@ class Reals(Protocol):
 
 
 class Carried(NamedTuple):
-    """A parameter and what it was in the source; `exact`: as it was, else rounded anew."""
+    """A parameter and what it was in the source; `exact`: as it was; else with codes as they were, or rounded anew."""
 
     name: str
     stored: str  # a value of the graph
     schemes: tuple[str, str]
     exact: bool
+    codes: bool
 
 
 def notes(graph: Graph, types: Mapping[str, str]) -> tuple[str, ...]:
@@ -41,7 +43,8 @@ def notes(graph: Graph, types: Mapping[str, str]) -> tuple[str, ...]:
         source, target = scheme_of(stored), scheme_of(dtype)
         if source is None or target is None:
             continue
-        whole = graph.nodes[name].op != "unsort" and (stored == dtype or moves(source, target))
+        moved = stored == dtype or moves(source, target) or nearly_moves(source, target)
+        whole = graph.nodes[name].op != "unsort" and moved
         fate = "keep their codes" if whole else "are rounded a second time"
         label = f"{fate}, {stored} -> {dtype}"
         told[label] = told.get(label, 0) + 1
@@ -61,31 +64,36 @@ def carried(graph: Graph) -> Iterator[Carried]:
         if code is None:
             continue
         if code.op not in ("quantize", "transcode"):
-            yield Carried(name, packed.inputs[0], (code.type.dtype, code.type.dtype), True)
+            yield Carried(name, packed.inputs[0], (code.type.dtype, code.type.dtype), True, True)
         elif scheme_of(stored := stored_dtype(graph, code.inputs[0])) is not None:
-            yield Carried(name, code.inputs[0], (stored, code.type.dtype), code.op == "transcode")
+            source, target = (scheme_of(s) for s in (stored, code.type.dtype))
+            exact = code.op == "transcode" and source is not None and target is not None and moves(source, target)
+            yield Carried(name, code.inputs[0], (stored, code.type.dtype), exact, code.op == "transcode")
 
 
 def stored_rows(graph: Graph, weights: Weights, file: Reals) -> list[Row]:
     """One row for all codes that were carried over; for each pair of schemes the worst of those that were not."""
-    exact, wrong, errors = 0, "", dict[tuple[str, str], list[tuple[float, str]]]()
+    exact, wrong, errors = 0, "", dict[str, list[tuple[float, str]]]()
     for c in carried(graph):
         if c.exact:
             exact += 1
             if not equal(graph, weights, file, c):
                 wrong = wrong or c.name
             continue
-        errors.setdefault(c.schemes, []).append((relative_error(graph, weights, file, c), c.name))
-        log.debug("%s: %s -> %s, relative error %.3g", c.name, *c.schemes, errors[c.schemes][-1][0])
+        what = f"{'codes moved, zero points rounded' if c.codes else 'rounded again'}: {c.schemes[0]} -> {c.schemes[1]}"
+        errors.setdefault(what, []).append((relative_error(graph, weights, file, c), c.name))
+        log.debug("%s: %s, relative error %.3g", c.name, what, errors[what][-1][0])
     rows = []
     if exact:
         what = f"codes moved: {exact} tensors, exact"
         rows.append(judged(what, "tensors with another value", float(bool(wrong)), 0.0, wrong))
-    for (source, target), found in errors.items():
+    for what, found in errors.items():
         worst, name = max(found)
         mean = sum(e for e, _ in found) / len(found)
         reason = f"worst is {name}; mean of {len(found)} is {mean:.2g}"
-        rows.append(Row(f"rounded again: {source} -> {target}", "relative RMSE", worst, None, "info", reason))
+        rows.append(Row(what, "relative RMSE", worst, None, "info", reason))
+        if what.startswith("codes moved"):
+            rows[-1] = judged(what, "relative RMSE", worst, ROUNDED_ZERO, reason)
     return rows
 
 

@@ -311,3 +311,85 @@ def test_the_chat_template_and_the_stop_tokens_come_along(made: Any, tmp_path: P
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (TINY / "chat_template.jinja").read_text()
     model = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
     assert (model["bos_token_id"], model["eos_token_id"]) == (0, 3)
+
+
+# what is refused ----------------------------------------------------------------------------------
+
+
+def edited(path: Path, out: Path, **changes: object) -> Path:
+    """The file with other key/values: ... deletes one, names are without the architecture's."""
+    header = read_header(path)
+    kv = header.kv | {k if "." in k else f"llama.{k}": v for k, v in changes.items()}
+    kinds = {bool: "bool", str: "str", float: "f32", int: "u32"}
+    listed = {str: "arr_str", int: "arr_i32", float: "arr_f32"}
+    kvs = [
+        KV(k, listed[type(v[0])] if isinstance(v, list) else kinds[type(v)], v)  # type: ignore[arg-type,index]
+        for k, v in kv.items()
+        if v is not ...
+    ]
+    infos = [(t.name, t.dtype, t.shape, t.offset - header.data_offset) for t in header.tensors]
+    out.write_bytes(encode(kvs, infos) + path.read_bytes()[header.data_offset :])
+    return out
+
+
+REFUSED: dict[str, tuple[dict[str, object], type[Exception], str]] = {
+    "another architecture": ({"general.architecture": "mamba"}, UnsupportedError, r"'mamba' is not read from GGUF yet"),
+    "an adapter": ({"general.type": "adapter"}, InputError, "holds a adapter, not a model"),
+    "experts": ({"expert_count": 8}, UnsupportedError, "mixtures of experts"),
+    "a key that may matter": ({"logit_scale": 0.5}, UnsupportedError, r"llama\.logit_scale = 0\.5 is not read here"),
+    "no layers": ({"block_count": ...}, InputError, "block_count is None; one positive number was wanted"),
+    "a head count that is a text": ({"llama.attention.head_count": "4"}, InputError, "head_count is 4; one positive number"),
+    "no heads": ({"llama.attention.head_count": 0}, InputError, "head_count is 0"),
+    "a window": ({"llama.attention.sliding_window": 8}, UnsupportedError, "a sliding window of 8, which llama has not"),
+    "another scaling": ({"llama.rope.scaling.type": "longrope"}, UnsupportedError, "rope scaling 'longrope'"),
+    "part of each head": ({"llama.rope.dimension_count": 16}, UnsupportedError, "16 of 64 values of each head rotate"),
+    "more layers than there are": ({"block_count": 9}, InputError, r"no tensor is called model\.layers\.3"),
+    "another width": ({"embedding_length": 128, "llama.attention.key_length": 64}, InputError, r"shape \[1024, 256\]"),
+    "a token that is not there": ({"tokenizer.ggml.bos_token_id": 5000}, InputError, "bos_token_id is 5000, and there are"),
+    "a type of token that is none": ({"tokenizer.ggml.token_type": [9] * 1024}, InputError, "token_type"),
+    "another tokenizer": ({"tokenizer.ggml.model": "rwkv"}, UnsupportedError, "tokenizer model 'rwkv'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_would_be_read_wrongly_is_refused_by_name(what: str, made: Any, tmp_path: Path) -> None:
+    changes, error, match = REFUSED[what]
+    with pytest.raises(error, match=match):
+        opened(edited(made("Q4_0"), tmp_path / "a.gguf", **changes))
+
+
+def test_a_type_that_is_not_read_is_named(made: Any, tmp_path: Path) -> None:
+    path = made("Q4_0")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    data[at : at + 4] = (16).to_bytes(4, "little")  # iq2_xxs
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(UnsupportedError, match=r"#blk\.0\.attn_q\.weight: type16 is not a type of weights"):
+        logits(tmp_path / "a.gguf", some_tokens(1024, 4))
+
+
+def test_a_scale_that_is_not_finite_is_named(made: Any, tmp_path: Path) -> None:
+    path = made("Q4_0")
+    info = next(t for t in read_header(path).tensors if t.name == "blk.1.ffn_up.weight")
+    data = bytearray(path.read_bytes())
+    data[info.offset : info.offset + 2] = np.float16(np.nan).tobytes()
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight: nan in row 0"):
+        logits(tmp_path / "a.gguf", some_tokens(1024, 4))
+
+
+def test_float_zero_points_take_the_codes_of_grids_with_an_offset(made: Any, tmp_path: Path) -> None:
+    path = made("Q8_0", tensor_types=(".*=q4_1",))
+    result = convert(path, to="onnx", bits=4, zero_point="float", output=tmp_path / "out", threads=1)
+    (row,) = (r for r in result.report.checks if r.what == "codes moved, zero points rounded: q4_1 -> uint4f_g32")
+    assert result.verified and row.verdict == "pass" and row.value is not None and row.value < 1e-6
+
+
+def test_a_group_without_a_scale_is_the_offset_itself() -> None:
+    from qconvert.moves import moved
+    from qconvert.scheme import QTensor, scheme_of
+
+    q4_1, target = scheme_of("q4_1"), scheme_of("uint4f_g32")
+    assert q4_1 is not None and target is not None
+    flat = QTensor(q4_1, np.full((1, 32), 7, np.int8), (np.zeros((1, 1), np.float32), np.full((1, 1), 0.25, np.float32)))
+    assert np.array_equal(moved(flat, target).dequantize(), np.full((1, 32), 0.25, np.float32))
