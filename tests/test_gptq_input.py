@@ -203,6 +203,21 @@ def test_gguf_rounds_the_codes_again(kind: Kind, tmp_path: Path) -> None:
     torch.testing.assert_close(got, their_logits(files.dense, TOKENS), rtol=0, atol=1e-4)
 
 
+def test_zero_points_that_were_not_asked_for_are_not_taken(tmp_path: Path) -> None:
+    folder = made(tmp_path, Kind(sym=False)).folder
+    plan = convert(folder, to="onnx", bits=4, zero_point="none", output=tmp_path / "out", dry_run=True).plan
+    assert {e.dtype for e in plan.entries} == {"f32", "onnx.int4_g32"}
+
+
+def test_settings_in_the_older_file_are_read(tmp_path: Path) -> None:
+    files = made(tmp_path, Kind(sym=False))
+    config = json.loads((files.folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (files.folder / "config.json").write_text(json.dumps(config))
+    (files.folder / "quantize_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "quant_method"}))
+    torch.testing.assert_close(evaluated(files.folder), their_logits(files.dense, TOKENS), rtol=0, atol=1e-4)
+
+
 def test_inspect_lists_the_words(tmp_path: Path) -> None:
     found = inspect_file(str(made(tmp_path, Kind()).folder))
     assert found["types"]["i32"] == 3 * 14
