@@ -203,7 +203,6 @@ class ONNX:
         prove = onnx_encoder_check.prove if is_encoder(lowered.graph) else onnx_check.prove
         return prove(source, lowered, weights, parts, threads)
 
-
     def find(self, path: Path) -> Path | None:
         """A .onnx file, or that of a folder which is no checkpoint; see onnx_inspect."""
         from qconvert.formats.onnx_inspect import model_file

@@ -8,6 +8,8 @@ from typing import NamedTuple, cast
 from qconvert.errors import UnsupportedError
 from qconvert.graph import Attr, Graph, Node
 
+Users = Mapping[str, list[str]]  # Graph.users
+
 
 class Form(NamedTuple):
     """A dialect. contrib: nodes of com.microsoft may be used; bodies: their definitions in standard nodes lie in the file."""
@@ -43,7 +45,7 @@ UNDERSTOOD: Mapping[str, frozenset[str]] = {
 
 def check_supported(graph: Graph, form: Form) -> None:
     """UnsupportedError for what has no node here."""
-    fixed = graph.constants()
+    fixed, users = graph.constants(), graph.users()
     for name, node in graph.nodes.items():
         if name in fixed:
             continue
@@ -52,7 +54,7 @@ def check_supported(graph: Graph, form: Form) -> None:
         if lost := node.attrs.keys() - UNDERSTOOD[node.op]:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op} with {', '.join(sorted(lost))}")
         if node.op == "attention":
-            check_attention(graph, name, node, form)
+            check_attention(graph, users, name, node, form)
         if node.op == "rope" and len(node.inputs) > 1:
             raise UnsupportedError(f"%{name}: --to onnx has no rope by factors")
     inputs = [n for n, node in graph.nodes.items() if node.op == "input" and "slot" not in node.attrs]
@@ -60,9 +62,9 @@ def check_supported(graph: Graph, form: Form) -> None:
         raise UnsupportedError(f"--to onnx writes decoders of one input, this model has {', '.join(inputs)}")
 
 
-def check_attention(graph: Graph, name: str, node: Node, form: Form) -> None:
+def check_attention(graph: Graph, users: Users, name: str, node: Node, form: Form) -> None:
     if not is_encoder(graph):
-        if form.opset < 23 and (why := why_not_fused(graph, node)):
+        if form.opset < 23 and (why := why_not_fused(graph, users, node)):
             raise UnsupportedError(f"%{name}: {why}", hint="--form ort has standard nodes for it")
         if len(node.inputs) > 3:
             raise UnsupportedError(f"%{name}: --to onnx has no decoder's attention with a mask as input")
@@ -81,11 +83,13 @@ def is_encoder(graph: Graph) -> bool:
 
 def fused_attention(graph: Graph, form: Form) -> frozenset[str]:
     """Attention that GroupQueryAttention says in this form."""
-    found = {n for n, node in graph.nodes.items() if node.op == "attention" and not why_not_fused(graph, node)}
-    return frozenset(found if form.contrib and not is_encoder(graph) else ())
+    if not form.contrib or is_encoder(graph):
+        return frozenset()
+    users, nodes = graph.users(), graph.nodes
+    return frozenset(n for n in nodes if nodes[n].op == "attention" and not why_not_fused(graph, users, nodes[n]))
 
 
-def why_not_fused(graph: Graph, node: Node) -> str | None:
+def why_not_fused(graph: Graph, users: Users, node: Node) -> str | None:
     """What onnxruntime's GroupQueryAttention refuses or cannot be told of an attention; None where it can say it."""
     q, k, v = (graph.nodes[i] for i in node.inputs[:3])
     head_dim = cast(int, q.type.shape[-1]) // cast(int, node.attrs["heads"])
@@ -98,7 +102,7 @@ def why_not_fused(graph: Graph, node: Node) -> str | None:
     if alike and (dims := cast(int, q.attrs.get("dims", head_dim))) % 16:
         return f"{dims} values of each head rotate; GroupQueryAttention wants multiples of 16"
     for turned in node.inputs[:2] if alike else ():
-        if others := [u for u in graph.users()[turned] if graph.nodes[u].op != "attention"]:
+        if others := [u for u in users[turned] if graph.nodes[u].op != "attention"]:
             return f"%{others[0]} reads the rotated %{turned} too, which GroupQueryAttention keeps to itself"
     return None
 
