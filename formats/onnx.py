@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from qconvert.emit import Entry, FilePlan, Plan, Plane
+from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention, is_encoder
 from qconvert.formats.onnx_cliffs import slow_paths
@@ -24,7 +24,6 @@ from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_mixtures import mixture_notes, mixture_passes, oldest_runtime, pairs, routers, running_in, why_pair
 from qconvert.formats.onnx_moves import kept, ordering, quant_of
-from qconvert.formats.onnx_provenance import names_of, provenance
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
 from qconvert.formats.onnx_storage import Storage, placing, storage
 from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
@@ -33,6 +32,8 @@ from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
+from qconvert.planes import Plane
+from qconvert.provenance import names_of, provenance
 from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request
 from qconvert.scheme import GROUPS
@@ -119,8 +120,9 @@ class ONNX:
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
         form, (quant, group) = form_of(request), chosen(request)
         level, kept = accuracy_level(request, form, quant), storage(request, quant)
+        from qconvert.companions import tokenizer_of
         from qconvert.formats import onnx_transformersjs
-        from qconvert.formats.onnx_genai import companions, tokenizer_of
+        from qconvert.formats.onnx_genai import companions
 
         check_supported(graph, form)
         tokenizer = tokenizer_of(source, graph)

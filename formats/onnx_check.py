@@ -16,13 +16,13 @@ import torch
 
 from qconvert import check
 from qconvert.check import LIMITS, Distance, LogProbs, Tokens
+from qconvert.companions import n_vocab
 from qconvert.emit import Entry, encoded_rows, entry_ranges, in_parallel
 from qconvert.errors import VerificationError
 from qconvert.formats import onnx_int8_check as int8
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_expert_kernels import expert_rows
-from qconvert.formats.onnx_genai import n_vocab
 from qconvert.formats.onnx_genai_check import genai_rows
 from qconvert.formats.onnx_kernels import ROWS, kernel_rows, kernels_of
 from qconvert.formats.onnx_layouts import LAYOUTS, rounds

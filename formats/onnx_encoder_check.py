@@ -12,6 +12,7 @@ import torch
 
 from qconvert import check
 from qconvert.check import LIMITS
+from qconvert.companions import n_vocab
 from qconvert.formats import onnx_int8_check as int8
 from qconvert.formats.onnx_arch import context_length
 from qconvert.formats.onnx_check import (
@@ -23,7 +24,6 @@ from qconvert.formats.onnx_check import (
     no_words,
     round_activations,
 )
-from qconvert.formats.onnx_genai import n_vocab
 from qconvert.formats.onnx_kernels import kernel_rows, kernels_of
 from qconvert.formats.onnx_lowering import INPUTS
 from qconvert.formats.onnx_reference import interpreted

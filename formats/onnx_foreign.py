@@ -14,7 +14,7 @@ from typing import NamedTuple
 from onnx import ModelProto
 
 from qconvert import __version__
-from qconvert.emit import Entry, FilePlan, Plan, Plane
+from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.onnx_columns import PREFIX as CHANNELS
 from qconvert.formats.onnx_foreign_job import Rewritten
@@ -36,6 +36,7 @@ from qconvert.layouts import layout_of
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pipeline
+from qconvert.planes import Plane
 from qconvert.request import Request
 from qconvert.scheme import GROUPS, PER_ROW
 from qconvert.sources import Store

@@ -6,39 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import cast
 
-from qconvert.errors import UnsupportedError
+from qconvert.companions import carried, n_vocab
 from qconvert.formats.onnx_arch import is_encoder
 from qconvert.formats.onnx_lowering import MASK, PAST, PRESENT, TOKENS
 from qconvert.graph import Attr, Graph
-from qconvert.passes.untie_head import embedding_of
-from qconvert.sources import inside
-from qconvert.target import TOKENIZER_FILES, Source, tokenizer_folder
-from qconvert.tokenizer import Tokenizer, read_tokenizer
+from qconvert.target import Source
+from qconvert.tokenizer import Tokenizer
 
 # genai runs all of these alike, by the names that the file gives; its own gpt2 has another cache, so that is a llama here
 TYPES: Mapping[str, str] = {"mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
-FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
 MAX_LENGTH = 4096  # genai reserves a cache of search.max_length at once; a caller may ask for more
-
-
-def tokenizer_of(source: Source, graph: Graph) -> Tokenizer | None:
-    """None where there is none, or one that only transformers reads: the files are carried as they are."""
-    folder = tokenizer_folder(source)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return read_tokenizer(folder, n_vocab(graph), model_folder=source.checkpoint.folder)
-    except UnsupportedError:
-        return None
-
-
-def n_vocab(graph: Graph) -> int:
-    embedding = embedding_of(graph)
-    assert embedding is not None
-    return graph.nodes[embedding].type.dims[0]
 
 
 def companions(
@@ -49,15 +26,6 @@ def companions(
         return carried(source)
     config = genai_config(graph, context, special_ids(source, tokenizer, n_vocab(graph)), share_cache)
     return {"genai_config.json": (json.dumps(config, indent=2) + "\n").encode(), **carried(source)}
-
-
-def carried(source: Source) -> dict[str, bytes]:
-    """The tokenizer's files and generation_config.json, as they are."""
-    folder = tokenizer_folder(source)
-    files = {name: inside(folder, name).read_bytes() for name in FILES if (folder / name).is_file()}
-    if "generation_config.json" not in files and (source.checkpoint.folder / "generation_config.json").is_file():
-        files["generation_config.json"] = inside(source.checkpoint.folder, "generation_config.json").read_bytes()
-    return files
 
 
 def special_ids(source: Source, tokenizer: Tokenizer | None, vocab: int) -> dict[str, object]:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from qconvert.check import LIMITS
-from qconvert.emit import side_by_side
 from qconvert.formats.onnx_arch import FORMS
 from qconvert.formats.onnx_columns import Columns
 from qconvert.formats.onnx_layouts import MatMulNBits, rounds
 from qconvert.formats.onnx_proto import CONTRIB, DTYPES
 from qconvert.formats.onnx_runtime import FUSED_ACCURACY
 from qconvert.layouts import layout_of
+from qconvert.planes import side_by_side
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 

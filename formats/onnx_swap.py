@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from qconvert.emit import Entry, FilePlan, Plane
+from qconvert.emit import Entry, FilePlan
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import MERGE, filling
+from qconvert.planes import Plane
 from qconvert.scheme import F32
 from qconvert.target import Source, tokenizer_folder
 

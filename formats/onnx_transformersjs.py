@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, cast
 
+from qconvert.companions import carried, n_vocab
 from qconvert.errors import UnsupportedError
-from qconvert.formats.onnx_genai import carried, n_vocab
 from qconvert.formats.onnx_storage import Storage
 from qconvert.graph import Graph
 from qconvert.target import Source

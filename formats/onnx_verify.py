@@ -15,6 +15,7 @@ import torch
 
 from qconvert import check
 from qconvert.check import LIMITS, LogProbs, Tokens
+from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Entry
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.onnx_check import (
@@ -29,7 +30,6 @@ from qconvert.formats.onnx_check import (
 )
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
 from qconvert.formats.onnx_decoder import Decoder
-from qconvert.formats.onnx_genai import n_vocab, tokenizer_of
 from qconvert.formats.onnx_inspect import contents, read_proto
 from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_lowering import part_names, rows_name

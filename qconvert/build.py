@@ -22,7 +22,7 @@ from qconvert.pooling import read_pooling
 from qconvert.settings import Experts, Settings, read_settings
 from qconvert.shapes import FUSED_EXPERTS, SHAPES, product
 from qconvert.sources import Checkpoint, Store, TensorInfo
-from qconvert.stored_forms import GPTQ, gguf_parameter, gptq_parameter, read_gptq, trained_as
+from qconvert.stored_forms import StoredForm, Tensors, gguf_parameter, stored_form, trained_as
 
 BLOCK = 1 << 22  # values compared at a time
 
@@ -39,16 +39,17 @@ def build(checkpoint: Checkpoint) -> Graph:
     where = str(checkpoint.gguf.file if checkpoint.gguf else checkpoint.folder / "config.json")
     family = family_of(checkpoint.config, where)
     family = family.in_gguf() if checkpoint.gguf else family
-    gptq = read_gptq(checkpoint.config, where)
-    ours = {k: v for k, v in checkpoint.config.items() if not gptq or k != "quantization_config"}
+    form = stored_form(checkpoint.config, where)
+    how = [k for k in ("quantization_config", "quantization") if form and k in checkpoint.config]
+    ours = {k: v for k, v in checkpoint.config.items() if k not in how}
     settings = read_settings(family, ours, where)
-    b = _Builder(checkpoint, family, settings, gptq)
+    b = _Builder(checkpoint, family, settings, form)
     x = b.embedding()
     for i in range(settings.layers):
         x = b.feed_forward(i, b.attention(i, x))
     outputs = (b.head(b.norm("norm", x, "output_norm")),) if "output" in family.names else b.pooled(x)
     dropped: list[Attr] = [{"tensor": ref, "reason": reason} for ref, reason in b.dropped()]
-    used: list[Attr] = [*settings.used, *(["quantization_config"] if gptq else [])]
+    used: list[Attr] = [*settings.used, *how]
     keys: dict[str, Attr] = {"used": used, "dropped": dict(settings.dropped)}
     meta: dict[str, Attr] = {"family": family.name, "config": settings.meta(), "dropped": dropped, "config_keys": keys}
     return Graph(b.nodes, outputs, meta)
@@ -59,7 +60,7 @@ class _Builder:
     checkpoint: Checkpoint
     family: Family
     settings: Settings
-    gptq: GPTQ | None
+    form: StoredForm | None
     nodes: dict[str, Node] = field(default_factory=lambda: {"tokens": Node("input", (), Type("i64", ("B", "T")))})
     used: set[str] = field(default_factory=set)
     bare: bool = field(init=False)
@@ -232,10 +233,11 @@ class _Builder:
             more = trained_as(self.family.trained_as or self.family, role, part)
             self.nodes |= gguf_parameter(name, self.load(name, shape, attrs | more), self.heads_in_pairs(role))
             return name
-        if self.gptq and part == "weight" and self.stored(f"{name.removesuffix('.weight')}.qweight") in self.checkpoint.tensors:
+        if self.form and part == "weight" and len(shape) == 2:
             n, k = (product(dim, self.sizes) for dim in shape)
-            self.nodes |= gptq_parameter(name, name.removesuffix(".weight"), self.find, (n, k), attrs, self.gptq)
-            return name
+            if quantized := self.form.parameter(name, (n, k), attrs, self.tensors):
+                self.nodes |= quantized
+                return name
         stored = self.load(name, shape[::-1] if turned else shape, attrs)
         if turned:
             self.nodes[f"{name}~stored"] = stored
@@ -264,6 +266,11 @@ class _Builder:
             raise InputError(f"{self.checkpoint.place}: no tensor is called {stored}", hint=self.why_missing(name))
         self.used.add(stored)
         return tensors[stored]
+
+    @property
+    def tensors(self) -> Tensors:
+        has = lambda name: self.stored(name) in self.checkpoint.tensors  # noqa: E731
+        return Tensors(has, self.find, lambda info: is_zero(self.checkpoint, info))
 
     @property
     def head_name(self) -> str | None:
@@ -304,8 +311,8 @@ class _Builder:
             if name in self.used:
                 continue
             reason = next((r for pattern, r in self.family.ignorable.items() if re.fullmatch(pattern, name)), None)
-            if reason is None and self.gptq and name.endswith(".bias") and is_zero(self.checkpoint, info):
-                reason = "all zeros, which GPTQ's tools add"
+            if reason is None and self.form:
+                reason = self.form.unread(info, self.tensors)
             if reason is None and name == self.head_name and self.settings.tied:
                 reason = self.tied_head(info)
             if reason is None:

@@ -65,6 +65,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "runtime blocks of 32": (4e-3, "Q8_0 and Q8_1 activations: KL 2e-5 to 1.3e-3, most where rows of 64 fall back to Q4_1"),
     "runtime onnxruntime": (1e-4, "logits, relative: f32 sums in another order, 2e-7 to 8e-7"),
     "runtime onnxruntime f16": (1e-2, "verify: f16 weights 2e-4, with room for f16 activations; a model that is another: 0.3"),
+    "runtime transformers": (1e-4, "logits in f32, relative, weights rounded as it loads them: 2e-7 to 1e-6"),
     "price": (4.0, "verify: mean KL over that of our own quantizer: genai's builder 0.7 to 1.2, a wrong model over 13"),
     "runtime 8-bit activations": (4e-3, "activations rounded by weight group in the graph too: KL 6e-6 to 3e-4 on golden/tiny"),
     "merge, hidden states": (1e-5, "relative: f32 noise of an encoder's merge; a dropped or misscaled delta is > 1e-3"),

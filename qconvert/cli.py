@@ -71,9 +71,11 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable.")
 @click.option("--adapters", "adapters_as", type=click.Choice(["merge", "swap"]), default="merge", show_default=True,
               help="swap, ONNX: a file for each adapter beside one base, which takes any of them as it runs.")  # fmt: skip
-@click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]", help="gguf, onnx, or gguf:Q4_K_M at once.")
+@click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]",
+              help="gguf, onnx, safetensors, or gguf:Q4_K_M at once.")  # fmt: skip
 @click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, F16 ... or int4, fp16 ...; see --list types.")
-@click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4 2: int8 ... Default 4.")
+@click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4 2: int8 ...; "
+              "safetensors 8 4 16: w8a16 w4a16 bf16. Default 4.")
 @click.option("--group", type=int, help="ONNX: weights that share a scale, 16 32 64 128 256. Default 32.")
 @click.option("--zero-point", type=click.Choice(["none", "int", "float"]), help="ONNX: of each group; int4 has none.")
 @click.option("--accuracy-level", type=int, help="ONNX: 4 rounds activations to 8 bits, which is fast; 0 does not. Default 4.")

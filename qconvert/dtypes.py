@@ -19,6 +19,9 @@ DTYPES: dict[str, DType] = {
     "bf16": DType(2, "BF16", "uint16", "bfloat16"),
     "i64": DType(8, "I64", "int64", "int64"),
     "i32": DType(4, "I32", "int32", "int32"),
+    "i8": DType(1, "I8", "int8", "int8"),
+    "u32": DType(4, "U32", "uint32", "uint32"),
+    "f8_e4m3": DType(1, "F8_E4M3", "uint8", "float8_e4m3fn"),  # as its bits
     "u8": DType(1, "U8", "uint8", "uint8"),
     "bool": DType(1, "BOOL", "bool", "bool"),
 }

@@ -5,6 +5,7 @@ plan -> preflight (disk, permissions) -> workers: rows -> bytes -> pwrite at the
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -17,31 +18,9 @@ import numpy as np
 
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
+from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
 from qconvert.weights import Weights, rows_per_block
-
-
-class Plane(NamedTuple):
-    """A piece of each row that lies apart from the others (codes, scales): `nbytes` of a row as Weights.encoded gives it.
-
-    bits None: the pieces lie one behind another. Else they are the columns of an array [values, N] of `bits` bits each:
-    encoded gives a value as one byte (or `bits` / 8); in the file values share bytes with their neighbours along N, the
-    first in the low bits, so N values must fill whole bytes.
-    """
-
-    offset: int
-    nbytes: int
-    bits: int | None = None
-
-    @property
-    def depth(self) -> int:
-        """Values of a column."""
-        assert self.bits is not None
-        return self.nbytes // max(1, self.bits // 8)
-
-    def file_nbytes(self, n: int) -> int:
-        """What n rows take in the file."""
-        return self.nbytes * n if self.bits is None else self.depth * (n * self.bits // 8)
 
 
 class Entry(NamedTuple):
@@ -226,11 +205,14 @@ def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
 
 def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks in which an entry is written. Columns are written in long runs, one a value of a row."""
-    if all(p.bits is None for p in entry.planes):
+    together = math.lcm(*(p.step for p in entry.pieces))
+    if not any(p.columns for p in entry.planes) and together == 1:
         yield from row_ranges(entry.shape)
         return
-    n, step = n_rows(entry.shape), rows_per_block(sum(p.nbytes for p in entry.planes), COLUMNS_NBYTES)
-    step = max(256, step // 256 * 256)
+    n, columns = n_rows(entry.shape), any(p.columns for p in entry.planes)
+    step = rows_per_block(sum(p.nbytes for p in entry.planes), COLUMNS_NBYTES if columns else COLUMNS_NBYTES >> 4)
+    unit = math.lcm(together, 256 if columns else 1)
+    step = max(unit, step // unit * unit)
     for begin in range(0, n, step):
         yield begin, min(n, begin + step)
 
@@ -245,15 +227,24 @@ def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -
 
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
     fd, entry, begin, end = block
-    rows, at = encoded_rows(weights, entry, begin, end), 0
+    rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
     for plane in entry.pieces:
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
-        if plane.bits is None:
-            write_all(fd, piece.ravel().data, plane.offset + begin * plane.nbytes)
-        else:
-            write_columns(fd, plane, piece, begin, n_rows(entry.shape))
-    progress(sum(plane.file_nbytes(end - begin) for plane in entry.pieces))
+        if plane.columns:
+            write_columns(fd, plane, piece, begin, n)
+        elif plane.bits is not None:
+            write_all(fd, folded(plane, piece).data, plane.offset + plane.file_nbytes(begin))
+        elif plane.rows is not None:
+            write_all(fd, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
+        elif begin == 0:
+            write_all(fd, piece[0].data, plane.offset)
+    progress(written_nbytes(entry, begin, end))
+
+
+def written_nbytes(entry: Entry, begin: int, end: int) -> int:
+    """What the block takes of the file; what all rows share counts for the first."""
+    return sum(p.file_nbytes(end - begin) for p in entry.pieces if p.rows is not None or begin == 0)
 
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
@@ -276,23 +267,13 @@ def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> No
     size, stride, first = max(1, plane.bits // 8), n * plane.bits // 8, begin * plane.bits // 8
     for at in range(0, plane.depth, 256):
         part = np.ascontiguousarray(piece[:, at * size : (at + 256) * size])
-        lines = side_by_side(part.view(f"u{size}").T, plane.bits)
+        values = part.view(f"u{size}").T
+        lines = side_by_side(values[:, ordered(plane, values.shape[1])] if plane.order else values, plane.bits)
         if lines.shape[1] == stride:
             write_all(fd, lines.ravel().data, plane.offset + at * stride)
             continue
         for i, line in enumerate(lines, at):
             write_all(fd, line.data, plane.offset + i * stride + first)
-
-
-def side_by_side(values: Bytes, bits: int) -> Bytes:
-    """[k,n] of one value in a byte (or bits / 8) -> u8[k, n * bits / 8]; the first value lies in the low bits."""
-    if bits >= 8:
-        return np.ascontiguousarray(values).view(np.uint8)
-    per = 8 // bits
-    packed = np.array(values[:, ::per], order="C")
-    for i in range(1, per):
-        packed |= values[:, i::per] << np.uint8(i * bits)
-    return packed
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

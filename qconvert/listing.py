@@ -25,5 +25,7 @@ def types() -> list[str]:
     tensors = [
         (s.name, f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}") for s in SCHEMES.values()
     ]
+    dialects = table([(name,) for name in registry.entries("dialects")]).splitlines()
     return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines(),
-            "ONNX (--to onnx --quant)", *table([(name,) for name in QUANTS]).splitlines()]  # fmt: skip
+            "ONNX (--to onnx --quant)", *table([(name,) for name in QUANTS]).splitlines(),
+            "safetensors (--to safetensors --quant)", *dialects]  # fmt: skip

@@ -17,7 +17,9 @@ def moves(source: Scheme, target: Scheme) -> bool:
     scales = [level for level in target.levels if level.role == "scale"]
     group = scales[0].group
     plain = {"scale", "zero"}.issuperset(level.role for level in (*source.levels, *target.levels))
-    if not plain or target.table or len(scales) > 1 or scales[0].dtype != "f32" or group is None or has_float_zeros(target):
+    if not plain or target.table or len(scales) > 1 or not keeps(source, scales[0].dtype) or has_float_zeros(target):
+        return False
+    if group is None:
         return False
     if any(level.group is None or level.group % group for level in source.levels) or has_float_zeros(source):
         return False
@@ -28,6 +30,11 @@ def moves(source: Scheme, target: Scheme) -> bool:
         return lowest <= -high  # codes less their zero points
     shift = target_shift(source, target)
     return lowest <= low + shift and high + shift <= highest
+
+
+def keeps(source: Scheme, dtype: str) -> bool:
+    """Whether scales of a source are exact in `dtype`: f32 holds every product of its levels."""
+    return dtype == "f32" or [level.dtype for level in source.levels if level.role == "scale"] == [dtype]
 
 
 def nearly_moves(source: Scheme, target: Scheme) -> bool:

@@ -207,6 +207,9 @@ OPS: dict[str, Op] = {
     "permute_rope": Op(_permuted, "(w) {heads}: rows of each head from halves (HF) to pairs (GGUF llama)", True),
     "unpermute_rope": Op(_same, "(w or q) {heads}: rows of each head from pairs (GGUF llama) to halves (HF)", True),
     "unpack": Op(_unpack, "(bytes): the codes and metadata that a source stores in a layout such as gguf.q4_0", True),
+    "assemble": Op(
+        _declared, "(tensors) {layout}: codes and metadata that a source stores in the tensors of a layout, in its order", True
+    ),
     "gptq": Op(
         _gptq,
         "(qweight[K*bits/32,N], qzeros[G,N*bits/32], scales[G,N][, g_idx[K]]) {bits, group, minus_one, sorted}: GPTQ's words "
@@ -280,7 +283,7 @@ OPS: dict[str, Op] = {
 }
 
 
-QUANTIZED = ("quantize", "transcode", "unpack", "gptq")  # what gives codes and metadata
+QUANTIZED = ("quantize", "transcode", "unpack", "assemble", "gptq")  # what gives codes and metadata
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

@@ -25,7 +25,11 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "pack": "qconvert.passes.pack:Pack",
         "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",
     },
-    "formats": {"gguf": "qconvert.formats.gguf:GGUF", "onnx": "qconvert.formats.onnx:ONNX"},
+    "formats": {
+        "gguf": "qconvert.formats.gguf:GGUF",
+        "onnx": "qconvert.formats.onnx:ONNX",
+        "safetensors": "qconvert.formats.safetensors:Safetensors",
+    },
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
@@ -37,10 +41,21 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp",
         "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
     },
+    "dialects": {
+        **{name: f"qconvert.formats.safetensors_dialects:{name.upper()}" for name in ("fp32", "fp16", "bf16")},
+        "w4a16": "qconvert.formats.safetensors_ct:W4A16",
+        "w4a16-asym": "qconvert.formats.safetensors_ct:W4A16_ASYM",
+        "w8a16": "qconvert.formats.safetensors_ct:W8A16",
+    },
+    "stored": {
+        "gptq": "qconvert.stored_forms:read_gptq",
+        "compressed-tensors": "qconvert.formats.safetensors_ct_read:read",
+    },
     "layouts": {
         "gguf": "qconvert.formats.gguf_layouts:LAYOUTS",
         "onnx": "qconvert.formats.onnx_layouts:LAYOUTS",
         "onnx_kn": "qconvert.formats.onnx_columns:LAYOUTS",
+        "ct": "qconvert.formats.safetensors_ct:LAYOUTS",
         "onnx_f16": "qconvert.formats.onnx_foreign_layouts:LAYOUTS",
     },
 }

@@ -5,8 +5,10 @@ A layout (bytes) is declared beside its format and holds exactly one scheme; a s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,16 +25,18 @@ ZeroPoint = Literal["none", "int", "float"]
 class Level:
     """One array of metadata. `group` weights along a row share one entry; None: the whole row does.
 
+    rows: so many rows, from a multiple of it on, share their entries too; None: all rows of the weight.
     w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
     """
 
     role: Literal["zero", "scale", "offset", "min"]
-    dtype: str  # f16, f32, i8, u6 … : the digits are its bits
+    dtype: str  # f16, f32, i8, u6, f8_e4m3 … : the first digits are its bits
     group: int | None
+    rows: int | None = 1
 
     @property
     def bits(self) -> int:
-        return int("".join(c for c in self.dtype if c.isdigit()))
+        return int(re.findall(r"\d+", self.dtype)[0])
 
     def entries(self, k: int) -> int:
         """Of a row of k weights."""
@@ -66,12 +70,15 @@ class Scheme:
 
     @property
     def bits_per_weight(self) -> float:
-        """What a whole row shares is not counted."""
-        return self.bits + sum(level.bits / level.group for level in self.levels if level.group)
+        """What whole rows share is not counted."""
+        return self.bits + sum(level.bits / level.group / level.rows for level in self.levels if level.group and level.rows)
 
 
 class QTensor(NamedTuple):
-    """codes i8[N,K], or u8 where none is below 0; one f32[N,K/group] per scheme level (integers kept as exact floats)."""
+    """codes i8[N,K], or u8 where none is below 0; one f32[N,K/group] per scheme level (integers kept as exact floats).
+
+    Entries that rows share are there for each of them.
+    """
 
     scheme: Scheme
     codes: npt.NDArray[np.int8 | np.uint8]
@@ -182,6 +189,28 @@ TABLES: dict[str, Scheme] = {
 PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),))}
 
 
+AFFINE_NAME = re.compile(r"(u?int)([248])(f?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
+
+
+@cache
 def scheme_of(name: str) -> Scheme | None:
-    """ggml's scheme of that name, the affine one, that of a table or of rows; None where there is none."""
-    return next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)
+    """ggml's scheme of that name, the affine one, that of a table or of rows; None where there is none.
+
+    An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16.
+    """
+    found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)
+    return found or _affine(name)
+
+
+def affine_name(kind: str, group: int | None, scales: str) -> str:
+    """kind: int4, uint4f …; group None: the whole row; scales: their dtype."""
+    return f"{kind}_{'row' if group is None else f'g{group}'}" + ("" if scales == "f32" else f"_{scales}")
+
+
+def _affine(name: str) -> Scheme | None:
+    m = AFFINE_NAME.fullmatch(name)
+    if m is None or (m[3] and (m[1] == "int" or m[2] == "8")) or (m[4] and int(m[4]) < 8):
+        return None
+    bits, group, dtype = int(m[2]), int(m[4]) if m[4] else None, m[5] or "f32"
+    zeros = () if m[1] == "int" else (Level("zero", dtype if m[3] else f"u{bits}", group),)
+    return Scheme(name, bits, (Level("scale", dtype, group), *zeros))

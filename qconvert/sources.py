@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
+from qconvert import registry
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
@@ -230,8 +231,8 @@ def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
     for part in (config, text if isinstance(text, dict) else {}):
         found = part.get("quantization_config") or part.get("quantization")
         if found:
-            method = found.get("quant_method") if isinstance(found, dict) else None
-            if method == "gptq" and part is config:
+            method = found.get("quant_method", "mlx" if "quantization" in part else None) if isinstance(found, dict) else None
+            if method in registry.entries("stored") and part is config:
                 continue
             raise UnsupportedError(
                 f"{folder}: the weights are already quantized ({method or 'config.json has quantization settings'})",

@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
+from qconvert import registry
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family
 from qconvert.graph import Attr, Node, Type
@@ -19,6 +20,42 @@ from qconvert.sources import TensorInfo
 
 Nodes = dict[str, Node]
 BITS = (2, 3, 4, 8)
+
+
+class Tensors(NamedTuple):
+    """A checkpoint's tensors as a form reads them. find: notes that it was read, InputError where there is none."""
+
+    has: Callable[[str], bool]
+    find: Callable[[str], TensorInfo]
+    is_zero: Callable[[TensorInfo], bool]  # of a vector
+
+
+class StoredForm(Protocol):
+    """How a quantized checkpoint stores its weights; an entry of the registry's table `stored`, by quant_method."""
+
+    def parameter(self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors) -> Nodes | None:
+        """The nodes that make the weight `name` [N,K]; None where it is stored plain."""
+        ...
+
+    def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
+        """Why a tensor that nothing reads holds nothing learned; None where it does."""
+        ...
+
+
+def method_of(config: Mapping[str, object]) -> tuple[str, dict[str, object]] | None:
+    """quant_method and settings, where config.json says that the weights are quantized. MLX has no method: "mlx"."""
+    found = config.get("quantization_config") or config.get("quantization")
+    if not isinstance(found, dict) or not found:
+        return None
+    return str(found.get("quant_method", "mlx" if "quantization" in config else "?")), found
+
+
+def stored_form(config: Mapping[str, object], where: str) -> StoredForm | None:
+    """None where the checkpoint is not quantized. UnsupportedError for what would be read wrongly."""
+    if (method := method_of(config)) is None:
+        return None
+    read = cast(Callable[[Mapping[str, object], str], StoredForm], registry.find("stored", method[0]))
+    return read(method[1], where)
 
 
 def node(nodes: Mapping[str, Node], op: str, *inputs: str, **attrs: Attr) -> Node:
@@ -63,12 +100,16 @@ class GPTQ(NamedTuple):
     ordered: bool  # desc_act: columns are in groups by their importance
     minus_one: bool
 
+    def parameter(self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors) -> Nodes | None:
+        stem = name.removesuffix(".weight")
+        return gptq_parameter(name, stem, tensors.find, shape, attrs, self) if tensors.has(f"{stem}.qweight") else None
 
-def read_gptq(config: Mapping[str, object], where: str) -> GPTQ | None:
-    """None where the checkpoint is not quantized. UnsupportedError for what would be read wrongly."""
-    found = config.get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "gptq":
-        return None
+    def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
+        return "all zeros, which GPTQ's tools add" if info.ref.endswith(".bias") and tensors.is_zero(info) else None
+
+
+def read_gptq(found: Mapping[str, object], where: str) -> GPTQ:
+    """UnsupportedError for what would be read wrongly."""
     bits, group = found.get("bits"), found.get("group_size")
     form = found.get("checkpoint_format") or found.get("format") or "gptq"
     if bits not in BITS:

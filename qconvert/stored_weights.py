@@ -15,6 +15,7 @@ from qconvert.layouts import layout_of
 from qconvert.moves import moved
 from qconvert.scheme import Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
+from qconvert.tensor_layouts import Tensors, rows_of
 
 
 class Values(Protocol):
@@ -54,6 +55,15 @@ def _unpack(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
     source = w.graph.nodes[node.inputs[0]]
     q = layout_of(source.type.dtype).unpack(cast(Bytes, w.rows(node.inputs[0], begin, end)))
     return _finite(q, source.attrs["tensor"], begin)
+
+
+def _assemble(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
+    layout = cast(Tensors, layout_of(str(node.attrs["layout"])))
+    tensors = [str(w.graph.nodes[i].attrs["tensor"]) for i in node.inputs]
+    n, k = node.type.dims
+    packed = rows_of(layout, w.store, tensors, n, k, begin, end)
+    scales = next(i for i, part in enumerate(layout.parts) if part.level is not None)
+    return _finite(layout.unpack(packed), tensors[scales], begin)
 
 
 def _finite(q: QTensor, tensor: object, begin: int) -> QTensor:
@@ -129,6 +139,7 @@ OPS: dict[str, Op] = {
     "permute_rope": _permute_rope,
     "unpermute_rope": _unpermute_rope,
     "unpack": _unpack,
+    "assemble": _assemble,
     "gptq": _gptq,
     "order": _order,
     "unsort": _unsort,

@@ -18,10 +18,11 @@ import numpy as np
 
 from qconvert import kernels, stored_weights
 from qconvert.bits import from_bits
+from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
-from qconvert.scheme import SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Array:
     """Source bits as real numbers; a NaN or an infinity is an error that names tensor and place."""
-    if node.type.dtype in ("i64", "i32", "u8", "bool") or "." in node.type.dtype:
+    if node.type.dtype not in FLOATS:
         return raw
     value: Array = raw
     if node.type.dtype == "bf16":
@@ -286,7 +287,25 @@ def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme
     x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
     if scheme.table:
         return scheme, kernels.table_codes(x, group, scheme.table)
-    return scheme, kernels.affine(x, group, scheme.bits, scheme.zero_point)
+    found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
+    kept = scheme.levels[0].dtype
+    return scheme, found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
+
+
+def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: str) -> Affine:
+    """Scales as f16 or bf16 has them, and codes of 8 bits that suit those; of 4 bits no weight moves by 1/64 of a code."""
+    scales = rounded_to(kept, found.scales)
+    zeros = rounded_to(kept, found.zeros) if scheme.zero_point == "float" else found.zeros
+    if scheme.bits < 8:
+        return found._replace(scales=scales, zeros=zeros)
+    return found._replace(packed=kernels.affine_codes(x, group, scheme.bits, scales, zeros), scales=scales, zeros=zeros)
+
+
+def rounded_to(dtype: str, v: F32) -> F32:
+    """As f16 or bf16 keeps it; an f16 that would be infinite is its largest number."""
+    if dtype == "bf16":
+        return kernels.widen_bf16(kernels.narrow_bf16(np.ascontiguousarray(v)))
+    return np.clip(v, -65504, 65504).astype(np.float16).astype(np.float32)
 
 
 def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:

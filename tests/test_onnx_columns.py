@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, Plane, side_by_side, written
+from qconvert.emit import Entry, FilePlan, Plan, written
 from qconvert.formats.onnx_columns import LAYOUTS, PREFIX
 from qconvert.graph import Graph, Node, Type
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
+from qconvert.planes import Plane, side_by_side
 from qconvert.scheme import QTensor, Scheme, scheme_of
 from qconvert.sources import Store
 from qconvert.weights import Weights

@@ -5,6 +5,7 @@ widen_bf16(u16[...]) -> f32[...]                     exact
 widen_and_check(u16[...]) -> f32[...], bool          the same, and whether all are finite
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
 affine(x f32[N,K], group, bits, zero_point) -> packed u8[N,K*bits/8], scales f32[N,K/group], zeros: least squared error
+affine_codes(x f32[N,K], group, bits, scales, zeros) -> packed u8[N,K*bits/8]: the nearest codes
 table_codes(x f32[N,K], group, table) -> the same for 16 levels, zeros f32[N,0]
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
@@ -17,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qconvert.kernels.affine_codes import affine_codes as affine_codes
     from qconvert.kernels.affine_quants import affine as affine
     from qconvert.kernels.ggml_search import search as search
     from qconvert.kernels.real import add_low_rank as add_low_rank
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from qconvert.kernels.table_quants import table_codes as table_codes
 
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_check", "widen_bf16")
-_WHERE = dict.fromkeys(_REAL, "real") | {"search": "ggml_search", "affine": "affine_quants", "table_codes": "table_quants"}
+_WHERE = dict.fromkeys(_REAL, "real") | {
+    "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_codes", "table_codes": "table_quants",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

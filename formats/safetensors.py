@@ -1,0 +1,167 @@
+"""safetensors: a folder that transformers and vLLM load: weights in a dialect, config.json that says which, the tokenizer.
+
+legalize (schemes of the weights) -> passes -> plan (shards, config.json) -> emit
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from qconvert.companions import carried, tokenizer_of
+from qconvert.dtypes import FLOATS
+from qconvert.emit import FilePlan, Plan
+from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.formats.safetensors_config import config_of
+from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialect_of
+from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
+from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
+from qconvert.formats.safetensors_written import all_stored, written
+from qconvert.graph import Graph
+from qconvert.passes.pack import Pack
+from qconvert.passes.quantize import Quantize
+from qconvert.pipeline import Pass
+from qconvert.provenance import names_of, provenance
+from qconvert.report import Row
+from qconvert.request import Fallback, Request, parse_nbytes
+from qconvert.scheme import scheme_of
+from qconvert.target import Legal, Lowered, Source
+from qconvert.tokenizer import Tokenizer
+from qconvert.transcoded import notes, stored_dtype
+from qconvert.weights import Weights
+
+BITS = {4: "w4a16", 8: "w8a16", 16: "bf16"}
+ASYMMETRIC = {"w4a16": "w4a16-asym"}
+# fields of a request that mean nothing here
+NOT_HERE = {
+    "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
+    "token_embedding_type": "--token-embedding-type", "leave_output_tensor": "--leave-output-tensor",
+    "pre_tokenizer": "--pre-tokenizer", "accuracy_level": "--accuracy-level", "layout": "--layout",
+    "weights_in": "--weights-in", "operators": "--operators",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """wanted.dtype: of all weights that are not quantized, as config.json will say."""
+
+    dialect: Dialect
+    wanted: Wanted
+    fallback: Fallback
+    max_nbytes: int
+    tokenizer: Tokenizer | None
+    files: Mapping[str, bytes]
+    config: Mapping[str, object]
+    metadata: Mapping[str, str]
+
+
+class Safetensors:
+    name: ClassVar[str] = "safetensors"
+
+    def options(self, request: Request, source: Source, graph: Graph) -> Options:
+        """The user's words as this format's record. UsageError for types that do not exist."""
+        for field, flag in NOT_HERE.items():
+            if getattr(request, field):
+                raise UnsupportedError(f"{flag}: --to safetensors has no such choice")
+        if source.swap:
+            raise UnsupportedError("--adapters swap: safetensors are written merged", hint="--to onnx, or PEFT loads adapters")
+        dialect = chosen(request)
+        dtype = PLAIN.get(dialect.name) or plain_dtype(graph)
+        if dialect.name in PLAIN and request.group is not None:
+            raise UsageError(f"--group {request.group}: {dialect.name} has no groups")
+        limit = parse_nbytes(request.split_max_size) if request.split_max_size else MAX_NBYTES
+        metadata = {"format": "pt", **provenance(source, graph, dialect.name)}
+        wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant)
+        return Options(
+            dialect, wanted, request.fallback, limit, tokenizer_of(source, graph), carried(source),
+            config_of(source, graph, dtype), metadata,
+        )  # fmt: skip
+
+    def legalize(self, graph: Graph, options: Options) -> Legal:
+        """Schemes from shapes alone. UnsupportedError where one does not fit and --fallback error asked for it."""
+        refuse_mixtures(graph)
+        by = family_of(graph).norm_offset
+        first: tuple[Pass, ...] = (KeepOffset(by, options.wanted.dtype),) if by else ()
+        types, fallbacks = types_of(graph, options)
+        if fallbacks and options.fallback == "error":
+            first_left = fallbacks[0]
+            raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
+        name = options.dialect.name
+        passes: tuple[Pass, ...] = (*first, Quantize(name, "mse", types), Pack(options.dialect.layouts))
+        shown = fallbacks if options.fallback == "warn" else []
+        return Legal(passes, name, tuple(shown), notes(graph, types))
+
+    def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
+        return Path("-".join([*names_of(source, graph), options.dialect.name]))
+
+    def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
+        """config.json, shards with their index, and what lies beside them."""
+        config = {**options.config, **options.dialect.config(written(graph, options.wanted))}
+        files = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), **options.files}
+        split = shards(all_stored(graph), options.max_nbytes)
+        if len(split) > 1:
+            files[INDEX] = index(split)
+        plans = [file_plan(path, shard, options.metadata) for shard in split]
+        plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
+        return Plan(tuple(plans), path)
+
+    def prove(
+        self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+    ) -> tuple[list[Row], dict[str, str] | None]:
+        """Every check there is for such a folder; see safetensors_check."""
+        with uninterrupted():
+            from qconvert.formats import safetensors_check  # loads torch
+
+        return safetensors_check.prove(source, lowered, weights, parts, threads)
+
+
+def chosen(request: Request) -> Dialect:
+    """4 bits in compressed-tensors by default."""
+    if request.bits is not None and request.bits not in BITS:
+        raise UsageError(f"--bits {request.bits}: there are {', '.join(map(str, BITS))}", hint="or --quant, see --list types")
+    name = request.quant or BITS[request.bits or 4]
+    if request.zero_point == "int":
+        if name not in (*ASYMMETRIC, *ASYMMETRIC.values()):
+            raise UsageError(f"--zero-point int: {name} has no choice of zero points", hint="--bits 4")
+        name = ASYMMETRIC.get(name, name)
+    elif request.zero_point == "float":
+        raise UnsupportedError("--zero-point float: compressed-tensors has integer ones", hint="--quant hqq, or --to onnx")
+    return dialect_of(name)
+
+
+def plain_dtype(graph: Graph) -> str:
+    """What most weights came in."""
+    counts: dict[str, int] = {}
+    for name in graph.parameters():
+        dtype = graph.root(name).type.dtype
+        if dtype in FLOATS:
+            counts[dtype] = counts.get(dtype, 0) + 1
+    most = max(counts, key=counts.__getitem__, default="bf16")
+    return most if most in PLAIN.values() else "f32"
+
+
+def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Weight -> scheme or dtype, and what did not get what was asked for."""
+    types, fallbacks, matrices, norms = {}, [], linears(graph), offset_norms(graph)
+    for name in [n for n in graph.parameters() if n not in norms]:
+        kind = graph.nodes[name].type
+        types[name] = options.wanted.dtype
+        if name not in matrices:
+            continue
+        n, k = kind.dims
+        stored = scheme_of(stored_dtype(graph, name))
+        carried = stored and options.dialect.carrying(stored, n, k, options.wanted)
+        scheme = carried or options.dialect.scheme(n, k, options.wanted)
+        if scheme is None and options.dialect.layouts:
+            why = f"{options.dialect.name} cannot hold [{kind.dims[0]}, {kind.dims[1]}]"
+            fallbacks.append({"tensor": name, "wanted": options.dialect.name, "got": options.wanted.dtype, "reason": why})
+        elif scheme is not None:
+            types[name] = scheme
+            group, wanted = scheme_of(scheme).levels[0].group, options.wanted.group  # type: ignore[union-attr]
+            if wanted is not None and group != wanted:
+                why = f"rows of {kind.dims[1]} do not divide into groups of {wanted}"
+                fallbacks.append({"tensor": name, "wanted": f"groups of {wanted}", "got": f"of {group}", "reason": why})
+    return types, fallbacks

@@ -1,0 +1,157 @@
+"""Prove a folder of safetensors: bytes against the graph, values by the dialect's own library, answers in transformers.
+
+file reader: the folder through the graph's own ops, after safetensors and the dialect's library agreed on its bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qconvert import check
+from qconvert.check import LIMITS, Tokens
+from qconvert.companions import n_vocab
+from qconvert.emit import encoded_rows, in_parallel
+from qconvert.formats.safetensors_dialects import Loading
+from qconvert.formats.safetensors_files import Stored, opened_tensors
+from qconvert.formats.safetensors_names import stored_transposed
+from qconvert.formats.safetensors_transformers import Model, load, unavailable
+from qconvert.formats.safetensors_written import all_stored, written
+from qconvert.graph import Graph, Node, Type, n_rows
+from qconvert.layouts import layout_of
+from qconvert.report import Row, judged
+from qconvert.run import Reals, run
+from qconvert.scheme import Array
+from qconvert.sources import Store
+from qconvert.target import Lowered, Source
+from qconvert.tokenizer import hard_corpus
+from qconvert.transcoded import stored_rows
+from qconvert.weights import Weights, rounded_to
+
+RUNTIME = "runtime transformers"
+ALIAS = "written"
+BLOCK = 1 << 22  # weights whose bytes are compared at a time
+
+
+def prove(
+    source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
+) -> tuple[list[Row], dict[str, str] | None]:
+    """Rows of all checks in the order of the stages, and the runtime that ran (None where there is none)."""
+    folder, graph, options = parts[0].parent, lowered.graph, lowered.options
+    store = Store()
+    try:
+        store.add(ALIAS, folder)
+        rows = [bytes_row(folder, all_stored(graph), weights, threads)]
+        if rows[0].verdict == "fail":
+            return rows, None
+        reals = Weights(as_read(graph, store), store)
+        rows += options.dialect.byte_rows(folder, reals, written(graph, options.wanted))
+        if any(row.verdict == "fail" for row in rows):
+            return rows, None
+        encode = options.tokenizer and options.tokenizer.reference()
+        prompts = check.prompts_for(encode or (lambda _: []), hard_corpus(), n_vocab(graph), context(graph))
+        with check.torch_threads(threads):
+            merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
+            (quantized,) = run(graph, reals, prompts).values()
+            rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
+            rows += stored_rows(graph, weights, reals)
+            answers, runtime = in_transformers(folder, lowered, reals, prompts)
+        return rows + answers, runtime
+    finally:
+        store.close()
+
+
+def context(graph: Graph) -> int:
+    config = graph.meta.get("config")
+    length = config.get("context") if isinstance(config, dict) else None
+    return length if isinstance(length, int) else 2048
+
+
+# the files ----------------------------------------------------------------------------------------
+
+
+def bytes_row(folder: Path, stored: Sequence[Stored], weights: Weights, threads: int) -> Row:
+    """Every tensor as the safetensors library reads it, against the graph's bytes, laid out anew."""
+    wrong: list[str] = []
+    with opened_tensors(folder) as tensors:
+        known = {t.name for s in stored for t in s.tensors}
+        wrong += [f"{name} (unknown)" for name in tensors if name not in known]
+
+        def compare(s: Stored) -> None:
+            pieces: list[list[Array]] = [[] for _ in s.entry.planes]
+            n = n_rows(s.entry.shape)
+            step = max(1, BLOCK // max(1, s.entry.shape[-1])) if len(s.entry.shape) > 1 else n
+            for begin in range(0, n, step):
+                rows, at = encoded_rows(weights, s.entry, begin, min(n, begin + step)), 0
+                for i, plane in enumerate(s.entry.planes):
+                    pieces[i].append(rows[:, at : at + plane.nbytes].copy())
+                    at += plane.nbytes
+            for t in s.tensors:
+                found = tensors.tensor(t.name)
+                got = found.reshape(-1).contiguous().view(torch.uint8).numpy()
+                want = np.frombuffer(t.data, np.uint8)
+                if t.plane is not None:
+                    at = [p._replace(offset=0) for p in s.entry.planes].index(t.plane._replace(offset=0))
+                    want = t.plane.laid_out(np.concatenate(pieces[at]))
+                if tuple(found.shape) != t.shape or not np.array_equal(got, want):
+                    wrong.append(t.name)
+
+        in_parallel(stored, compare, threads)
+    return judged(f"bytes by safetensors: {len(known)} tensors", "differ", float(len(wrong)), 0.0, min(wrong, default=""))
+
+
+def as_read(graph: Graph, store: Store) -> Graph:
+    """The graph with the folder's tensors in the place of what was written there."""
+    tensors, turned, new = store.tensors(ALIAS), stored_transposed(graph), dict[str, dict[str, Node]]()
+    for s in all_stored(graph):
+        loads = {}
+        for t in (t for t in s.tensors if t.plane is not None):
+            info = tensors[t.name]
+            name = f"{s.entry.value}~{t.name.rpartition('.')[2]}"
+            loads[name] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref})
+        kind = graph.nodes[s.entry.value].type
+        if "." in kind.dtype:
+            scheme = layout_of(kind.dtype).scheme.name
+            made = Node("assemble", tuple(loads), Type(scheme, kind.shape), {"layout": kind.dtype})
+            new[s.entry.value] = {**loads, s.entry.value: made}
+        elif s.entry.name in turned:
+            new[s.entry.value] = {**loads, s.entry.value: Node("transpose", tuple(loads), kind)}
+        else:
+            new[s.entry.value] = {s.entry.value: next(iter(loads.values()))}
+    return graph.rewrite(lambda name, _: new.get(name))
+
+
+# transformers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Weights that were quantized, rounded to the dtype in which transformers dequantizes them."""
+
+    reals: Reals
+    names: frozenset[str]
+    dtype: str
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        value = self.reals.real(name, begin, end)
+        return rounded_to(self.dtype, value) if name in self.names and self.dtype != "f32" else value
+
+
+def in_transformers(folder: Path, lowered: Lowered, reals: Reals, prompts: Tokens) -> tuple[list[Row], dict[str, str] | None]:
+    """Logits of the folder in transformers, in f32, against the graph with the weights that it has then."""
+    facts = written(lowered.graph, lowered.options.wanted)
+    loading: Loading = lowered.options.dialect.loading(facts)
+    if why := loading.missing or unavailable(folder):
+        return [Row(RUNTIME, "not run", None, None, "skip", why)], None
+    model: Model = load(folder, loading)
+    if model.complaints:
+        return [judged(RUNTIME, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
+    expected = Rounded(reals, frozenset(facts.quantized), loading.rounded) if loading.rounded else reals
+    (want,) = run(lowered.graph, expected, prompts).values()
+    limit, _ = LIMITS[loading.kind]
+    worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
+    return [judged(RUNTIME, "logits, relative", worst, limit)], model.about

@@ -1,0 +1,48 @@
+"""The weights of a folder as compressed-tensors decompresses them, against the graph's."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from qconvert.formats.safetensors_dialects import Written
+from qconvert.formats.safetensors_files import opened_tensors
+from qconvert.report import Row, judged
+from qconvert.run import Reals
+from qconvert.scheme import scheme_of
+
+CHECKED = 1 << 24  # weights that are decompressed of one layout and shape; the others are held by their bytes
+
+
+def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str) -> list[Row]:
+    """Every weight whose scheme and shape are new, exact but for the rounding to the scales' dtype."""
+    what = "compressed-tensors' decompressor"
+    if find_spec("compressed_tensors") is None:
+        why = 'compressed-tensors is not installed: pip install "qconvert[safetensors]"'
+        return [Row(what, "not run", None, None, "skip", why)]
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    schemes = {m: QuantizationScheme.model_validate(g) for g in config["config_groups"].values() for m in g["targets"]}
+    compressor = BaseCompressor.get_value_from_registry(form)
+    wrong, seen = [], set[tuple[str, tuple[int, ...]]]()
+    with opened_tensors(folder) as tensors:
+        for name, scheme in written.quantized.items():
+            module = name.removesuffix(".weight")
+            parts = {key.rpartition(".")[2]: key for key in tensors if key.rpartition(".")[0] == module}
+            key = (scheme, tuple(tensors.shape(parts["weight_scale"])))
+            if key in seen:
+                continue
+            seen.add(key)
+            found = {part: tensors.tensor(key) for part, key in parts.items()}
+            settings = schemes.get("Linear") or schemes[module]
+            value = compressor.decompress(found, settings)["weight"].float().numpy()
+            want = torch.from_numpy(reals.real(name)).to(found["weight_scale"].dtype).float().numpy()
+            if scheme_of(scheme) is None or not np.array_equal(value, want):
+                wrong.append(name)
+    return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]

@@ -1,0 +1,96 @@
+"""compressed-tensors' folders as input: which scheme a module has, and its tensors as nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qconvert.errors import InputError, UnsupportedError
+from qconvert.formats.safetensors_ct import LAYOUTS
+from qconvert.graph import Attr, Node, Type
+from qconvert.scheme import affine_name
+from qconvert.sources import TensorInfo
+from qconvert.stored_forms import Nodes, Tensors
+from qconvert.tensor_layouts import Tensors as Layout
+
+READ = ("pack-quantized",)
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """groups: (targets, QuantizationArgs of the weights) in order; the first whose targets fit a module is its own."""
+
+    groups: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...]
+    where: str
+
+    def parameter(self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors) -> Nodes | None:
+        module = name.removesuffix(".weight")
+        if not tensors.has(f"{module}.weight_packed"):
+            return None
+        scales = tensors.find(f"{module}.weight_scale")
+        args = self.args_of(module)
+        group = args["group_size"] if args["strategy"] == "group" else None
+        kind = f"{'int' if args['symmetric'] else 'uint'}{args['num_bits']}"
+        layout = LAYOUTS.get(f"ct.{affine_name(kind, group, scales.dtype)}")
+        if not isinstance(layout, Layout):
+            raise UnsupportedError(f"{self.where}: {module} has {args['num_bits']} bits, strategy {args['strategy']}: not read")
+        return assembled(name, shape, attrs, tensors, layout)
+
+    def args_of(self, module: str) -> Mapping[str, Any]:
+        for targets, args in self.groups:
+            if any(matches(target, module) for target in targets):
+                return args
+        raise InputError(f"{self.where}: no config_group has {module}, whose weight is packed")
+
+    def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
+        return None
+
+
+def matches(target: str, module: str) -> bool:
+    return target == "Linear" or target == module or (target.startswith("re:") and bool(re.match(target[3:], module)))
+
+
+def read(settings: Mapping[str, object], where: str) -> CompressedTensors:
+    """UnsupportedError for forms that would be read wrongly; InputError for settings that are no such configuration."""
+    groups, found = settings.get("config_groups"), []
+    if not isinstance(groups, dict):
+        raise InputError(f"{where}: quantization_config.config_groups = {groups!r}; an object was wanted")
+    for name, group in groups.items():
+        form = group.get("format") or settings.get("format")
+        if form not in READ:
+            raise UnsupportedError(f"{where}: {name} has the format {form}", hint=f"{', '.join(READ)} is read")
+        args = group.get("weights")
+        if not isinstance(args, dict) or not isinstance(group.get("targets"), list):
+            raise InputError(f"{where}: config_groups.{name} has no weights or targets")
+        if args.get("type") != "int" or args.get("strategy") not in ("group", "channel"):
+            raise UnsupportedError(f"{where}: {name}: weights of type {args.get('type')}, strategy {args.get('strategy')}")
+        found.append((tuple(map(str, group["targets"])), args))
+    if settings.get("quantization_status") not in (None, "compressed"):
+        raise UnsupportedError(f"{where}: quantization_status {settings['quantization_status']!r}; compressed is read")
+    return CompressedTensors(tuple(sorted(found, key=lambda g: "Linear" in g[0])), where)
+
+
+def assembled(
+    name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors, layout: Layout, rename: str = ""
+) -> Nodes:
+    """The tensors of a layout, and the weight that they are. InputError for shapes or dtypes that are not those of `shape`."""
+    module, (n, k), nodes = name.removesuffix(".weight"), shape, dict[str, Node]()
+    for part in layout.parts:
+        info, want = tensors.find(f"{module}.{part.name}"), part.shape(layout.scheme, n, k)
+        check_part(info, part.dtype, want)
+        nodes[f"{name}~{part.name}"] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
+    inputs = tuple(nodes)
+    for constant in layout.constants:
+        if tensors.has(f"{module}.{constant.name}"):
+            tensors.find(f"{module}.{constant.name}")
+    return {**nodes, name: Node("assemble", inputs, Type(layout.scheme.name, shape), {"layout": layout.name})}
+
+
+def check_part(info: TensorInfo, dtype: str, shape: Sequence[int]) -> None:
+    if info.shape != tuple(shape) or info.dtype != dtype.lower():
+        raise InputError(
+            f"{info.ref}: {info.dtype}{list(info.shape)}, but config.json says {dtype.lower()}{list(shape)}",
+            hint="do config.json and the weights belong together?",
+        )

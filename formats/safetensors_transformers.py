@@ -1,0 +1,94 @@
+"""A folder run by transformers, on the CPU, in f32."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qconvert.formats.safetensors_dialects import Loading
+
+MEMORY_FACTOR = 4  # of the folder's bytes: codes, weights in the model's dtype, and once more in f32
+
+
+def unavailable(folder: Path) -> str | None:
+    """Why transformers cannot run the folder here, or None."""
+    if find_spec("transformers") is None:
+        return 'transformers is not installed: pip install "qconvert[safetensors]"'
+    need = MEMORY_FACTOR * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    free = available()
+    if free is None or need <= free:
+        return None
+    return f"{need / 1e9:.0f} GB of memory are needed, {free / 1e9:.0f} GB are free"
+
+
+def available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)
+
+
+class Model:
+    """complaints: of the load: keys that were missing, unexpected or misshapen."""
+
+    def __init__(self, model: Any, complaints: Sequence[str]) -> None:
+        self.model, self.complaints = model, complaints
+        import transformers
+
+        self.about = {"name": "transformers", "version": str(transformers.__version__)}
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """f32[T,V]"""
+        with torch.no_grad():
+            out: npt.NDArray[np.float32] = self.model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+        return out
+
+
+def load(folder: Path, loading: Loading) -> Model:
+    """Weights are dequantized by transformers' own loader; then all computes in f32."""
+    from transformers import AutoModelForCausalLM
+
+    arguments = dict(loading.arguments)
+    if arguments.pop("dequantize", False):
+        from transformers import CompressedTensorsConfig
+
+        arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with quiet():
+        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
+        model.eval()
+        with torch.no_grad():
+            model(torch.tensor([[0]]))  # some decompress at the first call
+        model = model.float()
+    complaints = [f"{kind.removesuffix('_keys')}: {key}" for kind in KINDS for key in sorted(map(str, told.get(kind, ())))]
+    return Model(model, complaints)
+
+
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the loaders' words and bars; what they complain of is returned."""
+    from transformers.utils import logging as loud
+
+    before, level = loud.is_progress_bar_enabled(), loud.get_verbosity()
+    loud.disable_progress_bar()
+    loud.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        loud.set_verbosity(level)
+        if before:
+            loud.enable_progress_bar()

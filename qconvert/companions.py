@@ -1,0 +1,39 @@
+"""What lies beside a model's weights as it was: the tokenizer's files and generation_config.json."""
+
+from __future__ import annotations
+
+from qconvert.errors import UnsupportedError
+from qconvert.graph import Graph
+from qconvert.sources import inside
+from qconvert.target import TOKENIZER_FILES, Source, tokenizer_folder
+from qconvert.tokenizer import Tokenizer, read_tokenizer
+
+FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def tokenizer_of(source: Source, graph: Graph) -> Tokenizer | None:
+    """None where there is none, or one that only transformers reads: the files are carried as they are."""
+    folder = tokenizer_folder(source)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return read_tokenizer(folder, n_vocab(graph), model_folder=source.checkpoint.folder)
+    except UnsupportedError:
+        return None
+
+
+def n_vocab(graph: Graph) -> int:
+    """Rows of the embedding of tokens, which is a graph's first."""
+    return next(graph.nodes[n.inputs[1]].type.dims[0] for n in graph.nodes.values() if n.op == "embed")
+
+
+def carried(source: Source) -> dict[str, bytes]:
+    """The tokenizer's files and generation_config.json, as they are."""
+    folder = tokenizer_folder(source)
+    files = {name: inside(folder, name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if "generation_config.json" not in files and (source.checkpoint.folder / "generation_config.json").is_file():
+        files["generation_config.json"] = inside(source.checkpoint.folder, "generation_config.json").read_bytes()
+    return files
