@@ -34,7 +34,7 @@ from qconvert.transcoded import notes, stored_dtype
 from qconvert.weights import Weights
 
 BITS = {4: "w4a16", 8: "w8a16", 16: "bf16"}
-ASYMMETRIC = {"w4a16": "w4a16-asym"}
+ASYMMETRIC = {"w4a16": "w4a16-asym", "gptq": "gptq-asym", "gptq-v2": "gptq-v2-asym"}
 # fields of a request that mean nothing here
 NOT_HERE = {
     "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
@@ -74,7 +74,7 @@ class Safetensors:
             raise UsageError(f"--group {request.group}: {dialect.name} has no groups")
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else MAX_NBYTES
         metadata = {"format": "pt", **provenance(source, graph, dialect.name)}
-        wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant)
+        wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant, request.bits)
         return Options(
             dialect, wanted, request.fallback, limit, tokenizer_of(source, graph), carried(source),
             config_of(source, graph, dtype), metadata,
@@ -120,7 +120,7 @@ class Safetensors:
 
 def chosen(request: Request) -> Dialect:
     """4 bits in compressed-tensors by default."""
-    if request.bits is not None and request.bits not in BITS:
+    if not request.quant and request.bits is not None and request.bits not in BITS:
         raise UsageError(f"--bits {request.bits}: there are {', '.join(map(str, BITS))}", hint="or --quant, see --list types")
     name = request.quant or BITS[request.bits or 4]
     if request.zero_point == "int":

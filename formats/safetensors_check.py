@@ -111,7 +111,7 @@ def as_read(graph: Graph, store: Store) -> Graph:
         loads = {}
         for t in (t for t in s.tensors if t.plane is not None):
             info = tensors[t.name]
-            name = f"{s.entry.value}~{t.name.rpartition('.')[2]}"
+            name = f"{s.entry.value}~read_{t.name.rpartition('.')[2]}"
             loads[name] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref})
         kind = graph.nodes[s.entry.value].type
         if "." in kind.dtype:

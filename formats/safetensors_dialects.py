@@ -21,7 +21,7 @@ from qconvert.scheme import Scheme, scheme_of
 
 
 class Wanted(NamedTuple):
-    """What is known where a weight's scheme is chosen: the group that was asked for, and the dtype of plain weights.
+    """What is known where a weight's scheme is chosen: group and bits that were asked for, and the dtype of plain weights.
 
     any_kind: zero points were not spoken of, so codes that a source has are kept with and without.
     """
@@ -29,6 +29,7 @@ class Wanted(NamedTuple):
     group: int | None
     dtype: str
     any_kind: bool = True
+    bits: int | None = None
 
 
 class Written(NamedTuple):

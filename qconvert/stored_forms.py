@@ -15,7 +15,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family
 from qconvert.graph import Attr, Node, Type
 from qconvert.ops import infer
-from qconvert.scheme import GROUPS, scheme_of
+from qconvert.scheme import GROUPS, affine_name, scheme_of
 from qconvert.sources import TensorInfo
 
 Nodes = dict[str, Node]
@@ -149,7 +149,7 @@ def gptq_parameter(
             )
         nodes[f"{name}~{part}"] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
     options: dict[str, Attr] = {"bits": q.bits, "group": group, "minus_one": q.minus_one, "sorted": q.ordered}
-    codes = Node("gptq", tuple(nodes), Type(scheme_for(q, group, name), shape), options)
+    codes = Node("gptq", tuple(nodes), Type(scheme_for(q, group, name, nodes[f"{name}~scales"].type.dtype), shape), options)
     if not q.ordered:
         return {**nodes, name: codes}
     nodes[f"{name}~sorted"] = codes
@@ -165,12 +165,12 @@ def find_or_none(find: Callable[[str], TensorInfo], name: str) -> TensorInfo | N
         return None
 
 
-def scheme_for(q: GPTQ, group: int, name: str) -> str:
+def scheme_for(q: GPTQ, group: int, name: str, scales: str) -> str:
     """Of the fewest bits that hold the codes, and the largest group that divides theirs: metadata may be said several times."""
     kind, groups = "int" if q.symmetric else "uint", sorted(GROUPS, reverse=True)
     for bits in range(q.bits, 9):
         for g in groups:
-            if group % g == 0 and scheme_of(f"{kind}{bits}_g{g}") is not None:
-                return f"{kind}{bits}_g{g}"
+            if group % g == 0 and scheme_of(found := affine_name(f"{kind}{bits}", g, scales)) is not None:
+                return found
     told = "symmetric" if q.symmetric else "with zero points"
     raise UnsupportedError(f"{name}: GPTQ of {q.bits} bits, {told}, in groups of {group}", hint=f"groups: {GROUPS}")

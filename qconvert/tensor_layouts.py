@@ -16,7 +16,7 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.bits import from_bits, to_bits
-from qconvert.errors import UnsupportedError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.planes import Plane, pieces_of, stored_range
 from qconvert.scheme import F32, Array, Bytes, Layout, QTensor, Scheme, scheme_of
 
@@ -32,6 +32,7 @@ class Part:
     """One tensor of a weight: its name behind the module's, safetensors' dtype, and what it holds.
 
     level: of the scheme; None: the codes. plus: what is added to an unsigned value to store it, modulo 2^bits.
+    fixed: the number that each entry of `level` stands for where the scheme has no such entries: a zero point.
     bits, word, rows, order: see Plane. dims: (n, k) -> the tensor's shape, where it is not what the plane says.
     """
 
@@ -40,6 +41,7 @@ class Part:
     kind: Kind
     level: int | None = None
     plus: int = 0
+    fixed: int | None = None
     bits: int | None = None
     word: int | None = None
     rows: int | None = 1
@@ -118,19 +120,24 @@ def _pack(layout: Tensors, q: QTensor) -> Bytes:
 def _join(layout: Tensors, packed: Bytes, levels: Sequence[F32]) -> Bytes:
     """Codes in bits, the first low, and levels -> u8[N, row nbytes]"""
     parts = [
-        packed if part.level is None else _level_bytes(part, layout.scheme, levels[part.level]) for part in layout.parts
+        packed if part.level is None else _level_bytes(part, layout.scheme, _entries(part, levels)) for part in layout.parts
     ]
     return np.concatenate(parts, axis=1)
 
 
 def _part_bytes(part: Part, scheme: Scheme, codes: Array, levels: Sequence[F32]) -> Bytes:
     if part.level is not None:
-        return _level_bytes(part, scheme, levels[part.level])
+        return _level_bytes(part, scheme, _entries(part, levels))
     stored = (codes.astype(np.int16) + scheme.centre + part.plus).astype(np.uint8)
     if part.kind == "u1":
         return stored if scheme.bits == 8 else stored & np.uint8((1 << scheme.bits) - 1)
     packed = to_bits(stored & np.uint8((1 << scheme.bits) - 1), scheme.bits)
     return packed if part.kind == "low" else _swapped(packed)
+
+
+def _entries(part: Part, levels: Sequence[F32]) -> F32:
+    v = levels[part.level or 0]
+    return v if part.fixed is None else np.full_like(v, part.fixed)
 
 
 def _level_bytes(part: Part, scheme: Scheme, v: F32) -> Bytes:
@@ -153,8 +160,16 @@ def _unpack(layout: Tensors, packed: Bytes) -> QTensor:
     for part, piece in zip(layout.parts, np.split(packed, cuts, axis=1), strict=True):
         if part.level is None:
             codes = _codes(part, scheme, piece, k)
-        else:
-            levels[part.level] = _level(part, scheme, piece, scheme.levels[part.level].entries(k))
+            continue
+        level = _level(part, scheme, piece, scheme.levels[part.level].entries(k))
+        if part.fixed is None:
+            levels[part.level] = level
+        elif not (level == part.fixed).all():
+            wrong = level[level != part.fixed][0]
+            raise InputError(
+                f"{part.name}: a zero point is {wrong:g}; where the grid is symmetric each is {part.fixed}",
+                hint="do the weights' configuration and their zero points belong together?",
+            )
     signed = scheme.centre or (scheme.bits < 8 and not scheme.table)
     return QTensor(scheme, codes.view(np.int8) if signed else codes, tuple(levels))
 
