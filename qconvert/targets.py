@@ -75,7 +75,7 @@ class Rule(NamedTuple):
 _VLLM, _VLLM_MIN = "its documentation, supported hardware", "its documentation, installation"
 _BNB = "its README and documentation, installation; run on a CPU"
 _AMD, _NO_AMD = "gfx942 gfx1100", "has no kernel for AMD GPUs"
-_CT = "w4a16 w4a16-asym w8a16 w8a8 w8a8-static fp8 fp8-dynamic fp8-block nvfp4 nvfp4a16 mxfp4"
+_CT, _CT_SOURCE = "5.23 with compressed-tensors 0.20", "its documentation; run on a CPU alone"
 _FP8, _NEWER = "fp8 fp8-dynamic fp8-block", "after 0.15.1"  # the newest whose table of hardware was seen with its version
 _OLD_TORCH, _DENSE = "torch 2.14 or older for CUDA 12.6", "expanding the weights to 16 bits"
 _ONNX = "fp32 fp16 int4 int8 uint4 uint8"
@@ -106,7 +106,8 @@ RULES: tuple[Rule, ...] = (
          how="4 or 8 bits without zero points"),
     Rule("safetensors", "gptq", "exllamav2", "any", "its README; on which GPUs is not known"),
     Rule("safetensors", "awq", "vLLM", "0.15.1", _VLLM, min_cc=75, others="cpu", never=_AMD, why=_NO_AMD),
-    Rule("safetensors", "gptq gptq-v2 awq", "transformers", "5.23 with gptqmodel 7.7", "run on a CPU", others="cpu"),
+    Rule("safetensors", "gptq gptq-v2 awq", "transformers", "5.23 with gptqmodel 7.7", "run on a CPU", others="cpu",
+         how="no mixtures of experts: it leaves them random, in silence"),
     Rule("safetensors", "bnb-nf4 bnb-fp4", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=60,
          others=f"{_AMD} apple cpu", how="{torch}"),
     Rule("safetensors", "bnb-int8", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=75, others=f"{_AMD} apple cpu"),
@@ -124,8 +125,12 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "bf16", "vLLM", "0.21.0", f"{_VLLM_MIN}; platforms/cuda.py", min_cc=80, others=_AMD),
     Rule("safetensors", "bf16 fp16", "transformers", "5.23", "pytorch#172352, #190385: what wheels are compiled for",
          min_cc=50, others="cpu", how="{torch}"),
-    Rule("safetensors", _CT, "transformers", "5.23 with compressed-tensors 0.20", "its documentation; run on a CPU alone",
+    Rule("safetensors", f"w4a16 w8a16 w8a8 w8a8-static {_FP8} mxfp4", "transformers", _CT, _CT_SOURCE,
          min_cc=50, others="cpu", how="{torch}", dense=True),
+    Rule("safetensors", "w4a16-asym", "transformers", _CT, _CT_SOURCE, min_cc=50, others="cpu", dense=True,
+         how="no mixtures of experts, CompressedTensorsConfig(dequantize=True) for the rest; {torch}"),
+    Rule("safetensors", "nvfp4 nvfp4a16", "transformers", _CT, _CT_SOURCE, min_cc=50, others="cpu", dense=True,
+         how="no mixtures of experts: it computes them wrongly, in silence; {torch}"),
 )
 # (targets, format, how names begin, what to know)
 ADVICE = (
@@ -166,22 +171,23 @@ def rules_of(format: str, quant: str) -> Iterator[Rule]:
 
 
 def answer(target: Target, format: str, quant: str) -> Answer:
-    runs, reasons = [], []
-    for rule in rules_of(format, quant):
+    runs: list[Rule] = []
+    reasons: dict[str, str] = {}
+    for rule in sorted(rules_of(format, quant), key=lambda r: r.min_cc or 0):  # a runtime's least need is the one to tell
         named = f"{rule.runtime} {rule.version}"
         if target.name in rule.others.split() or (target.cc and rule.min_cc and rule.min_cc <= target.cc <= rule.max_cc):
             runs.append(rule)
         elif target.name in rule.never.split():
-            reasons.append(f"{named} {rule.why}")
+            reasons.setdefault(rule.runtime, f"{named} {rule.why}")
         elif target.cc and rule.min_cc and target.cc < rule.min_cc:
-            reasons.append(f"{named} needs compute capability {rule.min_cc // 10}.{rule.min_cc % 10}")
-    return Answer(tuple(runs), tuple(reasons))
+            reasons.setdefault(rule.runtime, f"{named} needs compute capability {rule.min_cc // 10}.{rule.min_cc % 10}")
+    return Answer(tuple(r for r in RULES if r in runs), tuple(reasons.values()))
 
 
 def said(rule: Rule, target: Target) -> str:
     """A runtime with its version, and what it takes to run on the target."""
     old = target.cuda == OLD_CUDA
-    how = rule.how.format(cuda="CUDA 12.x" if old else "CUDA", torch=_OLD_TORCH if old else "")
+    how = rule.how.format(cuda="CUDA 12.x" if old else "CUDA", torch=_OLD_TORCH if old else "").removesuffix("; ")
     return ", ".join(filter(None, (f"{rule.runtime} {rule.version}", how, _DENSE if rule.dense else "")))
 
 

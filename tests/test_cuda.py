@@ -217,6 +217,12 @@ def test_no_kernel_spills_and_none_needs_more_than_48_registers(cubins: dict[str
             assert usage.registers <= 48 and (usage.shared_nbytes, usage.stack_nbytes, usage.spilled_nbytes) == (0, 0, 0)
 
 
+def test_without_nvrtc_an_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "find_spec", lambda _: None)
+    with pytest.raises(MissingDependency, match=r"need NVRTC 12\nhint: pip install nvidia-cuda-nvrtc-cu12==12\.9\.86"):
+        nvrtc.library.__wrapped__()
+
+
 def test_a_gpu_that_nvrtc_does_not_know_is_refused(cubins: dict[str, nvrtc.Compiled]) -> None:
     with pytest.raises(UnsupportedError, match="does not compile for sm_35.*\n.*sm_50"):
         nvrtc.compiled("gemv", "sm_35")
