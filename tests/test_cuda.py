@@ -90,28 +90,30 @@ def test_activations_in_8_bits_are_those_of_numpy(kernels: Kernels, k: int, grou
 
 
 @pytest.mark.parametrize(("n", "k", "group", "m"), SHAPES)
-def test_4_bit_codes_times_8_bit_activations(kernels: Kernels, n: int, k: int, group: int, m: int) -> None:
+def test_4_bit_codes_times_8_bits_and_times_halves(kernels: Kernels, n: int, k: int, group: int, m: int) -> None:
     rng, g = np.random.default_rng(n + k), ceil_div(k, group)
-    codes, s = rng.integers(0, 16, (n, k)), halves(rng, n, g)
+    codes, s, x = rng.integers(0, 16, (n, k)), halves(rng, n, g), halves(rng, m, k)
     points, minima = rng.integers(0, 256, (n, g)).astype(np.uint8), halves(rng, n, g)
-    x = Activations(kernels, halves(rng, m, k), group, even_odd=True)
-    words = packed(codes, 4, np.uint32)
+    q, words, grid = Activations(kernels, x, group, even_odd=True), packed(codes, 4, np.uint32), (ceil_div(n, 4), m)
 
     dots = np.zeros((m, n, g), np.int32)
-    kernels("w4a8_dots")((ceil_div(n * g, 128), m), words, x.q, dots, n, k, group)
-    assert np.array_equal(dots, group_sums(codes[None] * x.codes[:, None], group))
+    kernels("w4a8_dots")((ceil_div(n * g, 128), m), words, q.q, dots, n, k, group)
+    assert np.array_equal(dots, group_sums(codes[None] * q.codes[:, None], group))
 
-    scales, inputs = per_column(s, group, k), x.codes * per_column(x.t, group, k)
-    y = np.full((m, n), np.nan, np.float32)
-    after, grid = (x.q, x.t, x.sums, y, n, k, group), (ceil_div(n, 4), m)
+    scales, sums, y = per_column(s, group, k), np.zeros((m, g), np.float32), np.zeros((m, n), np.float32)
+    kernels("sum_groups")((ceil_div(g, 4), m), x, k, group, sums)
     for name, more, w, w_magnitude in (
-        ("w4a8_centre", (), scales * (codes - 8), np.abs(scales) * (codes + 8)),
-        ("w4a8_points", (points,), scales * (codes - (z := per_column(points, group, k))), np.abs(scales) * (codes + z)),
-        ("w4a8_minima", (minima,), scales * codes + (o := per_column(minima, group, k)), np.abs(scales) * codes + np.abs(o)),
+        ("centre", (), scales * (codes - 8), np.abs(scales) * (codes + 8)),
+        ("points", (points,), scales * (codes - (z := per_column(points, group, k))), np.abs(scales) * (codes + z)),
+        ("minima", (minima,), scales * codes + (o := per_column(minima, group, k)), np.abs(scales) * codes + np.abs(o)),
     ):
-        y[:] = np.nan
-        kernels(name)(grid, words, s, *more, *after)
-        assert_close(y, inputs @ w.T, np.abs(inputs) @ w_magnitude.T, k)
+        for kind, given, inputs in (
+            (f"w4a8_{name}", (q.q, q.t, q.sums), q.codes * per_column(q.t, group, k)),
+            (f"w4a16_{name}", (x, sums), x.astype(np.float64)),
+        ):
+            y[:] = np.nan
+            kernels(kind)(grid, words, s, *more, *given, y, n, k, group)
+            assert_close(y, inputs @ w.T, np.abs(inputs) @ w_magnitude.T, k)
 
 
 @pytest.mark.parametrize(("kind", "n", "k", "group", "m"), [("bytes", *s) for s in SHAPES] + [("words", *s) for s in OF_32])

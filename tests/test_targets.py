@@ -51,9 +51,9 @@ def test_what_runs_only_with_expanded_weights_says_so_and_what_stays_packed() ->
     assert runs.startswith("sm_61 runs w4a16: transformers 5.23 with compressed-tensors 0.20, torch 2.14 or older for ")
     assert "expanding the weights to 16 bits" in runs
     assert packed == (
-        "sm_61: vLLM after 0.15.1 needs compute capability 7.5. Nearest that stays packed: --to gguf --bits 4 (llama.cpp 0.5.0-dev, "
-        "built with CUDA 12.x), or --to safetensors --quant bnb-nf4 (transformers 5.23 with bitsandbytes 0.50, torch 2.14 or older "
-        "for CUDA 12.6)"
+        "sm_61: vLLM after 0.15.1 needs compute capability 7.5. Nearest that stays packed: --to gguf --bits 4 "
+        "(llama.cpp 0.5.0-dev, built with CUDA 12.x), or --to safetensors --quant bnb-nf4 "
+        "(transformers 5.23 with bitsandbytes 0.50, torch 2.14 or older for CUDA 12.6)"
     )
     assert "1/64" in halves
 

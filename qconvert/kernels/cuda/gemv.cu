@@ -116,15 +116,24 @@ KERNEL sum_groups(const half_bits* x, int K, int group, float* sums)
         sums[(long long)m * G + g] = sum;
 }
 
-// ---- 4-bit affine codes, 8-bit activations: y = sum over groups of s t (sum of q x - z sum of x)
+// ---- 4-bit affine codes: y = sum over groups of s (sum of q x - z sum of x), codes u32[N, ceil(K/8)], s f16[N,G]
+
+enum Zero { CENTRE, POINTS, MINIMA };  // w = s (q - 8); s (q - z), z u8[N,G]; s q + m, m f16[N,G]
+
+// A group's part of y: dot of codes and activations, and the activations' sum where it is to be counted
+template <Zero ZERO, typename Number>
+__device__ float affine(half_bits s, const void* zeros, long long group, Number dot, Number sum)
+{
+    if (ZERO == MINIMA)
+        return widened(s) * dot + widened(((const half_bits*)zeros)[group]) * sum;
+    return widened(s) * (dot - (ZERO == POINTS ? ((const u8*)zeros)[group] : 8) * sum);
+}
 
 // codes: nibble i of a word is column 8 word + i; x: two words of quantize_x's even_odd bytes
 __device__ int dot_w4(u32 codes, const int* x)
 {
     return dot4(codes >> 4 & 0x0f0f0f0f, x[1], dot4(codes & 0x0f0f0f0f, x[0], 0));
 }
-
-enum Zero { CENTRE, POINTS, MINIMA };  // w = s (q - 8); s (q - z), z u8; s q + m, m f16
 
 template <Zero ZERO> __device__ void w4a8(const u32* codes, const half_bits* s, const void* zeros, const int* x, const float* t,
                                           const int* sums, float* y, int N, int K, int group)
@@ -138,38 +147,71 @@ template <Zero ZERO> __device__ void w4a8(const u32* codes, const half_bits* s, 
     t += (long long)m * G;
     sums += (long long)m * G;
     const float sum = row_sum<8>(K, group, [&](int unit, int g, bool first) {
-        const int dot = dot_w4(codes[unit], x + 2 * unit), all = first ? sums[g] : 0;
-        const float scale = widened(s[row + g]);
-        if (ZERO == MINIMA)
-            return t[g] * (scale * dot + widened(((const half_bits*)zeros)[row + g]) * all);
-        return t[g] * scale * (dot - (ZERO == POINTS ? ((const u8*)zeros)[row + g] : 8) * all);
+        return t[g] * affine<ZERO>(s[row + g], zeros, row + g, dot_w4(codes[unit], x + 2 * unit), first ? sums[g] : 0);
     });
     if (lane() == 0)
         y[(long long)m * N + n] = sum;
 }
 
-// codes u32[N, ceil(K/8)], s f16[N,G], x and t and sums of quantize_x (even_odd) -> y f32[M,N]
-KERNEL w4a8_centre(const u32* codes, const half_bits* s, const int* x, const float* t, const int* sums, float* y, int N, int K,
-                   int group)
+template <Zero ZERO> __device__ void w4a16(const u32* codes, const half_bits* s, const void* zeros, const half_bits* x,
+                                           const float* sums, float* y, int N, int K, int group)
+{
+    const int n = warp(), m = blockIdx.y, G = ceil_div(K, group);
+    if (n >= N)
+        return;
+    const long long row = (long long)n * G;
+    codes += (long long)n * ceil_div(K, 8);
+    x += (long long)m * K;
+    sums += (long long)m * G;
+    const float sum = row_sum<8>(K, group, [&](int unit, int g, bool first) {
+        float dot = 0;
+        for (int i = 0; i < min(8, K - 8 * unit); ++i)
+            dot += (float)(codes[unit] >> 4 * i & 15) * widened(x[8 * unit + i]);
+        return affine<ZERO>(s[row + g], zeros, row + g, dot, first ? sums[g] : 0);
+    });
+    if (lane() == 0)
+        y[(long long)m * N + n] = sum;
+}
+
+// x and t and sums of quantize_x (even_odd) -> y f32[M,N]
+KERNEL w4a8_centre(const u32* codes, const half_bits* s, const int* x, const float* t, const int* sums,
+                   float* y, int N, int K, int group)
 {
     w4a8<CENTRE>(codes, s, 0, x, t, sums, y, N, K, group);
 }
 
-// the same with z u8[N,G]
-KERNEL w4a8_points(const u32* codes, const half_bits* s, const u8* z, const int* x, const float* t, const int* sums, float* y,
-                   int N, int K, int group)
+KERNEL w4a8_points(const u32* codes, const half_bits* s, const u8* z, const int* x, const float* t, const int* sums,
+                   float* y, int N, int K, int group)
 {
     w4a8<POINTS>(codes, s, z, x, t, sums, y, N, K, group);
 }
 
-// the same with m f16[N,G]
 KERNEL w4a8_minima(const u32* codes, const half_bits* s, const half_bits* m, const int* x, const float* t, const int* sums,
                    float* y, int N, int K, int group)
 {
     w4a8<MINIMA>(codes, s, m, x, t, sums, y, N, K, group);
 }
 
-// The integers of it: dots i32[M,N,G] of codes and activations. Grid (ceil(N G / 128), M).
+// The same with x f16[M,K] and sums of sum_groups
+KERNEL w4a16_centre(const u32* codes, const half_bits* s, const half_bits* x, const float* sums, float* y, int N,
+                    int K, int group)
+{
+    w4a16<CENTRE>(codes, s, 0, x, sums, y, N, K, group);
+}
+
+KERNEL w4a16_points(const u32* codes, const half_bits* s, const u8* z, const half_bits* x, const float* sums, float* y, int N,
+                    int K, int group)
+{
+    w4a16<POINTS>(codes, s, z, x, sums, y, N, K, group);
+}
+
+KERNEL w4a16_minima(const u32* codes, const half_bits* s, const half_bits* m, const half_bits* x, const float* sums, float* y,
+                    int N, int K, int group)
+{
+    w4a16<MINIMA>(codes, s, m, x, sums, y, N, K, group);
+}
+
+// The integers of w4a8: dots i32[M,N,G] of codes and activations. Grid (ceil(N G / 128), M).
 KERNEL w4a8_dots(const u32* codes, const int* x, int* dots, int N, int K, int group)
 {
     const int G = ceil_div(K, group), i = blockIdx.x * blockDim.x + threadIdx.x, n = i / G, g = i % G, m = blockIdx.y;
@@ -210,7 +252,8 @@ KERNEL b1a1_words(const u32* bits, const half_bits* s, const u32* x, const float
     b1a1<32>(bits, s, x, t, y, N, K, group);
 }
 
-// Bits of 0 and 1 with scale and offset: y = sum over groups of s (sum of x where 1) + m (sum of x). Additions, and two FMA a group.
+// Bits of 0 and 1 with scale and offset: y = sum over groups of s (sum of x where 1) + m (sum of x). Additions, and two FMA a
+// group.
 // bits u8[N, ceil(K/8)], s and offset f16[N,G], x f16[M,K], sums of sum_groups -> y f32[M,N]
 KERNEL b1a16(const u8* bits, const half_bits* s, const half_bits* offset, const half_bits* x, const float* sums, float* y, int N,
              int K, int group)
@@ -243,7 +286,8 @@ __device__ int dot_w2(u32 word, int unit, const int* x)
 }
 
 // codes u32[N, ceil(K/16)], s f16[N,G], x and t and sums of quantize_x (plain) -> y f32[M,N] = sum of s t (sum of q x - sum of x)
-KERNEL w2a8(const u32* codes, const half_bits* s, const int* x, const float* t, const int* sums, float* y, int N, int K, int group)
+KERNEL w2a8(const u32* codes, const half_bits* s, const int* x, const float* t, const int* sums, float* y, int N, int K,
+            int group)
 {
     const int n = warp(), m = blockIdx.y, G = ceil_div(K, group);
     if (n >= N)
@@ -258,7 +302,7 @@ KERNEL w2a8(const u32* codes, const half_bits* s, const int* x, const float* t, 
         y[(long long)m * N + n] = sum;
 }
 
-// The integers of it: i32[M,N,G], sum of x where +1 less sum of x where -1. Grid (ceil(N G / 128), M).
+// The integers of w2a8: i32[M,N,G], sum of x where +1 less sum of x where -1. Grid (ceil(N G / 128), M).
 KERNEL w2a8_dots(const u32* codes, const int* x, const int* sums, int* dots, int N, int K, int group)
 {
     const int G = ceil_div(K, group), i = blockIdx.x * blockDim.x + threadIdx.x, n = i / G, g = i % G, m = blockIdx.y;
