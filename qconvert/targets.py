@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from qconvert.errors import UnsupportedError, UsageError
@@ -123,7 +122,7 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "fp16", "vLLM", "0.14.0", _VLLM_MIN, min_cc=70, max_cc=74, how="0.21.0 needs 7.5"),
     Rule("safetensors", "fp16", "vLLM", "0.21.0", _VLLM_MIN, min_cc=75, others=_AMD),
     Rule("safetensors", "bf16", "vLLM", "0.21.0", f"{_VLLM_MIN}; platforms/cuda.py", min_cc=80, others=_AMD),
-    Rule("safetensors", "bf16 fp16", "transformers", "5.23", "pytorch#172352, #190385: what wheels are compiled for",
+    Rule("safetensors", "fp32 bf16 fp16", "transformers", "5.23", "pytorch#172352, #190385: what wheels are compiled for",
          min_cc=50, others="cpu", how="{torch}"),
     Rule("safetensors", f"w4a16 w8a16 w8a8 w8a8-static {_FP8} mxfp4", "transformers", _CT, _CT_SOURCE,
          min_cc=50, others="cpu", how="{torch}", dense=True),
@@ -137,7 +136,7 @@ ADVICE = (
     ("sm_52 sm_61", "gguf", "iq", "IQ types look each weight up in a table, which is slow there; K-quants, Q4_0, Q8_0 do not"),
     ("sm_52", "gguf", "", "without dp4a, llama.cpp emulates products of bytes; Q4_0 and Q8_0 suffer least"),
     ("sm_52 sm_61", "onnx", "", "newer versions may not: 1.25.1 failed to compile for 6.0 (cms-sw/cmsdist#10516)"),
-    ("sm_61", "safetensors", "", "arithmetic in fp16 runs at 1/64 there: let the runtime compute in float32"),
+    ("sm_61", "safetensors", "fp16", "arithmetic in fp16 runs at 1/64 there: let the runtime compute in float32"),
 )
 BITS: Mapping[str, int] = {
     **dict.fromkeys(("w4a16", "bnb-nf4", "w4a16-asym", "gptq", "gptq-v2", "awq", "mlx", "bnb-fp4", "hqq", "torchao"), 4),
@@ -145,6 +144,7 @@ BITS: Mapping[str, int] = {
     **dict.fromkeys(("w8a16", "w8a8", "w8a8-static", "fp8", "fp8-dynamic", "fp8-block", "bnb-int8"), 8),
     **dict.fromkeys(("fp16", "bf16"), 16),
     "bitnet": 2,
+    "fp32": 32,
 }
 
 
@@ -160,9 +160,7 @@ def find_target(name: str) -> Target:
     m = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", name.lower())
     found = f"sm_{m[1]}{m[2]}" if m else name.lower()
     if found not in TARGETS:
-        near = get_close_matches(found, TARGETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"--target {name}: not in the table", hint=f"{hint}there are {', '.join(TARGETS)}; see --list targets")
+        raise UsageError(f"--target {name}: not in the table", hint=f"there are {', '.join(TARGETS)}; see --list targets")
     return TARGETS[found]
 
 
@@ -196,7 +194,8 @@ def quant_of(format: str, quant: str | None, bits: int | None) -> str:
     if quant:
         return quant
     n = bits or 4
-    return {"safetensors": {4: "w4a16", 8: "w8a16"}.get(n, f"w{n}a16"), "onnx": f"int{n}"}.get(format, f"{n} bits")
+    names = {"safetensors": {4: "w4a16", 8: "w8a16", 16: "bf16"}, "onnx": {2: "int2", 4: "int4", 8: "int8"}}
+    return names.get(format, {}).get(n, f"{n} bits")
 
 
 def target_notes(name: str | None, format: str, quant: str | None, bits: int | None) -> list[str]:
