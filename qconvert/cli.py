@@ -89,6 +89,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")
 @click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",
               help="ONNX as input: arrays by name, on which outputs are compared. Default: random numbers.")  # fmt: skip
+@click.option("--target", metavar="NAME", help="Refuse what does not run there: sm_61, gfx942, apple ...; see --list targets.")
 @click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing.")
 @click.option("--no-check", is_flag=True, help="Skip the proof.")
 @click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file.")
@@ -107,7 +108,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass.")
-@click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes"]))
+@click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes", "targets"]))
 @report_options
 def convert(model: str | None, listing: str | None, **options: Any) -> None:
     """Convert MODEL: a folder, a .gguf, or org/name[@revision] in the local Hugging Face cache.

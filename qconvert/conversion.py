@@ -31,6 +31,7 @@ from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.target import Format, Lowered, Rewriter, Source, Stage
+from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
@@ -80,6 +81,7 @@ def convert(
 def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
+    runs_on(request)
     target = cast(type[Format], registry.find("formats", request.to))()
     if request.model.endswith(REWRITTEN):
         return _rewrite(request, store, progress, target)
@@ -102,7 +104,8 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     job = rewriter.rewrite(request, store)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
-        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)), notes=list(job.notes),
+        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
+        notes=[*job.notes, *runs_on(request)],
         fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
     )  # fmt: skip
 
@@ -212,7 +215,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
         report,
         accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=list(lowered.legal.notes),
+        notes=[*lowered.legal.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )
@@ -233,6 +236,11 @@ def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate
         "placement": {"any": plan.nbytes},
     }
     return Report(outputs, accounting=accounting, quant=quant)
+
+
+def runs_on(request: Request) -> list[str]:
+    """What runs the output on --target; UnsupportedError where nothing is known to."""
+    return target_notes(request.target, request.to, request.quant, request.bits)
 
 
 def provenance(source: Source) -> dict[str, Any]:

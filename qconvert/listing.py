@@ -9,6 +9,8 @@ from qconvert.report import table
 def lines(group: str) -> list[str]:
     if group == "types":
         return types()
+    if group == "targets":
+        return targets()
     return table(
         [(name, target, origin) for name, (target, origin) in sorted(registry.entries(group).items())], ""
     ).splitlines()
@@ -29,3 +31,10 @@ def types() -> list[str]:
     return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines(),
             "ONNX (--to onnx --quant)", *table([(name,) for name in QUANTS]).splitlines(),
             "safetensors (--to safetensors --quant)", *dialects]  # fmt: skip
+
+
+def targets() -> list[str]:
+    """What each target has, what runs there, and where that is known from."""
+    from qconvert.targets import LEGEND, facts, matrix, rule_lines
+
+    return [*table(facts(), "").splitlines(), "", LEGEND, *table(matrix(), "").splitlines(), "", *rule_lines()]

@@ -39,6 +39,7 @@ class Request:
     calibrate: Path | None = None
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
+    target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
     dry_run: bool = False
