@@ -71,6 +71,7 @@ class Rule(NamedTuple):
     dense: bool = False
 
 
+_GPTQ = "gptq gptq-v2 gptq-asym gptq-v2-asym"
 _VLLM, _VLLM_MIN = "its documentation, supported hardware", "its documentation, installation"
 _BNB = "its README and documentation, installation; run on a CPU"
 _AMD, _NO_AMD = "gfx942 gfx1100", "has no kernel for AMD GPUs"
@@ -105,7 +106,7 @@ RULES: tuple[Rule, ...] = (
          how="4 or 8 bits without zero points"),
     Rule("safetensors", "gptq", "exllamav2", "any", "its README; on which GPUs is not known"),
     Rule("safetensors", "awq", "vLLM", "0.15.1", _VLLM, min_cc=75, others="cpu", never=_AMD, why=_NO_AMD),
-    Rule("safetensors", "gptq gptq-v2 awq", "transformers", "5.23 with gptqmodel 7.7", "run on a CPU", others="cpu",
+    Rule("safetensors", f"{_GPTQ} awq", "transformers", "5.23 with gptqmodel 7.7", "run on a CPU", others="cpu",
          how="no mixtures of experts: it leaves them random, in silence"),
     Rule("safetensors", "bnb-nf4 bnb-fp4", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=60,
          others=f"{_AMD} apple cpu", how="{torch}"),
@@ -139,7 +140,7 @@ ADVICE = (
     ("sm_61", "safetensors", "fp16", "arithmetic in fp16 runs at 1/64 there: let the runtime compute in float32"),
 )
 BITS: Mapping[str, int] = {
-    **dict.fromkeys(("w4a16", "bnb-nf4", "w4a16-asym", "gptq", "gptq-v2", "awq", "mlx", "bnb-fp4", "hqq", "torchao"), 4),
+    **dict.fromkeys(f"w4a16 bnb-nf4 w4a16-asym {_GPTQ} awq mlx bnb-fp4 hqq torchao".split(), 4),
     **dict.fromkeys(("nvfp4", "nvfp4a16", "mxfp4"), 4),
     **dict.fromkeys(("w8a16", "w8a8", "w8a8-static", "fp8", "fp8-dynamic", "fp8-block", "bnb-int8"), 8),
     **dict.fromkeys(("fp16", "bf16"), 16),

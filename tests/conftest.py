@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 BAR = "// ----\n"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and as many workers as cores
+
+# peft imports these wherever they are installed, and with them torch's compiler: 8 CPU seconds in each worker
+HIDDEN = ("hqq", "torchao")
+for _name in HIDDEN:
+    sys.modules.setdefault(_name, None)  # type: ignore[arg-type]  # so that it looks as if it were not installed
+
+
+@pytest.fixture
+def visible(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """visible("hqq"): that library, to be found for the rest of a test; skips where it is not installed."""
+
+    def found(name: str) -> ModuleType:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return pytest.importorskip(name)
+
+    return found
 
 
 @pytest.fixture(scope="session")
