@@ -156,6 +156,12 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
+# Small floats by code: sign, exponent, mantissa. e2m1 has neither NaN nor infinity, e4m3 (fn) NaN in its last code.
+E2M1_TABLE = tuple(sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+E4M3_HALF = (*(m / 512 for m in range(8)), *((8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)))
+E4M3_TABLE = tuple(sign * v for sign in (1, -1) for v in (*E4M3_HALF[:-1], float("nan")))
+E8M0_TABLE = (*(2.0 ** (e - 127) for e in range(255)), float("nan"))  # scales of MX formats
+
 GROUPS = (16, 32, 64, 128, 256)
 # One float scale a group, and a zero point that is a code (uint) or any number (uintNf; of 8 bits onnxruntime has no
 # kernel for it). Codes of N bits: signed, 0 in the middle, or from 0 where there is a zero point.

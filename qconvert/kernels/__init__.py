@@ -7,6 +7,10 @@ narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
 affine(x f32[N,K], group, bits, zero_point) -> packed u8[N,K*bits/8], scales f32[N,K/group], zeros: least squared error
 affine_codes(x f32[N,K], group, bits, scales, zeros) -> packed u8[N,K*bits/8]: the nearest codes
 table_codes(x f32[N,K], group, table) -> the same for 16 levels, zeros f32[N,0]
+group_peaks(x f32[N,K], group) -> f32[N,K/group]     greatest magnitudes
+scales_of(peaks, steps, dtype) -> f32[...]           peaks / steps as `dtype` holds them; mx_exponents: as powers of two
+e4m3_codes, int8_codes(x f32[N,K], scales f32[N,K/group], group) -> u8, i8[N,K]
+nvfp4(x f32[N,K], divisor), mxfp4(x) -> packed u8[N,K/2], codes of scales u8[N,K/group]
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
@@ -20,6 +24,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qconvert.kernels.affine_codes import affine_codes as affine_codes
     from qconvert.kernels.affine_quants import affine as affine
+    from qconvert.kernels.float_quants import e4m3_codes as e4m3_codes
+    from qconvert.kernels.float_quants import group_peaks as group_peaks
+    from qconvert.kernels.float_quants import int8_codes as int8_codes
+    from qconvert.kernels.float_quants import mx_exponents as mx_exponents
+    from qconvert.kernels.float_quants import mxfp4 as mxfp4
+    from qconvert.kernels.float_quants import nvfp4 as nvfp4
+    from qconvert.kernels.float_quants import scales_of as scales_of
     from qconvert.kernels.ggml_search import search as search
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
@@ -30,7 +41,8 @@ if TYPE_CHECKING:
     from qconvert.kernels.table_quants import table_codes as table_codes
 
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_check", "widen_bf16")
-_WHERE = dict.fromkeys(_REAL, "real") | {
+_FLOATS = ("e4m3_codes", "group_peaks", "int8_codes", "mx_exponents", "mxfp4", "nvfp4", "scales_of")
+_WHERE = dict.fromkeys(_REAL, "real") | dict.fromkeys(_FLOATS, "float_quants") | {
     "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_codes", "table_codes": "table_quants",
 }  # fmt: skip
 

@@ -320,6 +320,7 @@ def _convert(name: str, source: types.Type, target: types.Type) -> Any:
 to_int = _convert("fptosi", types.float32, types.int32)  # towards zero
 to_float = _convert("sitofp", types.int32, types.float32)
 bits_of = _convert("bitcast", types.float32, types.int32)
+float_of = _convert("bitcast", types.int32, types.float32)
 ones = _convert("zext", types.boolean, types.int32)  # 1 where the mask is set, else 0
 
 
