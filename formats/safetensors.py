@@ -90,7 +90,8 @@ class Safetensors:
             first_left = fallbacks[0]
             raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
         name = options.dialect.name
-        passes: tuple[Pass, ...] = (*first, Quantize(name, "mse", types), Pack(options.dialect.layouts))
+        quantize = Quantize(name, options.dialect.solver, types, together(graph, types))
+        passes: tuple[Pass, ...] = (*first, quantize, Pack(options.dialect.layouts))
         shown = fallbacks if options.fallback == "warn" else []
         return Legal(passes, name, tuple(shown), notes(graph, types))
 
@@ -165,3 +166,12 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[
                 why = f"rows of {kind.dims[1]} do not divide into groups of {wanted}"
                 fallbacks.append({"tensor": name, "wanted": f"groups of {wanted}", "got": f"of {group}", "reason": why})
     return types, fallbacks
+
+
+def together(graph: Graph, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Weights that read the same and share what a tensor shares: q, k and v; gate and up. A runtime multiplies them as one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for node in graph.nodes.values():
+        if node.op == "linear" and (found := scheme_of(types.get(node.inputs[1], ""))) and found.of_tensors:
+            groups.setdefault((node.inputs[0], found.name), []).append(node.inputs[1])
+    return {name: tuple(members) for members in groups.values() for name in members}

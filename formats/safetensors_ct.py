@@ -52,6 +52,7 @@ class PackQuantized:
     kind: str
     bits: int
     layouts: str = "ct"
+    solver: str = "mse"
 
     def scheme(self, n: int, k: int, wanted: Wanted) -> str | None:
         """Groups of 128; where rows do not divide, of 64 or 32; None where not even these do."""

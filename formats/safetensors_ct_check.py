@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qconvert.dtypes import DTYPES
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.report import Row, judged
@@ -17,8 +18,8 @@ from qconvert.scheme import scheme_of
 CHECKED = 1 << 24  # weights that are decompressed of one layout and shape; the others are held by their bytes
 
 
-def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str) -> list[Row]:
-    """Every weight whose scheme and shape are new, exact but for the rounding to the scales' dtype."""
+def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str, dtype: str | None = None) -> list[Row]:
+    """Every weight whose scheme and shape are new, exact but for the rounding to `dtype`, usually that of the scales."""
     what = "compressed-tensors' decompressor"
     if find_spec("compressed_tensors") is None:
         why = 'compressed-tensors is not installed: pip install "qconvert[safetensors]"'
@@ -35,14 +36,15 @@ def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str) -
         for name, scheme in written.quantized.items():
             module = name.removesuffix(".weight")
             parts = {key.rpartition(".")[2]: key for key in tensors if key.rpartition(".")[0] == module}
-            key = (scheme, tuple(tensors.shape(parts["weight_scale"])))
+            key = (scheme, tuple(tensors.shape(parts.get("weight_packed") or parts["weight"])))
             if key in seen:
                 continue
             seen.add(key)
             found = {part: tensors.tensor(key) for part, key in parts.items()}
             settings = schemes.get("Linear") or schemes[module]
             value = compressor.decompress(found, settings)["weight"].float().numpy()
-            want = torch.from_numpy(reals.real(name)).to(found["weight_scale"].dtype).float().numpy()
+            rounded = found["weight_scale"].dtype if dtype is None else getattr(torch, DTYPES[dtype].torch)
+            want = torch.from_numpy(reals.real(name)).to(rounded).float().numpy()
             if scheme_of(scheme) is None or not np.array_equal(value, want):
                 wrong.append(name)
     return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]

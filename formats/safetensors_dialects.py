@@ -44,10 +44,12 @@ class Written(NamedTuple):
 
 
 class Dialect(Protocol):
-    """name: as --quant has it; layouts: the prefix of its layouts, a table of the registry."""
+    """name: as --quant has it; layouts: the prefix of its layouts, a table of the registry; solver: of its codes."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def solver(self) -> str: ...
     @property
     def layouts(self) -> str: ...
 
@@ -93,7 +95,7 @@ def first_that_holds(stored: Scheme, names: Iterable[str]) -> str | None:
 class Plain:
     """No quantized weights: what a merge alone gives."""
 
-    layouts = ""
+    layouts, solver = "", "mse"
 
     def __init__(self, dtype: str) -> None:
         self.name = dtype

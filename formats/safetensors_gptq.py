@@ -75,6 +75,7 @@ class Columns:
     kind: str
     layouts: str
     allowed: tuple[int, ...] = (2, 4, 8)
+    solver: str = "mse"
 
     def bits(self, wanted: Wanted) -> int:
         bits = wanted.bits or 4

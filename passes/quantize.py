@@ -6,7 +6,7 @@ Codes that a source stores are carried over where the type holds the same values
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from qconvert.errors import GraphError
@@ -17,21 +17,30 @@ from qconvert.scheme import scheme_of
 
 @dataclass(frozen=True)
 class Quantize:
-    """`types` says weight -> scheme (q4_k) or plain dtype (f16), as the target format chose; `mix` is its usual name."""
+    """`types` says weight -> scheme (q4_k) or plain dtype (f16), as the target format chose; `mix` is its usual name.
+
+    together: weight -> all whose scales of whole tensors are the same (it is among them), where it is not alone: what a
+    runtime multiplies as one matrix. Where one of them is quantized, all are.
+    """
 
     name: ClassVar[str] = "quantize"
     mix: str = ""
     solver: str = "search"
     types: Mapping[str, str] = field(default_factory=dict, repr=False)
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
         unknown = self.types.keys() - graph.nodes.keys()
         if unknown:
             raise GraphError(f"quantize: no weight is called {min(unknown)}")
 
+        def kept(name: str) -> bool:
+            """Its codes are those of the source."""
+            return self.types.get(name, graph.nodes[name].type.dtype) == graph.nodes[name].type.dtype
+
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
-            dtype = self.types.get(name, node.type.dtype)
-            if dtype == node.type.dtype:
+            dtype, members = self.types.get(name, node.type.dtype), self.together.get(name, (name,))
+            if kept(name) and all(map(kept, members)):
                 return None
             real, kind = f"{name}~real", Type(dtype, node.type.shape)
             scheme, stored = scheme_of(dtype), scheme_of(node.type.dtype)
@@ -43,6 +52,11 @@ class Quantize:
                 raise GraphError(
                     f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {scheme.block}"
                 )
-            return {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
+            new = {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
+            if scheme.of_tensors:
+                peak = f"{members[0]}~peak"
+                new[peak] = Node("amax", tuple(f"{m}~real" for m in members), Type("f32", (1,)))
+                new[name] = replace(new[name], inputs=(real, peak))
+            return new
 
-        return graph.rewrite(rule)
+        return graph.rewrite(rule).sorted()

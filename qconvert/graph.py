@@ -91,6 +91,19 @@ class Graph:
         live = self.needed(self.outputs)
         return replace(self, nodes={n: v for n, v in self.nodes.items() if n in live or (v.op == "input" and not v.inputs)})
 
+    def sorted(self) -> Graph:
+        """In evaluation order, where a rewrite made nodes read later ones."""
+        nodes: dict[str, Node] = {}
+        for name in self.nodes:
+            todo = [name]
+            while todo:
+                if missing := [i for i in self.nodes[todo[-1]].inputs if i not in nodes]:
+                    todo += missing[::-1]
+                else:
+                    last = todo.pop()
+                    nodes.setdefault(last, self.nodes[last])
+        return replace(self, nodes=nodes)
+
     def needed(self, wanted: Iterable[str]) -> set[str]:
         """All values that `wanted` reach, themselves included."""
         live: set[str] = set()

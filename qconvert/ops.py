@@ -219,7 +219,8 @@ OPS: dict[str, Op] = {
     "order": Op(_order, "(g_idx[K]): i64[K], the columns in the order of their groups", True),
     "unsort": Op(_real, "(w[N,K], order[K]): w's column j as column order[j]", True),
     "transcode": Op(_declared, "(q): the same values in the scheme that is the node's dtype", True),
-    "quantize": Op(_declared, "(w) {solver}: to the scheme that is the node's dtype", True),
+    "amax": Op(lambda _, __: Type("f32", (1,)), "(w, ...): the greatest magnitude in all of them, f32[1]", True),
+    "quantize": Op(_declared, "(w[, amax]) {solver}: to the scheme that is the node's dtype", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
     "input": Op(

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from qconvert.errors import QConvertError, UnsupportedError
 
+CT_FLOATS = ("w8a8", "fp8", "fp8-tensor", "fp8-block", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16")
 BUILTIN: Mapping[str, Mapping[str, str]] = {
     "passes": {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
@@ -51,6 +52,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "gptq-v2": "qconvert.formats.safetensors_gptq:GPTQ_V2",
         "gptq-v2-asym": "qconvert.formats.safetensors_gptq:GPTQ_V2_ASYM",
         "awq": "qconvert.formats.safetensors_gptq:AWQ",
+        **{name: f"qconvert.formats.safetensors_ct_floats:{name.upper().replace('-', '_')}" for name in CT_FLOATS},
     },
     "stored": {
         "gptq": "qconvert.stored_forms:read_gptq",
@@ -65,6 +67,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "gptq": "qconvert.formats.safetensors_gptq:V1",
         "gptq_v2": "qconvert.formats.safetensors_gptq:V2",
         "awq": "qconvert.formats.safetensors_gptq:GEMM",
+        "ct_naive": "qconvert.formats.safetensors_ct_floats:NAIVE",
+        "ct_fp4": "qconvert.formats.safetensors_ct_floats:PACKED",
         "onnx_f16": "qconvert.formats.onnx_foreign_layouts:LAYOUTS",
     },
 }

@@ -26,10 +26,11 @@ class Level:
     """One array of metadata. `group` weights along a row share one entry; None: the whole row does.
 
     rows: so many rows, from a multiple of it on, share their entries too; None: all rows of the weight.
-    w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
+    w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer;
+    a scale / divisor comes before the code.
     """
 
-    role: Literal["zero", "scale", "offset", "min"]
+    role: Literal["zero", "divisor", "scale", "offset", "min"]
     dtype: str  # f16, f32, i8, u6, f8_e4m3 … : the first digits are its bits
     group: int | None
     rows: int | None = 1
@@ -64,6 +65,11 @@ class Scheme:
         return "none" if not dtypes else "int" if dtypes[0].startswith("u") else "float"
 
     @property
+    def of_tensors(self) -> bool:
+        """Whether something is shared by all rows, so that the weight must have been seen before its first code."""
+        return any(level.rows is None for level in self.levels)
+
+    @property
     def centre(self) -> int:
         """What is added to a code where it is stored unsigned: the zero point of signed codes."""
         return 0 if self.table or self.zero_point != "none" else 1 << (self.bits - 1)
@@ -84,6 +90,12 @@ class QTensor(NamedTuple):
     codes: npt.NDArray[np.int8 | np.uint8]
     levels: tuple[F32, ...]
 
+    @property
+    def divisor(self) -> F32 | None:
+        """f32[N,1] of the scales, where there is one."""
+        both = zip(self.scheme.levels, self.levels, strict=True)
+        return next((v for level, v in both if level.role == "divisor"), None)
+
     def dequantize(self) -> F32:
         """f32[N,K], computed in the order ggml does: (coarse * fine) * code, then the offset."""
         n, k = self.codes.shape
@@ -97,6 +109,8 @@ class QTensor(NamedTuple):
             (factor, group), *finer = levels
             for v, g in finer:
                 factor, group = np.repeat(factor, group // g, axis=1) * v, g
+            if role == "scale" and self.divisor is not None:
+                factor = factor / self.divisor
             grouped, factor = out.reshape(n, k // group, group), factor[:, :, None]
             out = (grouped * factor if role == "scale" else grouped + factor if role == "offset" else grouped - factor).reshape(
                 n, k
@@ -195,16 +209,33 @@ TABLES: dict[str, Scheme] = {
 PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),))}
 
 
+# Small floats: e4m3 (fp8) with a scale for each row, tensor or block of 128 by 128; fp4 and fp8 with scales that are small
+# floats too. What a whole tensor shares may be chosen for several at once.
+MINIFLOATS: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        *(
+            Scheme(f"e4m3_{kind}{suffix}", 8, (Level("scale", dtype, group, rows),), E4M3_TABLE)
+            for kind, group, rows in (("row", None, 1), ("tensor", None, None), ("b128", 128, 128))
+            for dtype, suffix in (("f32", ""), ("f16", "_f16"), ("bf16", "_bf16"))
+        ),
+        Scheme("nvfp4", 4, (Level("divisor", "f32", None, None), Level("scale", "f8_e4m3", 16)), E2M1_TABLE),
+        Scheme("mxfp4", 4, (Level("scale", "e8m0", 32),), E2M1_TABLE),
+        Scheme("mxfp8", 8, (Level("scale", "e8m0", 32),), E4M3_TABLE),
+    )
+}
+
+
 AFFINE_NAME = re.compile(r"(u?int)([248])(f?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
 
 
 @cache
 def scheme_of(name: str) -> Scheme | None:
-    """ggml's scheme of that name, the affine one, that of a table or of rows; None where there is none.
+    """ggml's scheme of that name, the affine one, that of a table, of rows or of small floats; None where there is none.
 
     An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16.
     """
-    found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)
+    found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW, MINIFLOATS) if name in table), None)
     return found or _affine(name)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from qconvert import kernels
 from qconvert.bits import from_bits, to_bits
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.float_weights import E4M3, E8M0
 from qconvert.planes import Plane, pieces_of, stored_range
 from qconvert.scheme import F32, Array, Bytes, Layout, QTensor, Scheme, scheme_of
 
@@ -99,10 +100,10 @@ class Tensors(Layout):
 
 
 def tensors(name: str, scheme: Scheme, parts: Sequence[Part], constants: Sequence[Constant] = ()) -> Tensors:
-    """The layout called `name`; codes that are bits, the first low, are laid out without a detour over single codes."""
+    """The layout called `name`; codes that are bytes, or bits with the first low, are laid out without a detour over codes."""
     block = np.dtype([("codes", "u1", max(1, scheme.block * scheme.bits // 8))])
     codes = next(part for part in parts if part.level is None)
-    direct = codes.kind == "low" and not codes.plus
+    direct = (codes.kind == "low" and not codes.plus) or (codes.kind == "u1" and scheme.bits == 8)
     made = Tensors(name, scheme, block, _pack, _unpack, None, tuple(parts), tuple(constants))  # type: ignore[arg-type]
     join = partial(_join, made) if direct else None
     return Tensors(
@@ -117,10 +118,15 @@ def _pack(layout: Tensors, q: QTensor) -> Bytes:
     return np.concatenate([_part_bytes(part, q.scheme, q.codes, q.levels) for part in layout.parts], axis=1)
 
 
+def _plus(packed: Bytes, part: Part) -> Bytes:
+    return packed + np.uint8(part.plus % 256) if part.plus else packed
+
+
 def _join(layout: Tensors, packed: Bytes, levels: Sequence[F32]) -> Bytes:
     """Codes in bits, the first low, and levels -> u8[N, row nbytes]"""
     parts = [
-        packed if part.level is None else _level_bytes(part, layout.scheme, _entries(part, levels)) for part in layout.parts
+        _plus(packed, part) if part.level is None else _level_bytes(part, layout.scheme, _entries(part, levels))
+        for part in layout.parts
     ]
     return np.concatenate(parts, axis=1)
 
@@ -149,8 +155,10 @@ def _level_bytes(part: Part, scheme: Scheme, v: F32) -> Bytes:
             return kernels.narrow_bf16(np.ascontiguousarray(v)).view(np.uint8)
         case "f16" | "f32":
             return np.ascontiguousarray(v, f"<f{NBYTES[part.kind]}").view(np.uint8)
-        case kind:
-            raise NotImplementedError(kind)
+        case "f8_e4m3":
+            return kernels.e4m3_codes(v, np.ones((len(v), 1), np.float32), v.shape[1])
+        case "e8m0":
+            return (np.ascontiguousarray(v).view(np.uint32) >> np.uint32(23)).astype(np.uint8)
 
 
 def _unpack(layout: Tensors, packed: Bytes) -> QTensor:
@@ -194,8 +202,10 @@ def _level(part: Part, scheme: Scheme, piece: Bytes, entries: int) -> F32:
             return kernels.widen_bf16(piece.view("<u2"))
         case "f16" | "f32":
             return piece.view(f"<f{NBYTES[part.kind]}").astype(np.float32)
-        case kind:
-            raise NotImplementedError(kind)
+        case "f8_e4m3":
+            return E4M3[piece]
+        case "e8m0":
+            return E8M0[piece]
 
 
 def _swapped(packed: Bytes) -> Bytes:

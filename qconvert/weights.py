@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import kernels, stored_weights
+from qconvert import float_weights, kernels, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.sources import Store
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Weights:
     graph: Graph
     store: Store
     dtype: type[np.floating] = np.float32
+    peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
     _whole: dict[str, Array] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -271,25 +272,38 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
-    scheme, found = _least_squares(w, node, begin, end)
-    codes = from_bits(found.packed, scheme.bits, node.type.dims[-1])
+    scheme, packed, levels = _solved(w, node, begin, end)
+    codes = from_bits(packed, scheme.bits, node.type.dims[-1])
     signed = (codes - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else codes
-    return QTensor(scheme, signed, (found.scales, found.zeros)[: len(scheme.levels)])
+    return QTensor(scheme, signed, levels)
 
 
-def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Affine]:
+def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes, tuple[F32, ...]]:
+    """Packed codes and levels. Solvers: mse, of least squared error; rtn, scales as compressed-tensors takes them."""
+    scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), node.attrs.get("solver")
+    if scheme.name in MINIFLOATS or solver == "rtn":
+        peak = float(w.real(node.inputs[1])[0]) if len(node.inputs) > 1 else None
+        low, high = float_weights.whole_blocks(scheme, node.type.rows, begin, end)
+        value = w.real(node.inputs[0], low, high)
+        _must_be_finite(w, node.inputs[0], value)
+        packed, levels = float_weights.codes_of(scheme, np.ascontiguousarray(value, np.float32), peak, solver == "mse")
+        return scheme, packed[begin - low : end - low], tuple(v[begin - low : end - low] for v in levels)
+    found = _least_squares(w, node, scheme, begin, end)
+    return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
+
+
+def _least_squares(w: Weights, node: Node, scheme: Scheme, begin: int, end: int) -> Affine:
     """Codes, scales and zero points of least squared error."""
     if node.attrs.get("solver") != "mse":
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of this scheme is mse")
-    scheme = cast(Scheme, scheme_of(node.type.dtype))
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
     x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
     if scheme.table:
-        return scheme, kernels.table_codes(x, group, scheme.table)
+        return kernels.table_codes(x, group, scheme.table)
     found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
     kept = scheme.levels[0].dtype
-    return scheme, found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
+    return found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
 
 
 def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: str) -> Affine:
@@ -321,8 +335,8 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
     if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
-        scheme, found = _least_squares(w, quantized, begin, end)
-        return layout.join(found.packed, (found.scales, found.zeros)[: len(scheme.levels)])
+        _, packed, levels = _solved(w, quantized, begin, end)
+        return layout.join(packed, levels)
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
@@ -345,5 +359,5 @@ OPS: dict[str, Op] = {
     "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "pack": _pack,
-    **stored_weights.OPS,
+    **stored_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip
