@@ -7,6 +7,14 @@ narrow_bf16(f32[...]) -> u16[...]                    round to nearest even
 affine(x f32[N,K], group, bits, zero_point) -> packed u8[N,K*bits/8], scales f32[N,K/group], zeros: least squared error
 affine_codes(x f32[N,K], group, bits, scales, zeros) -> packed u8[N,K*bits/8]: the nearest codes
 table_codes(x f32[N,K], group, table) -> the same for 16 levels, zeros f32[N,0]
+block_codes(x f32[N,K], group, table) -> packed u8[N,K/2], scales f32[N,K/group]: bitsandbytes' NF4 and FP4, byte for byte
+block_peaks(x f32[N,K], group) -> f32[N,K/group]     greatest magnitudes
+nested_codes(v f32[n], levels) -> codes u8[n], scales f32[n/256]: bitsandbytes' second level, byte for byte
+int8_rows(x f32[N,K]) -> codes i8[N,K], peaks f32[N]: bitsandbytes' 8 bits, byte for byte
+mlx_affine(x f32[N,K], group, bits) -> packed u8[N,K*bits/8], scales, biases f32[N,K/group]: mx.quantize, byte for byte
+line_codes(x f32[N,K], group, bits, scales, biases) -> packed u8[N,K*bits/8]: the nearest codes
+ternary_codes(x f32[N,K], factor) -> i8[N,K]         -1, 0 and 1
+magnitude_sums(f32[N,K]) -> f64[N]
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
@@ -20,7 +28,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qconvert.kernels.affine_codes import affine_codes as affine_codes
     from qconvert.kernels.affine_quants import affine as affine
+    from qconvert.kernels.bnb_quants import block_codes as block_codes
+    from qconvert.kernels.bnb_quants import block_peaks as block_peaks
+    from qconvert.kernels.bnb_quants import dynamic_map as dynamic_map
+    from qconvert.kernels.bnb_quants import int8_rows as int8_rows
+    from qconvert.kernels.bnb_quants import nested_codes as nested_codes
     from qconvert.kernels.ggml_search import search as search
+    from qconvert.kernels.line_quants import line_codes as line_codes
+    from qconvert.kernels.line_quants import mlx_affine as mlx_affine
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
@@ -28,11 +43,16 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import widen_and_check as widen_and_check
     from qconvert.kernels.real import widen_bf16 as widen_bf16
     from qconvert.kernels.table_quants import table_codes as table_codes
+    from qconvert.kernels.ternary_quants import magnitude_sums as magnitude_sums
+    from qconvert.kernels.ternary_quants import ternary_codes as ternary_codes
 
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_check", "widen_bf16")
 _WHERE = dict.fromkeys(_REAL, "real") | {
     "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_codes", "table_codes": "table_quants",
 }  # fmt: skip
+_BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes")
+_WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")
+_WHERE |= dict.fromkeys(("ternary_codes", "magnitude_sums"), "ternary_quants")
 
 
 def __getattr__(name: str) -> object:
