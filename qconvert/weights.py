@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import kernels, stored_weights
+from qconvert import kernels, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -53,6 +53,8 @@ class Weights:
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows as real numbers, dequantized where they are quantized or packed."""
         node = self.graph.nodes[name]
+        if node.op == "pack" and not layout_of(node.type.dtype).whole:
+            return self.real(node.inputs[0], begin, end)
         value = self.rows(name, begin, node.type.rows if end is None else end)
         if isinstance(value, QTensor):
             return value.dequantize().astype(self.dtype, copy=False)
@@ -271,25 +273,38 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
-    scheme, found = _least_squares(w, node, begin, end)
-    codes = from_bits(found.packed, scheme.bits, node.type.dims[-1])
+    scheme, packed, levels = _solved(w, node, begin, end)
+    codes = from_bits(packed, scheme.bits, node.type.dims[-1])
     signed = (codes - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else codes
-    return QTensor(scheme, signed, (found.scales, found.zeros)[: len(scheme.levels)])
+    return QTensor(scheme, signed, levels)
 
 
-def _least_squares(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Affine]:
-    """Codes, scales and zero points of least squared error."""
-    if node.attrs.get("solver") != "mse":
-        raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of this scheme is mse")
-    scheme = cast(Scheme, scheme_of(node.type.dtype))
+def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes, tuple[F32, ...]]:
+    """Codes in bits, the first low, and levels as the scheme keeps them."""
+    scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), str(node.attrs.get("solver"))
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
-    x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
+    x = np.ascontiguousarray(value, np.float32)
+    if solver == "mse":
+        found = _least_squares(scheme, x)
+        return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
+    if solver not in peer_weights.SOLVERS:
+        raise GraphError(f"unknown solver {solver!r}", hint=f"solvers of this scheme: mse, {', '.join(peer_weights.SOLVERS)}")
+    whole = [w.graph.nodes[i].type.dims == (1,) for i in node.inputs[1:]]
+    others = [w.whole(i) if one else w.real(i, begin, end) for i, one in zip(node.inputs[1:], whole, strict=True)]
+    packed, levels = peer_weights.SOLVERS[solver](scheme, x, others)
+    kept = zip(scheme.levels, levels, strict=True)
+    return scheme, packed, tuple(v if level.dtype == "f32" else rounded_to(level.dtype, v) for level, v in kept)
+
+
+def _least_squares(scheme: Scheme, x: F32) -> Affine:
+    """Codes, scales and zero points of least squared error."""
+    group = scheme.levels[0].group or x.shape[1]
     if scheme.table:
-        return scheme, kernels.table_codes(x, group, scheme.table)
+        return kernels.table_codes(x, group, scheme.table)
     found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
     kept = scheme.levels[0].dtype
-    return scheme, found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
+    return found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
 
 
 def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: str) -> Affine:
@@ -321,8 +336,8 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
     if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
-        scheme, found = _least_squares(w, quantized, begin, end)
-        return layout.join(found.packed, (found.scales, found.zeros)[: len(scheme.levels)])
+        _, packed, levels = _solved(w, quantized, begin, end)
+        return layout.join(packed, levels)
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
@@ -345,5 +360,5 @@ OPS: dict[str, Op] = {
     "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "pack": _pack,
-    **stored_weights.OPS,
+    **stored_weights.OPS, **peer_weights.OPS,
 }  # fmt: skip

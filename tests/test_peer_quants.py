@@ -56,7 +56,7 @@ def halfway(table: tuple[float, ...]) -> F32:
 def test_four_bits_are_those_of_bitsandbytes(kind: str, group: int, lanes: int | None) -> None:
     bnb, torch = pytest.importorskip("bitsandbytes.functional"), pytest.importorskip("torch")
     for x in (hard_rows(), *([halfway(BNB[kind])] if group <= 64 else [])):
-        got = kernels.block_codes(x, group, BNB[kind], lanes)
+        got = kernels.block_codes(x, group, BNB[kind], lanes=lanes)
         packed, state = bnb.quantize_4bit(torch.from_numpy(x), blocksize=group, quant_type=kind)
         assert np.array_equal(got.packed.reshape(-1, 1), packed.numpy())
         assert np.array_equal(got.scales.reshape(-1), state.absmax.numpy())
@@ -70,6 +70,7 @@ def test_a_block_of_nf4_by_hand() -> None:
     got = kernels.block_codes(x, 32, NF4_TABLE)
     assert got.scales.tolist() == [[2]]
     assert got.packed.tobytes().hex() == "0ef8" + "77" * 14
+    assert kernels.block_codes(x, 32, NF4_TABLE, high_first=False).packed.tobytes().hex() == "e08f" + "77" * 14
 
 
 @pytest.mark.parametrize("rows", [1, 40, 300])

@@ -25,7 +25,7 @@ NESTED = 256  # scales that share one of the second level
 
 
 class Blocks(NamedTuple):
-    """packed u8[N,K/2], the first code of a byte in its high half; scales f32[N,K/group], the greatest magnitudes."""
+    """packed u8[N,K/2]; scales f32[N,K/group], the greatest magnitudes."""
 
     packed: Bytes
     scales: F32
@@ -38,8 +38,10 @@ class Nested(NamedTuple):
     scales: F32
 
 
-def block_codes(x: F32, group: int, table: Sequence[float], lanes: int | None = None) -> Blocks:
+def block_codes(x: F32, group: int, table: Sequence[float], high_first: bool = True, lanes: int | None = None) -> Blocks:
     """x f32[N,K], K a multiple of group, group of 32; table: 16 levels within -1..1 (NF4, FP4).
+
+    high_first: the first code of a byte lies in its high half, as bitsandbytes has it.
 
     `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the result is the same.
     """
@@ -51,7 +53,7 @@ def block_codes(x: F32, group: int, table: Sequence[float], lanes: int | None = 
     wide = choose(16, 16, lanes)
     wide = choose(16, 16, 16) if 2 * wide.n > group else wide
     flat = np.ascontiguousarray(x, F).reshape(-1)
-    _blocks(wide, flat, group, middles, order.astype(F), packed.reshape(-1), scales.reshape(-1))
+    _blocks(wide, flat, group, middles, order.astype(F), 4 * high_first, packed.reshape(-1), scales.reshape(-1))
     return Blocks(packed, scales)
 
 
@@ -96,7 +98,7 @@ def int8_rows(x: F32, lanes: int | None = None) -> tuple[npt.NDArray[np.int8], F
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _blocks(lanes, x, group, middles, codes, packed, scales):  # type: ignore[no-untyped-def]
+def _blocks(lanes, x, group, middles, codes, shift, packed, scales):  # type: ignore[no-untyped-def]
     n = count(lanes)
     for block in range(scales.size):
         at = block * group
@@ -113,7 +115,7 @@ def _blocks(lanes, x, group, middles, codes, packed, scales):  # type: ignore[no
             for k in range(middles.size):
                 first = select(even > middles[k], codes[k + 1], first)
                 second = select(odd > middles[k], codes[k + 1], second)
-            store(packed, i // 2, to_int(first) << 4 | to_int(second))
+            store(packed, i // 2, to_int(first) << np.int32(shift) | to_int(second) << np.int32(4 - shift))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
