@@ -16,13 +16,11 @@ from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.formats.safetensors_config import config_of
-from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialect_of
+from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialect_of, passes_of
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph
-from qconvert.passes.pack import Pack
-from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
 from qconvert.provenance import names_of, provenance
 from qconvert.report import Row
@@ -90,8 +88,8 @@ class Safetensors:
             first_left = fallbacks[0]
             raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
         name = options.dialect.name
-        quantize = Quantize(name, options.dialect.solver, types, together(graph, types))
-        passes: tuple[Pass, ...] = (*first, quantize, Pack(options.dialect.layouts))
+        own = passes_of(options.dialect, types, options.wanted, together(graph, types))
+        passes: tuple[Pass, ...] = (*first, *own)
         shown = fallbacks if options.fallback == "warn" else []
         return Legal(passes, name, tuple(shown), notes(graph, types))
 

@@ -5,6 +5,7 @@ file reader: the folder through the graph's own ops, after safetensors and the d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from qconvert.report import Row, judged
 from qconvert.run import Reals, run
 from qconvert.scheme import Array
 from qconvert.sources import Store
+from qconvert.stored_forms import Tensors, stored_form
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import hard_corpus
 from qconvert.transcoded import stored_rows
@@ -106,8 +108,8 @@ def bytes_row(folder: Path, stored: Sequence[Stored], weights: Weights, threads:
 
 def as_read(graph: Graph, store: Store) -> Graph:
     """The graph with the folder's tensors in the place of what was written there."""
-    tensors, turned, new = store.tensors(ALIAS), stored_transposed(graph), dict[str, dict[str, Node]]()
-    for s in all_stored(graph):
+    tensors, turned, new = store.tensors(ALIAS), stored_transposed(graph), read_apart(graph, store)
+    for s in (s for s in all_stored(graph) if s.entry.value.partition("~")[0] not in new):
         loads = {}
         for t in (t for t in s.tensors if t.plane is not None):
             info = tensors[t.name]
@@ -123,6 +125,25 @@ def as_read(graph: Graph, store: Store) -> Graph:
         else:
             new[s.entry.value] = {s.entry.value: next(iter(loads.values()))}
     return graph.rewrite(lambda name, _: new.get(name))
+
+
+def read_apart(graph: Graph, store: Store) -> dict[str, dict[str, Node]]:
+    """Weights of which other values of the graph lie beside the codes, as the folder would be read as input."""
+    packed = {n: graph.nodes[n].type.dtype for n in graph.parameters() if "." in graph.nodes[n].type.dtype}
+    apart = [name for name, dtype in packed.items() if not layout_of(dtype).whole]
+    if not apart:
+        return {}
+    path, found = store.roots[ALIAS] / "config.json", store.tensors(ALIAS)
+    form = stored_form(json.loads(path.read_text(encoding="utf-8")), str(path))
+    tensors = Tensors(found.__contains__, found.__getitem__, lambda info: store.read(info.ref, 0, (*info.shape, 1)[0]))
+    assert form is not None
+    new = {}
+    for name in apart:
+        n, k = graph.nodes[name].type.dims
+        nodes = form.parameter(name, (n, k), {}, tensors)
+        assert nodes is not None, name
+        new[name] = nodes
+    return new
 
 
 # transformers -------------------------------------------------------------------------------------

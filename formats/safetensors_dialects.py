@@ -10,11 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
 from qconvert.errors import UsageError
 from qconvert.moves import moves
+from qconvert.passes.pack import Pack
+from qconvert.passes.quantize import Quantize
+from qconvert.pipeline import Pass
 from qconvert.report import Row
 from qconvert.run import Reals
 from qconvert.scheme import Scheme, scheme_of
@@ -74,17 +77,33 @@ class Dialect(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnPasses(Protocol):
+    """A dialect whose weights are quantized otherwise than to the least squared error, or have more than codes and levels."""
+
+    def passes(self, types: Mapping[str, str], wanted: Wanted) -> tuple[Pass, ...]: ...
+
+
+def passes_of(
+    dialect: Dialect, types: Mapping[str, str], wanted: Wanted, together: Mapping[str, tuple[str, ...]]
+) -> tuple[Pass, ...]:
+    if isinstance(dialect, OwnPasses):
+        return dialect.passes(types, wanted)
+    return Quantize(dialect.name, dialect.solver, types, together), Pack(dialect.layouts)
+
+
 @dataclass(frozen=True)
 class Loading:
     """arguments: of from_pretrained, made where transformers is there; missing: why it cannot be run.
 
-    rounded: dtype that dequantized weights are rounded to as they are loaded; limit: of the logits, relative.
+    rounded: dtype that dequantized weights are rounded to as they are loaded; then: the model's method that dequantizes it.
     """
 
     arguments: Mapping[str, Any]
     rounded: str | None = None
     missing: str | None = None
     kind: str = "runtime transformers"
+    then: str | None = None
 
 
 def first_that_holds(stored: Scheme, names: Iterable[str]) -> str | None:

@@ -117,6 +117,20 @@ def index(files: Sequence[Shard]) -> bytes:
     return (json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n").encode()
 
 
+def stored_beside(name: str, layout: Tensors, shape: tuple[int, int], values: Mapping[str, Type]) -> list[Stored]:
+    """Tensors of the weight `name` that hold other values of the graph; values: their types."""
+    found = []
+    for each in layout.beside:
+        value = f"{name}~{each.suffix}"
+        kind, dims = values[value], each.dims(*shape)
+        nbytes = math.prod(dims) * ITEMSIZE[each.dtype]
+        assert math.prod(kind.dims) == math.prod(dims), (value, kind, dims)
+        plane = Plane(0, nbytes // kind.rows)
+        tensor = Tensor(f"{name.removesuffix('.weight')}.{each.name}", each.dtype, dims, nbytes, plane)
+        found.append(Stored(Entry(tensor.name, value, kind.dtype, kind.dims, nbytes, 0, (plane,)), (tensor,)))
+    return found
+
+
 # read by the safetensors library ------------------------------------------------------------------
 
 

@@ -66,6 +66,8 @@ def load(folder: Path, loading: Loading) -> Model:
     with quiet():
         model, told = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
         model.eval()
+        if loading.then:
+            model = getattr(model, loading.then)(torch.float32).float()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # some decompress at the first call
         model = model.float()

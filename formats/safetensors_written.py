@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from qconvert.formats.safetensors_dialects import Wanted, Written
-from qconvert.formats.safetensors_files import Stored, stored
+from qconvert.formats.safetensors_files import Stored, stored, stored_beside
 from qconvert.formats.safetensors_names import linears, stored_transposed, values
 from qconvert.graph import Graph
+from qconvert.layouts import layout_of
+from qconvert.tensor_layouts import Tensors
 
 
 def all_stored(graph: Graph) -> list[Stored]:
     """Every parameter under its name in a checkpoint."""
-    turned = stored_transposed(graph)
-    return [stored(name, value, graph.nodes[value].type, name in turned) for name, value in values(graph).items()]
+    turned, found = stored_transposed(graph), list[Stored]()
+    for name, value in values(graph).items():
+        kind = graph.nodes[value].type
+        layout = layout_of(kind.dtype) if "." in kind.dtype else None
+        if not (isinstance(layout, Tensors) and not layout.parts):
+            found.append(stored(name, value, kind, name in turned))
+        if isinstance(layout, Tensors) and layout.beside:
+            types = {n: node.type for n, node in graph.nodes.items() if n.startswith(f"{name}~")}
+            found += stored_beside(name, layout, (kind.dims[0], kind.dims[1]), types)
+    return found
 
 
 def written(graph: Graph, wanted: Wanted) -> Written:

@@ -10,13 +10,14 @@ from typing import ClassVar
 from qconvert.adapters import Adapter, Factors, Replacement, TokenRows, is_head
 from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
-from qconvert.ops import OPS, infer
+from qconvert.ops import OPS, QUANTIZED, infer
 from qconvert.passes.adapter_fit import check_missing, check_unused, check_vocabulary, key_of, other_base
 from qconvert.passes.untie_head import HEAD, Site, UntieHead, embedding_of, is_tied, sites, vocabulary_weights
 from qconvert.sources import TensorInfo
 
 AS_STORED = ("transpose", "shifted")  # what makes a parameter of a tensor that a checkpoint stores otherwise
-QUANTIZED = ("unpack", "unpermute_rope", "gptq", "unsort")  # or stores quantized: an adapter brings it as it was trained
+# or stores quantized: an adapter brings it as it was trained
+AS_CODES = (*QUANTIZED, "unpermute_rope", "unsort")
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def find_parameter(graph: Graph, name: str) -> str | None:
     """By its own name, or with the model's prefix (model., transformer.) put before it or taken away."""
     bare = re.sub(r"^(model|transformer)\.", "", name)
     for candidate in (name, bare, f"model.{name}", f"transformer.{name}"):
-        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", *AS_STORED, *QUANTIZED, "blend", "set_rows"):
+        if candidate in graph.nodes and graph.nodes[candidate].op in ("load", *AS_STORED, *AS_CODES, "blend", "set_rows"):
             return candidate
     return None
 

@@ -19,6 +19,7 @@ from qconvert.families import Family, family_of
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.ops import infer
 from qconvert.pooling import read_pooling
+from qconvert.scheme import Array
 from qconvert.settings import Experts, Settings, read_settings
 from qconvert.shapes import FUSED_EXPERTS, SHAPES, product
 from qconvert.sources import Checkpoint, Store, TensorInfo
@@ -270,7 +271,7 @@ class _Builder:
     @property
     def tensors(self) -> Tensors:
         has = lambda name: self.stored(name) in self.checkpoint.tensors  # noqa: E731
-        return Tensors(has, self.find, lambda info: is_zero(self.checkpoint, info))
+        return Tensors(has, self.find, lambda info: values_of(self.checkpoint, info))
 
     @property
     def head_name(self) -> str | None:
@@ -361,12 +362,12 @@ class _Builder:
         return "is config.json of another model, or the model a variant that is not supported?"
 
 
-def is_zero(checkpoint: Checkpoint, info: TensorInfo) -> bool:
-    """Of a vector."""
+def values_of(checkpoint: Checkpoint, info: TensorInfo) -> Array:
+    """All of a small tensor."""
     store = Store()
     store.add(info.ref.partition("/")[0], checkpoint.folder)
     try:
-        return not store.read(info.ref, 0, info.shape[0] if info.shape else 1).any()
+        return store.read(info.ref, 0, info.shape[0] if info.shape else 1)
     finally:
         store.close()
 

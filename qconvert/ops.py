@@ -220,7 +220,18 @@ OPS: dict[str, Op] = {
     "unsort": Op(_real, "(w[N,K], order[K]): w's column j as column order[j]", True),
     "transcode": Op(_declared, "(q): the same values in the scheme that is the node's dtype", True),
     "amax": Op(lambda _, __: Type("f32", (1,)), "(w, ...): the greatest magnitude in all of them, f32[1]", True),
-    "quantize": Op(_declared, "(w[, amax]) {solver}: to the scheme that is the node's dtype", True),
+    "quantize": Op(_declared, "(w[, amax, scales or mean]) {solver}: to the scheme that is the node's dtype", True),
+    "block_peaks": Op(_declared, "(w[N,K]) {group}: f32[N,K/group], the greatest magnitude of each group", True),
+    "mean_magnitude": Op(lambda i, _: Type("f32", (1,)), "(w[N,K]): the mean of |w|, f32[1]", True),
+    "nest": Op(
+        _declared,
+        "(s[N,G], mean[1]): s less mean by bitsandbytes' 8-bit map, in blocks of 256 across rows: codes u8[N,G] or the blocks' "
+        "scales f32[ceil(N*G/256)]",
+        True,
+    ),
+    "nested": Op(_declared, "(codes[N,G], scales[blocks], mean[1][, map[256]]): f32[N,G], what nest was given", True),
+    "halves": Op(_declared, "(codes u8[N*K/2,1], scales[N,G]): codes of 4 bits, the first in the high half", True),
+    "note": Op(_declared, "(v[1]) {json, key}: the object `json` with v under `key`, as text filled up with spaces, u8", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
     "input": Op(
@@ -284,7 +295,7 @@ OPS: dict[str, Op] = {
 }
 
 
-QUANTIZED = ("quantize", "transcode", "unpack", "assemble", "gptq")  # what gives codes and metadata
+QUANTIZED = ("quantize", "transcode", "unpack", "assemble", "halves", "gptq")  # what gives codes and metadata
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

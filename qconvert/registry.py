@@ -24,6 +24,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "order-columns": "qconvert.passes.order_columns:OrderColumns",
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
+        "nest-scales": "qconvert.passes.nest_scales:NestScales",
         "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",
     },
     "formats": {
@@ -53,11 +54,17 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "gptq-v2-asym": "qconvert.formats.safetensors_gptq:GPTQ_V2_ASYM",
         "awq": "qconvert.formats.safetensors_gptq:AWQ",
         **{name: f"qconvert.formats.safetensors_ct_floats:{name.upper().replace('-', '_')}" for name in CT_FLOATS},
+        "nf4": "qconvert.formats.safetensors_bnb:NF4",
+        "nf4-single": "qconvert.formats.safetensors_bnb:NF4_SINGLE",
+        "fp4": "qconvert.formats.safetensors_bnb:FP4",
+        "fp4-single": "qconvert.formats.safetensors_bnb:FP4_SINGLE",
+        "int8-bnb": "qconvert.formats.safetensors_bnb:INT8",
     },
     "stored": {
         "gptq": "qconvert.stored_forms:read_gptq",
         "compressed-tensors": "qconvert.formats.safetensors_ct_read:read",
         "awq": "qconvert.formats.safetensors_gptq_read:read_awq",
+        "bitsandbytes": "qconvert.formats.safetensors_bnb_read:read",
     },
     "layouts": {
         "gguf": "qconvert.formats.gguf_layouts:LAYOUTS",
@@ -70,6 +77,9 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "ct_naive": "qconvert.formats.safetensors_ct_floats:NAIVE",
         "ct_fp4": "qconvert.formats.safetensors_ct_floats:PACKED",
         "onnx_f16": "qconvert.formats.onnx_foreign_layouts:LAYOUTS",
+        **{f"bnb_{kind}": f"qconvert.formats.safetensors_bnb:SINGLE_{kind.upper()}" for kind in ("f32", "f16", "bf16")},
+        **{f"bnb_nested_{kind}": f"qconvert.formats.safetensors_bnb:NESTED_{kind.upper()}" for kind in ("f32", "f16", "bf16")},
+        "bnb_int8": "qconvert.formats.safetensors_bnb:ROWS",
     },
 }
 

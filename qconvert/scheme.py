@@ -52,6 +52,7 @@ class Scheme:
     bits: int  # of one code
     levels: tuple[Level, ...]
     table: tuple[float, ...] = ()  # a code is an index into it; empty: the code is the value
+    unsigned: bool = False  # codes begin at 0 though none has a zero point: an offset says where the grid lies
 
     @property
     def block(self) -> int:
@@ -72,7 +73,7 @@ class Scheme:
     @property
     def centre(self) -> int:
         """What is added to a code where it is stored unsigned: the zero point of signed codes."""
-        return 0 if self.table or self.zero_point != "none" else 1 << (self.bits - 1)
+        return 0 if self.table or self.unsigned or self.zero_point != "none" else 1 << (self.bits - 1)
 
     @property
     def bits_per_weight(self) -> float:
@@ -128,6 +129,11 @@ class Layout:
     pack: Callable[[QTensor], Bytes]  # -> u8[N, K/block*itemsize]
     unpack: Callable[[Bytes], QTensor]
     join: Callable[[Bytes, Sequence[F32]], Bytes] | None = None  # from codes in bits already (first one low) and levels
+
+    @property
+    def whole(self) -> bool:
+        """Whether packed rows hold all of a weight; else other values of the graph lie beside them."""
+        return True
 
     def row_nbytes(self, k: int) -> int:
         return k // self.scheme.block * self.block.itemsize
@@ -205,8 +211,17 @@ TABLES: dict[str, Scheme] = {
     for name, table in (("nf4", NF4_TABLE), ("fp4", FP4_TABLE))
 }
 
-# One scale for all weights of an output: what integer matrix products take
-PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),))}
+# One scale for all weights of an output: what integer matrix products take; bitsandbytes' is the greatest magnitude itself
+INT8_TABLE = tuple(code / 127 for code in range(-128, 128))
+PER_ROW: dict[str, Scheme] = {
+    "int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),)),
+    "int8_scb": Scheme("int8_scb", 8, (Level("scale", "f32", None),), INT8_TABLE),
+}
+# One scale for the whole weight
+TERNARY: dict[str, Scheme] = {
+    f"ternary_{dtype}": Scheme(f"ternary_{dtype}", 2, (Level("scale", dtype, None, None),), (-1.0, 0.0, 1.0, 0.0))
+    for dtype in ("f32", "f16", "bf16")
+}
 
 
 # Small floats: e4m3 (fp8) with a scale for each row, tensor or block of 128 by 128; fp4 and fp8 with scales that are small
@@ -226,17 +241,19 @@ MINIFLOATS: dict[str, Scheme] = {
 }
 
 
-AFFINE_NAME = re.compile(r"(u?int)([248])(f?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
+AFFINE_NAME = re.compile(r"(u?int)([2-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
+TABLE_NAME = re.compile(r"(nf4|fp4)_g(\d+)")
 
 
 @cache
 def scheme_of(name: str) -> Scheme | None:
     """ggml's scheme of that name, the affine one, that of a table, of rows or of small floats; None where there is none.
 
-    An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16.
+    An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16; with o
+    there are offsets, as wide as scales: uint3o_g64_bf16. A table's may have any group: nf4_g4096.
     """
-    found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW, MINIFLOATS) if name in table), None)
-    return found or _affine(name)
+    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, TERNARY, MINIFLOATS)
+    return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
 
 
 def affine_name(kind: str, group: int | None, scales: str) -> str:
@@ -244,10 +261,18 @@ def affine_name(kind: str, group: int | None, scales: str) -> str:
     return f"{kind}_{'row' if group is None else f'g{group}'}" + ("" if scales == "f32" else f"_{scales}")
 
 
+def _table(name: str) -> Scheme | None:
+    m = TABLE_NAME.fullmatch(name)
+    return Scheme(name, 4, (Level("scale", "f32", int(m[2])),), NF4_TABLE if m[1] == "nf4" else FP4_TABLE) if m else None
+
+
 def _affine(name: str) -> Scheme | None:
     m = AFFINE_NAME.fullmatch(name)
-    if m is None or (m[3] and (m[1] == "int" or m[2] == "8")) or (m[4] and int(m[4]) < 8):
+    if m is None or (m[4] and int(m[4]) < 8) or (m[3] == "f" and m[1] == "int") or (m[3] != "o" and m[2] not in "248"):
         return None
     bits, group, dtype = int(m[2]), int(m[4]) if m[4] else None, m[5] or "f32"
+    if m[3] == "o":
+        levels = Level("scale", dtype, group), Level("offset", dtype, group)
+        return Scheme(name, bits, levels, unsigned=m[1] == "uint")
     zeros = () if m[1] == "int" else (Level("zero", dtype if m[3] else f"u{bits}", group),)
     return Scheme(name, bits, (Level("scale", dtype, group), *zeros))

@@ -15,7 +15,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.families import Family
 from qconvert.graph import Attr, Node, Type
 from qconvert.ops import infer
-from qconvert.scheme import GROUPS, affine_name, scheme_of
+from qconvert.scheme import GROUPS, Array, affine_name, scheme_of
 from qconvert.sources import TensorInfo
 
 Nodes = dict[str, Node]
@@ -23,11 +23,17 @@ BITS = (2, 3, 4, 8)
 
 
 class Tensors(NamedTuple):
-    """A checkpoint's tensors as a form reads them. find: notes that it was read, InputError where there is none."""
+    """A checkpoint's tensors as a form reads them. find: notes that it was read, InputError where there is none.
+
+    read: the values of a small one, a scalar's as [1].
+    """
 
     has: Callable[[str], bool]
     find: Callable[[str], TensorInfo]
-    is_zero: Callable[[TensorInfo], bool]  # of a vector
+    read: Callable[[TensorInfo], Array]
+
+    def is_zero(self, info: TensorInfo) -> bool:
+        return not self.read(info).any()
 
 
 class StoredForm(Protocol):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -79,12 +79,26 @@ class Constant:
     data: Callable[[int, int], bytes]
 
 
+class Beside(NamedTuple):
+    """A tensor that holds another value of the graph, NAME~suffix, of u8 or real numbers."""
+
+    name: str
+    suffix: str
+    dtype: str
+    dims: Callable[[int, int], tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Tensors(Layout):
     """`parts` in the order of their bytes in a packed row."""
 
     parts: tuple[Part, ...] = ()
     constants: tuple[Constant, ...] = ()
+    beside: tuple[Beside, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        return not self.beside
 
     def row_nbytes(self, k: int) -> int:
         return sum(part.row_nbytes(self.scheme, k) for part in self.parts)
@@ -99,16 +113,17 @@ class Tensors(Layout):
         return (nbytes - fixed) * 8 * block // per_block
 
 
-def tensors(name: str, scheme: Scheme, parts: Sequence[Part], constants: Sequence[Constant] = ()) -> Tensors:
+def tensors(
+    name: str, scheme: Scheme, parts: Sequence[Part], constants: Sequence[Constant] = (), beside: Sequence[Beside] = ()
+) -> Tensors:
     """The layout called `name`; codes that are bytes, or bits with the first low, are laid out without a detour over codes."""
     block = np.dtype([("codes", "u1", max(1, scheme.block * scheme.bits // 8))])
-    codes = next(part for part in parts if part.level is None)
-    direct = (codes.kind == "low" and not codes.plus) or (codes.kind == "u1" and scheme.bits == 8)
-    made = Tensors(name, scheme, block, _pack, _unpack, None, tuple(parts), tuple(constants))  # type: ignore[arg-type]
+    codes = [part for part in parts if part.level is None]
+    direct = all((p.kind in ("low", "high") and not p.plus) or (p.kind == "u1" and scheme.bits == 8) for p in codes)
+    rest = tuple(parts), tuple(constants), tuple(beside)
+    made = Tensors(name, scheme, block, _pack, _unpack, None, *rest)  # type: ignore[arg-type]
     join = partial(_join, made) if direct else None
-    return Tensors(
-        name, scheme, block, partial(_pack, made), partial(_unpack, made), join, tuple(parts), tuple(constants)
-    )  # fmt: skip
+    return Tensors(name, scheme, block, partial(_pack, made), partial(_unpack, made), join, *rest)
 
 
 def _pack(layout: Tensors, q: QTensor) -> Bytes:
@@ -125,9 +140,10 @@ def _plus(packed: Bytes, part: Part) -> Bytes:
 def _join(layout: Tensors, packed: Bytes, levels: Sequence[F32]) -> Bytes:
     """Codes in bits, the first low, and levels -> u8[N, row nbytes]"""
     parts = [
-        _plus(packed, part) if part.level is None else _level_bytes(part, layout.scheme, _entries(part, levels))
+        _level_bytes(part, layout.scheme, _entries(part, levels)) if part.level is not None
+        else _swapped(packed) if part.kind == "high" else _plus(packed, part)
         for part in layout.parts
-    ]
+    ]  # fmt: skip
     return np.concatenate(parts, axis=1)
 
 
@@ -231,7 +247,8 @@ def rows_of(layout: Tensors, store: Reader, refs: Sequence[str], n: int, k: int,
         plane, size = part.plane(layout.scheme, k), ITEMSIZE[part.dtype]
         first, last = stored_range(plane, n, begin, end)
         if not plane.columns:
-            lines = np.ascontiguousarray(store.read(ref, first, last))
+            per = part.dims(n, k)[0] // n if part.dims is not None and plane.bits is None and plane.rows == 1 else 1
+            lines = np.ascontiguousarray(store.read(ref, first * per, last * per))  # where a row is one or several there
             pieces.append(pieces_of(plane, lines.reshape(last - first, -1).view(np.uint8), begin, end))
             continue
         low, high = first // size, -(-last // size)

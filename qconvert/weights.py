@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import float_weights, kernels, stored_weights
+from qconvert import float_weights, kernels, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -54,6 +54,8 @@ class Weights:
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows as real numbers, dequantized where they are quantized or packed."""
         node = self.graph.nodes[name]
+        if node.op == "pack" and not layout_of(node.type.dtype).whole:
+            return self.real(node.inputs[0], begin, end)
         value = self.rows(name, begin, node.type.rows if end is None else end)
         if isinstance(value, QTensor):
             return value.dequantize().astype(self.dtype, copy=False)
@@ -279,26 +281,40 @@ def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTenso
 
 
 def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes, tuple[F32, ...]]:
-    """Packed codes and levels. Solvers: mse, of least squared error; rtn, scales as compressed-tensors takes them."""
-    scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), node.attrs.get("solver")
+    """Codes in bits, the first low, and levels as the scheme keeps them."""
+    scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), str(node.attrs.get("solver"))
     if scheme.name in MINIFLOATS or solver == "rtn":
-        peak = float(w.real(node.inputs[1])[0]) if len(node.inputs) > 1 else None
-        low, high = float_weights.whole_blocks(scheme, node.type.rows, begin, end)
-        value = w.real(node.inputs[0], low, high)
-        _must_be_finite(w, node.inputs[0], value)
-        packed, levels = float_weights.codes_of(scheme, np.ascontiguousarray(value, np.float32), peak, solver == "mse")
-        return scheme, packed[begin - low : end - low], tuple(v[begin - low : end - low] for v in levels)
-    found = _least_squares(w, node, scheme, begin, end)
-    return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
-
-
-def _least_squares(w: Weights, node: Node, scheme: Scheme, begin: int, end: int) -> Affine:
-    """Codes, scales and zero points of least squared error."""
-    if node.attrs.get("solver") != "mse":
-        raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="the solver of this scheme is mse")
+        return _small_floats(w, node, scheme, solver, begin, end)
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
-    x, group = np.ascontiguousarray(value, np.float32), scheme.levels[0].group or value.shape[1]
+    x = np.ascontiguousarray(value, np.float32)
+    if solver == "mse":
+        found = _least_squares(scheme, x)
+        return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
+    if solver not in peer_weights.SOLVERS:
+        raise GraphError(f"unknown solver {solver!r}", hint=f"solvers of this scheme: mse, {', '.join(peer_weights.SOLVERS)}")
+    whole = [w.graph.nodes[i].type.dims == (1,) for i in node.inputs[1:]]
+    others = [w.whole(i) if one else w.real(i, begin, end) for i, one in zip(node.inputs[1:], whole, strict=True)]
+    packed, levels = peer_weights.SOLVERS[solver](scheme, x, others)
+    kept = zip(scheme.levels, levels, strict=True)
+    return scheme, packed, tuple(v if level.dtype == "f32" else rounded_to(level.dtype, v) for level, v in kept)
+
+
+def _small_floats(
+    w: Weights, node: Node, scheme: Scheme, solver: str, begin: int, end: int
+) -> tuple[Scheme, Bytes, tuple[F32, ...]]:
+    """Solvers: mse, of least squared error; rtn, scales as compressed-tensors takes them."""
+    peak = float(w.real(node.inputs[1])[0]) if len(node.inputs) > 1 else None
+    low, high = float_weights.whole_blocks(scheme, node.type.rows, begin, end)
+    value = w.real(node.inputs[0], low, high)
+    _must_be_finite(w, node.inputs[0], value)
+    packed, levels = float_weights.codes_of(scheme, np.ascontiguousarray(value, np.float32), peak, solver == "mse")
+    return scheme, packed[begin - low : end - low], tuple(v[begin - low : end - low] for v in levels)
+
+
+def _least_squares(scheme: Scheme, x: F32) -> Affine:
+    """Codes, scales and zero points of least squared error."""
+    group = scheme.levels[0].group or x.shape[1]
     if scheme.table:
         return kernels.table_codes(x, group, scheme.table)
     found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
@@ -359,5 +375,5 @@ OPS: dict[str, Op] = {
     "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "pack": _pack,
-    **stored_weights.OPS, "amax": float_weights.amax,
+    **stored_weights.OPS, **peer_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import bench_onnx
 import bench_pipeline
+import bench_safetensors
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,7 @@ def low_rank(r: int) -> Iterator[Result]:
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_pipeline.CASES,
     **bench_onnx.CASES,
+    **bench_safetensors.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }

@@ -50,6 +50,24 @@ def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
     return types.uint64(mask), emit
 
 
+@intrinsic
+def pairs(typingctx, lanes, array, index):  # type: ignore[no-untyped-def]
+    """array[index : index + 2 * n] of a contiguous f32 array, as its even and its odd places."""
+    vector = Vector(array.dtype, lanes.n)
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        both = Vector(array.dtype, 2 * lanes.n)
+        value = builder.load(pointer(context, builder, array, args[1], args[2], both.llvm()))
+        value.align = 4
+        if lanes.n == 1:
+            halves = [builder.extract_element(value, I32(i)) for i in (0, 1)]
+        else:
+            halves = [_shuffle(builder, value, list(range(i, 2 * lanes.n, 2))) for i in (0, 1)]
+        return context.make_tuple(builder, sig.return_type, halves)
+
+    return types.UniTuple(vector, 2)(lanes, array, types.intp), emit
+
+
 @njit(forceinline=True)
 def peak_of(lanes, x, at, size):  # type: ignore[no-untyped-def]
     """The first of x[at : at + size] with the greatest magnitude, +0 where all are zero; size at most 64."""
