@@ -76,7 +76,8 @@ _VLLM, _VLLM_MIN = "its documentation, supported hardware", "its documentation, 
 _BNB = "its README and documentation, installation; run on a CPU"
 _AMD, _NO_AMD = "gfx942 gfx1100", "has no kernel for AMD GPUs"
 _CT, _CT_SOURCE = "5.23 with compressed-tensors 0.20", "its documentation; run on a CPU alone"
-_FP8, _NEWER = "fp8 fp8-dynamic fp8-block", "after 0.15.1"  # the newest whose table of hardware was seen with its version
+_FP8, _NEWER = "fp8 fp8-tensor fp8-static fp8-block", "after 0.15.1"  # the newest whose table of hardware was seen with its version
+_MX = "mxfp4 mxfp4a16 mxfp8 mxfp8a16"
 _OLD_TORCH, _DENSE = "torch 2.14 or older for CUDA 12.6", "expanding the weights to 16 bits"
 _ONNX = "fp32 fp16 int4 int8 uint4 uint8"
 
@@ -100,7 +101,7 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "nvfp4 nvfp4a16", "vLLM", _NEWER, f"{_VLLM}: Marlin", min_cc=75, max_cc=99,
          how="weights alone are FP4"),
     Rule("safetensors", "nvfp4 nvfp4a16", "vLLM", _NEWER, "compressed_tensors_w4a4_nvfp4.py", min_cc=100),
-    Rule("safetensors", "mxfp4", "vLLM", _NEWER, f"{_VLLM}: Marlin, not on Turing", min_cc=80),
+    Rule("safetensors", "mxfp4 mxfp4a16", "vLLM", _NEWER, f"{_VLLM}: Marlin, not on Turing", min_cc=80),
     Rule("safetensors", "gptq", "vLLM", "0.14.0", f"{_VLLM}, installation", min_cc=70, max_cc=74, how="0.21.0 needs 7.5"),
     Rule("safetensors", "gptq", "vLLM", "0.15.1", _VLLM, min_cc=75, others="cpu", never=_AMD, why=_NO_AMD,
          how="4 or 8 bits without zero points"),
@@ -108,10 +109,10 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "awq", "vLLM", "0.15.1", _VLLM, min_cc=75, others="cpu", never=_AMD, why=_NO_AMD),
     Rule("safetensors", f"{_GPTQ} awq", "transformers", "5.23 with gptqmodel 7.7", "run on a CPU", others="cpu",
          how="no mixtures of experts: it leaves them random, in silence"),
-    Rule("safetensors", "bnb-nf4 bnb-fp4", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=60,
+    Rule("safetensors", "nf4 nf4-single fp4 fp4-single", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=60,
          others=f"{_AMD} apple cpu", how="{torch}"),
-    Rule("safetensors", "bnb-int8", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=75, others=f"{_AMD} apple cpu"),
-    Rule("safetensors", "bnb-nf4 bnb-fp4", "vLLM", "0.14.0", _VLLM, min_cc=70, never=f"{_AMD} cpu",
+    Rule("safetensors", "int8-bnb", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=75, others=f"{_AMD} apple cpu"),
+    Rule("safetensors", "nf4 nf4-single fp4 fp4-single", "vLLM", "0.14.0", _VLLM, min_cc=70, never=f"{_AMD} cpu",
          why="reads bitsandbytes on NVIDIA GPUs alone", how="newer versions by a plugin"),
     Rule("safetensors", "hqq", "hqq", "0.2.8", "run on a CPU; text-generation-webui#5665", others="cpu", never="sm_52 sm_61",
          why="needs Triton kernels (GemLite) that fail there", how="by its own loader: transformers 5.23 has none"),
@@ -125,7 +126,7 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "bf16", "vLLM", "0.21.0", f"{_VLLM_MIN}; platforms/cuda.py", min_cc=80, others=_AMD),
     Rule("safetensors", "fp32 bf16 fp16", "transformers", "5.23", "pytorch#172352, #190385: what wheels are compiled for",
          min_cc=50, others="cpu", how="{torch}"),
-    Rule("safetensors", f"w4a16 w8a16 w8a8 w8a8-static {_FP8} mxfp4", "transformers", _CT, _CT_SOURCE,
+    Rule("safetensors", f"w4a16 w8a16 w8a8 w8a8-static {_FP8} {_MX}", "transformers", _CT, _CT_SOURCE,
          min_cc=50, others="cpu", how="{torch}", dense=True),
     Rule("safetensors", "w4a16-asym", "transformers", _CT, _CT_SOURCE, min_cc=50, others="cpu", dense=True,
          how="no mixtures of experts, CompressedTensorsConfig(dequantize=True) for the rest; {torch}"),
@@ -140,9 +141,9 @@ ADVICE = (
     ("sm_61", "safetensors", "fp16", "arithmetic in fp16 runs at 1/64 there: let the runtime compute in float32"),
 )
 BITS: Mapping[str, int] = {
-    **dict.fromkeys(f"w4a16 bnb-nf4 w4a16-asym {_GPTQ} awq mlx bnb-fp4 hqq torchao".split(), 4),
-    **dict.fromkeys(("nvfp4", "nvfp4a16", "mxfp4"), 4),
-    **dict.fromkeys(("w8a16", "w8a8", "w8a8-static", "fp8", "fp8-dynamic", "fp8-block", "bnb-int8"), 8),
+    **dict.fromkeys(f"w4a16 nf4 nf4-single w4a16-asym {_GPTQ} awq mlx fp4 fp4-single hqq torchao".split(), 4),
+    **dict.fromkeys(("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"), 4),
+    **dict.fromkeys(f"w8a16 w8a8 w8a8-static {_FP8} mxfp8 mxfp8a16 int8-bnb".split(), 8),
     **dict.fromkeys(("fp16", "bf16"), 16),
     "bitnet": 2,
     "fp32": 32,

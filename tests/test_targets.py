@@ -31,7 +31,7 @@ def test_awq_on_pascal_is_refused_with_what_vllm_needs_and_the_nearest_that_runs
         "no runtime is known to run awq (safetensors) on sm_61 (Pascal: GTX 10x0, P40): "
         "vLLM 0.15.1 needs compute capability 7.5",
         "nearest that runs there: --to gguf --bits 4 (llama.cpp 0.5.0-dev, built with CUDA 12.x), or "
-        "--to safetensors --quant bnb-nf4 (transformers 5.23 with bitsandbytes 0.50, torch 2.14 or older for CUDA 12.6)",
+        "--to safetensors --quant nf4 (transformers 5.23 with bitsandbytes 0.50, torch 2.14 or older for CUDA 12.6)",
     )
 
 
@@ -54,7 +54,7 @@ def test_what_runs_only_with_expanded_weights_says_so_and_what_stays_packed() ->
     assert "expanding the weights to 16 bits" in runs
     assert packed == (
         "sm_61: vLLM after 0.15.1 needs compute capability 7.5. Nearest that stays packed: --to gguf --bits 4 "
-        "(llama.cpp 0.5.0-dev, built with CUDA 12.x), or --to safetensors --quant bnb-nf4 "
+        "(llama.cpp 0.5.0-dev, built with CUDA 12.x), or --to safetensors --quant nf4 "
         "(transformers 5.23 with bitsandbytes 0.50, torch 2.14 or older for CUDA 12.6)"
     )
 
