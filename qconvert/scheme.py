@@ -27,12 +27,14 @@ class Level:
 
     rows: so many rows, from a multiple of it on, share their entries too; None: all rows of the weight.
     w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer.
+    adds: this one is added to the product of those before it instead.
     """
 
     role: Literal["zero", "scale", "offset", "min"]
     dtype: str  # f16, f32, i8, u6, f8_e4m3 … : the first digits are its bits
     group: int | None
     rows: int | None = 1
+    adds: bool = False
 
     @property
     def bits(self) -> int:
@@ -91,17 +93,26 @@ class QTensor(NamedTuple):
         out = value.astype(np.float32)
         for role in ("zero", "scale", "offset", "min"):
             both = zip(self.scheme.levels, self.levels, strict=True)
-            levels = [(v, level.group or k) for level, v in both if level.role == role]
+            levels = [(v, level.group or k, level.adds) for level, v in both if level.role == role]
             if not levels:
                 continue
-            (factor, group), *finer = levels
-            for v, g in finer:
-                factor, group = np.repeat(factor, group // g, axis=1) * v, g
+            (factor, group, _), *finer = levels
+            for v, g, adds in finer:
+                fine = min(group, g)
+                factor, v = np.repeat(factor, group // fine, axis=1), np.repeat(v, g // fine, axis=1)
+                factor, group = (factor + v if adds else factor * v), fine
             grouped, factor = out.reshape(n, k // group, group), factor[:, :, None]
             out = (grouped * factor if role == "scale" else grouped + factor if role == "offset" else grouped - factor).reshape(
                 n, k
             )
         return out
+
+
+class Piece(NamedTuple):
+    """What lies apart from the rest of a weight: its codes (level None) or the entries of a level, and their nbytes."""
+
+    level: int | None
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,10 @@ class Layout:
 
     def row_nbytes(self, k: int) -> int:
         return k // self.scheme.block * self.block.itemsize
+
+    def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
+        """Of a weight [n,k], in the order of its planes; none: each block holds codes and metadata together."""
+        return ()
 
     def accepts(self, scheme: Scheme) -> str | None:
         """None, or why this layout cannot hold `scheme`."""
