@@ -230,13 +230,14 @@ def offloaded(placement: Placement, classes: Collection[Class], device: Device, 
     layers = [block for block in blocks if block.startswith("layer ")]
     spaced = [[layers[(2 * i + 1) * len(layers) // (2 * m)] for i in range(m)] for m in range(len(layers) + 1)]
     choices: list[list[str | None]] = [[None, *some] for some in spaced] + [[None, *blocks]]
-    made = [_moved(placement, classes, device, choice) for choice in ([], *choices)]
     if vram is None:
-        return made[-1]
-    for choice in made:
-        if choice.gpu_nbytes <= vram:
-            return choice
-    raise _too_little(placement, min(made, key=lambda p: p.gpu_nbytes), vram)
+        return _moved(placement, classes, device, choices[-1])
+    least = placement
+    for choice in ([], *choices):
+        if (moved := _moved(placement, classes, device, choice)).gpu_nbytes <= vram:
+            return moved
+        least = min(least, moved, key=lambda p: p.gpu_nbytes)
+    raise _too_little(placement, least, vram)
 
 
 def _moved(placement: Placement, classes: Collection[Class], device: Device, blocks: Collection[str | None]) -> Placement:

@@ -23,6 +23,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "order-columns": "qconvert.passes.order_columns:OrderColumns",
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
+        "second-level": "qconvert.passes.second_level:SecondLevel",
         "split-metadata": "qconvert.passes.split_metadata:SplitMetadata",
         "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",
     },

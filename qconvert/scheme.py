@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -205,6 +205,7 @@ PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", 
 
 
 AFFINE_NAME = re.compile(r"(u?int)([248])(f?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
+SECOND_LEVEL = re.compile(r"(.+)_(u8|u6)x(\d+)")
 
 
 @cache
@@ -212,7 +213,15 @@ def scheme_of(name: str) -> Scheme | None:
     """ggml's scheme of that name, the affine one, that of a table or of rows; None where there is none.
 
     An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16.
+    uint4_g32_u8x128 is uint4_g32 with a second level: u8 in the place of real scales and zero points; 128 share a factor
+    and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor.
     """
+    if m := SECOND_LEVEL.fullmatch(name):
+        base = scheme_of(m[1])
+        if base is None or any(level.group is None or level.rows != 1 for level in base.levels):
+            return None
+        levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
+        return replace(base, name=name, levels=tuple(levels))
     found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)
     return found or _affine(name)
 
@@ -229,3 +238,19 @@ def _affine(name: str) -> Scheme | None:
     bits, group, dtype = int(m[2]), int(m[4]) if m[4] else None, m[5] or "f32"
     zeros = () if m[1] == "int" else (Level("zero", dtype if m[3] else f"u{bits}", group),)
     return Scheme(name, bits, (Level("scale", dtype, group), *zeros))
+
+
+def is_real(level: Level) -> bool:
+    return level.dtype.startswith(("f", "bf"))
+
+
+def _above(base: Scheme, level: Level, kind: str, entries: int) -> list[Level]:
+    """The levels that stand for one of `base` where it has a second one."""
+    if not is_real(level):
+        return [level]
+    assert level.group is not None
+    group = level.group * entries
+    if kind == "u8":
+        return [Level(level.role, "f16", group), replace(level, dtype="u8"), Level(level.role, "f16", group, adds=True)]
+    positive = level.role == "min" or (level.role == "scale" and base.zero_point != "none")  # else a grid may lie upside down
+    return [Level(level.role, "f16", group), replace(level, dtype="u6" if positive else "i6")]

@@ -84,7 +84,7 @@ def test_fewer_bits_in_the_same_memory_are_named_where_they_are_faster() -> None
     assert "1.62 GB" in bound and "15.4 tokens a second" in bound and "25 GB/s" in bound
     assert "35.0 times" in dear and "1.64 bits per weight" in dear
     fast = Bandwidths(2e12)
-    assert len(notes(away, traffic(away, fast), fast)) == 1  # a link as fast as that: nothing to warn of
+    assert len(notes(away, traffic(away, fast, 1_850_000_000), fast)) == 1  # a link as fast as that: nothing to warn of
 
 
 def test_staging_is_one_slot_more_than_blocks_of_look_ahead() -> None:
