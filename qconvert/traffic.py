@@ -28,7 +28,7 @@ class Traffic(NamedTuple):
 
     seconds: a token takes, with the schedule's copies beside its computations. link_seconds and memory_seconds: what
     copying and what reading take by themselves. resident_seconds: what as many bytes of GPU memory, weights and staging, take
-    to read, were they the weights in `resident_bits` bits.
+    to read, were they all the weights, in `resident_bits` bits.
     """
 
     seconds: float
@@ -56,8 +56,8 @@ def traffic(placement: Placement, bandwidths: Bandwidths, vram: int | None = Non
     steps = schedule([block in staged for block in blocks], placement.ahead, forwards)
     spans = simulate(steps, [(copy if s.stream == "copy" else read)[blocks[s.block]] for s in steps])
     ends = [s.end for s, step in zip(spans, steps, strict=True) if step.stream == "compute" and step.block == len(blocks) - 1]
-    n_resident = vram or placement.gpu_nbytes
+    n_resident, unread = vram or placement.gpu_nbytes, sum(b.nbytes for b in placement.buffers if b.block is None)
     return Traffic(
-        ends[-1] - ends[-2] + looked_up, sum(copy.values()) + looked_up, sum(read.values()), n_resident / memory,
+        ends[-1] - ends[-2] + looked_up, sum(copy.values()) + looked_up, sum(read.values()), (n_resident - unread) / memory,
         resident_bits(placement, n_resident),
     )  # fmt: skip

@@ -73,7 +73,8 @@ def test_level_one_crosses_once_for_each_token_and_bounds_decoding() -> None:
         assert 1 / found.seconds == pytest.approx(tokens, rel=5e-3)
     # all of it in the GPU's own memory: the head is read, the embedding is not
     resident = traffic(HQQ, Bandwidths(25e9))
-    assert resident.seconds == resident.memory_seconds == pytest.approx(0.00248 + 0.000262, rel=5e-3)
+    for seconds in (resident.seconds, resident.memory_seconds, resident.resident_seconds):
+        assert seconds == pytest.approx(0.00248 + 0.000262, rel=5e-3)
 
 
 def test_fewer_bits_in_the_same_memory_are_named_where_they_are_faster() -> None:
@@ -82,7 +83,7 @@ def test_fewer_bits_in_the_same_memory_are_named_where_they_are_faster() -> None
     assert found.resident_bits == pytest.approx(8 * (1.85e9 - 2 * 262_144_000 - 266_240 * 2) / N_LINEAR, rel=1e-3)
     bound, dear = notes(away, found, speeds)
     assert "1.62 GB" in bound and "15.4 tokens a second" in bound and "25 GB/s" in bound
-    assert "35.0 times" in dear and "1.64 bits per weight" in dear
+    assert "40.8 times" in dear and "1.64 bits per weight" in dear
     fast = Bandwidths(2e12)
     assert len(notes(away, traffic(away, fast, 1_850_000_000), fast)) == 1  # a link as fast as that: nothing to warn of
 
