@@ -64,7 +64,7 @@ class GGUF:
         if request.offload_meta is not None:
             raise UnsupportedError(
                 f"--offload-meta {request.offload_meta}: a GGUF keeps scales inside the blocks of codes, one behind another",
-                hint="llama.cpp's -ot REGEX=CPU moves whole tensors; --to onnx has --offload-meta",
+                hint="llama.cpp's -ot REGEX=CPU moves whole tensors; --to onnx and safetensors have --offload-meta",
             )
         if request.bits is not None and request.bits not in gguf_mix.BITS:
             raise UsageError(

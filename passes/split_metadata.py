@@ -45,7 +45,7 @@ class SplitMetadata:
         if joint is not None:
             raise UnsupportedError(
                 f"{self.name}: {joint} is {graph.nodes[joint].type.dtype}, whose blocks hold codes and scales together",
-                hint="a format that keeps them apart: --to onnx",
+                hint="a format that keeps them apart: --to onnx, --to safetensors",
             )
         before = placement_of(graph)._replace(ahead=self.prefetch)
         if not any(b.kind in classes for b in before.buffers):

@@ -105,7 +105,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--layout", metavar="FOR", help="ONNX: folder for genai, or transformersjs. Default genai.")
 @click.option("--weights-in", metavar="KIND", help="ONNX: weights in data, or safetensors. Default data: model.onnx.data.")
 @click.option("--offload-meta", type=click.Choice(["cpu", "cpu-pinned", "cpu-mmap", "disk"]),
-              help="ONNX: scales and zero points in files of their own, to be copied to the GPU when needed.")  # fmt: skip
+              help="Scales and zero points in files of their own, to be copied to the GPU when needed.")  # fmt: skip
 @click.option("--vram", metavar="SIZE", help="Offload no more than lets weights and staging fit into this: 6g. Default: all.")
 @click.option("--prefetch", type=click.IntRange(min=0), help="Blocks of look-ahead of what is offloaded. Default 1.")
 @click.option("--link-bandwidth", type=float, metavar="GB/S", help="To the GPU. Default 25 (mmap 12, disk 5).")

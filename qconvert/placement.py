@@ -159,7 +159,7 @@ def placement_of(graph: Graph) -> Placement:
 
 def buffers_of(graph: Graph) -> Iterator[Buffer]:
     lookups = {n.inputs[1] for n in graph.nodes.values() if n.op == "embed"}
-    adapters = {i for n in graph.nodes.values() if n.op == "input" for i in n.inputs}
+    adapters = adapters_of(graph)
     for name, block in blocks_of(graph).items():
         node = graph.nodes[name]
         places, rows = cast(Mapping[str, Device], node.attrs.get("placement", {})), node.type.rows
@@ -169,6 +169,11 @@ def buffers_of(graph: Graph) -> Iterator[Buffer]:
         for i, (kind, nbytes) in enumerate(pieces_of(node.type.dtype, node.type.dims)):
             row_nbytes = -(-nbytes // rows) if name in lookups else 0
             yield Buffer(name, i, kind, block, nbytes, row_nbytes, places.get(kind, "gpu"))
+
+
+def adapters_of(graph: Graph) -> set[str]:
+    """What adapters put into slots."""
+    return {i for n in graph.nodes.values() if n.op == "input" for i in n.inputs}
 
 
 def blocks_of(graph: Graph) -> dict[str, str | None]:
@@ -277,10 +282,10 @@ def rounded_up(nbytes: int) -> str:
 def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
     """{devices: {device: {class: bytes}}, file_overhead, …}: weights by device and class, which with the overhead add up to
     the files. Where nothing was placed the only device is "any"."""
-    placed, weights = placement_of(graph), set(graph.parameters())
+    placed, adapters = placement_of(graph), adapters_of(graph)
     devices: dict[str, dict[str, int]] = {}
     for e in plan.entries:
-        found: list[tuple[Class, int]] = [("dense" if e.value in weights else "adapter", e.nbytes)]
+        found: list[tuple[Class, int]] = [("adapter" if e.value in adapters else "dense", e.nbytes)]
         if "." in e.dtype:
             found = pieces_of(e.dtype, e.shape)
         places = cast(Mapping[str, str], graph.nodes[e.value].attrs.get("placement", {}))
@@ -288,8 +293,9 @@ def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
             of = devices.setdefault(places.get(kind, "gpu") if placed.away else "any", {})
             of[kind] = of.get(kind, 0) + nbytes
     total = sum(sum(of.values()) for of in devices.values())
+    ordered = {d: {kind: of[kind] for kind in CLASSES if kind in of} for d in ("any", *DEVICES) if (of := devices.get(d))}
     return {
-        "devices": devices, "file_overhead": plan.nbytes - total, "staging": placed.staging_nbytes,
+        "devices": ordered, "file_overhead": plan.nbytes - total, "staging": placed.staging_nbytes,
         "h2d_bytes_per_forward": placed.h2d_nbytes, "prefetch": placed.ahead if placed.away else 0,
     }  # fmt: skip
 
