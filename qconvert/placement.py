@@ -293,7 +293,7 @@ def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
             of = devices.setdefault(places.get(kind, "gpu") if placed.away else "any", {})
             of[kind] = of.get(kind, 0) + nbytes
     total = sum(sum(of.values()) for of in devices.values())
-    ordered = {d: {kind: of[kind] for kind in CLASSES if kind in of} for d in ("any", *DEVICES) if (of := devices.get(d))}
+    ordered = {d: {kind: devices[d][kind] for kind in CLASSES if kind in devices[d]} for d in ("any", *DEVICES) if d in devices}
     return {
         "devices": ordered, "file_overhead": plan.nbytes - total, "staging": placed.staging_nbytes,
         "h2d_bytes_per_forward": placed.h2d_nbytes, "prefetch": placed.ahead if placed.away else 0,

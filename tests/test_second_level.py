@@ -91,6 +91,20 @@ def test_the_weights_are_those_of_the_entries_in_double_precision() -> None:
     assert np.allclose(q.dequantize(), want, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize(("name", "role"), [("uint4_g32", "scale"), ("uint2f_g16", "zero"), ("int4_g32", "scale")])
+def test_hqqs_own_quantizer_of_metadata_does_no_better(name: str, role: str) -> None:
+    """HQQ quantizes scales and zeros to 8 bits in groups of 128, by the same grid with f32 step and zero."""
+    quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
+    q = quantized(name)
+    (v,) = [v for level, v in zip(q.scheme.levels, q.levels, strict=True) if level.role == role]
+    codes, meta = quantizer.quantize(torch.from_numpy(v) * 50, 8, group_size=128, axis=1, optimize=False, device="cpu")
+    theirs = quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32}).numpy().reshape(v.shape) / 50
+    ours = entries(second(q, "u8"), role)
+    errors = [np.linalg.norm(x.astype(np.float64) - v) for x in (ours, theirs)]
+    # measured: 1.003 times theirs, as steps are rounded up to what f16 has; times 50, as theirs are never below 1/20000
+    assert errors[0] <= 1.01 * errors[1] and np.abs(ours - theirs).max() < 0.01 * np.abs(v).max()
+
+
 def test_six_bits_for_eight_groups_are_q4_ks_superblocks() -> None:
     """ggml's own block of such a tensor: Q4_K with scales of 6 bits, 8 a superblock, as gguf-py reads it."""
     flat = quantized("uint4_g32")
