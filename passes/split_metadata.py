@@ -49,7 +49,8 @@ class SplitMetadata:
             )
         before = placement_of(graph)._replace(ahead=self.prefetch)
         if not any(b.kind in classes for b in before.buffers):
-            raise UnsupportedError(f"{self.name}: no weight has {' or '.join(classes)}", hint="a quantized type: --bits 4")
+            what = f"no weight has {' or '.join(classes)}, so there is nothing to move"
+            raise UnsupportedError(f"{self.name}: {what}", hint="a quantized type: --bits 4")
         vram = parse_nbytes(self.vram) if self.vram else None
         after = offloaded(before, cast(list[Class], classes), self.device, vram)
         if not after.away:

@@ -85,7 +85,7 @@ def rows(graph: Graph, plan: Plan, parts: Sequence[Path]) -> list[Row]:
         return []
     blocks, staged, where, wrong = placed.blocks, placed.staged(), places(plan), set[str]()
     files = {file.path.name: part for file, part in zip(plan.files, parts, strict=True)}
-    steps = schedule([block in staged for block in blocks], placed.ahead)
+    proven, run = (schedule([block in staged for block in blocks], placed.ahead, forwards) for forwards in (3, 2))
 
     def stored(b: Buffer) -> Bytes:
         name, plane = where[b.weight][b.piece]
@@ -100,9 +100,9 @@ def rows(graph: Graph, plan: Plan, parts: Sequence[Path]) -> list[Row]:
             if not np.array_equal(found, stored(b)):
                 wrong.add(b.weight)
 
-    copied = execute(steps, host, placed.slot_nbytes, compute).of_last_forward if staged else 0
+    copied = execute(run, host, placed.slot_nbytes, compute).of_last_forward if staged else 0
     lookups = [where[b.weight][b.piece][1].nbytes for b in placed.buffers if b.device != "gpu" and b.row_nbytes]
-    broken = hazard(steps)
+    broken = hazard(proven)
     return [
         judged("prefetch schedule", "latencies that break it", float(broken is not None), 0.0, broken.what if broken else ""),
         judged("prefetch of the file", "tensors that differ", float(len(wrong)), 0.0, min(wrong, default="")),

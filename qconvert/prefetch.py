@@ -163,13 +163,13 @@ def execute(
     """
     rng, slots = np.random.default_rng(seed), np.zeros((1 + max((s.slot or 0) for s in steps), slot_nbytes), np.uint8)
     waits = [set(before(steps, i)) for i in range(len(steps))]
-    begun, done, counts = set[int](), set[int](), dict[int, int]()
+    begun, done, counts, sources = set[int](), set[int](), dict[int, int](), dict[int, Bytes]()
     while len(done) < len(steps):
         ready = sorted(begun - done) + [i for i in range(len(steps)) if i not in begun and waits[i] <= done]
         i = int(rng.choice(ready))
         step, slot = steps[i], slots[steps[i].slot or 0]
         if step.stream == "copy":
-            source = host(step.block)
+            source = sources.pop(i) if i in begun else sources.setdefault(i, host(step.block))
             half = slice(len(source) // 2) if i not in begun else slice(len(source) // 2, len(source))
             slot[half] = source[half]
             counts[step.forward] = counts.get(step.forward, 0) + source[half].nbytes

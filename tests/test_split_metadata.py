@@ -351,6 +351,25 @@ def test_arenas_of_safetensors_lie_together_too(tmp_path: Path) -> None:
             assert begins[-1][0] + begins[-1][1] - begins[0][0] == sum(b.nbytes for b in arena.buffers)
 
 
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("mixtral tied, window, one expert a token", {"to": "onnx", "quant": "int4"}),
+        ("gpt2", {"to": "onnx", "quant": "uint8", "form": "portable"}), ("phi3", {"to": "onnx", "quant": "uint4"}),
+        ("gemma3 tied, biases", {"to": "safetensors"}), ("qwen2", {"to": "safetensors", "zero_point": "int"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bytes_add_up_in_every_shape_of_model(tmp_path: Path, case: str, options: dict[str, Any]) -> None:
+    from tiny_models import CASES, save_random
+
+    folder = save_random(tmp_path / "model", *CASES[case])
+    result = convert(folder, group=16, offload_meta="cpu", check=False, output=tmp_path / "out", **options)
+    adds_up(result, sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()))
+    devices = result.report.accounting["placement"]["devices"]
+    assert devices["cpu-pinned"].keys() == {"meta1"} and devices["gpu"].keys() == {"codes", "dense"}
+
+
 def test_a_bound_on_decoding_is_told_and_follows_the_bandwidths(tmp_path: Path) -> None:
     slow, fast = (
         made(tmp_path / "out", dry_run=True, link_bandwidth=link, memory_bandwidth=1000.0).report for link in (1.0, 2000.0)
