@@ -93,7 +93,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        return [*tokenizer_rows(source), *rows, *offloading.rows(lowered.graph, lowered.plan, parts)], runtime
+        return [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
 

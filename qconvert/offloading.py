@@ -8,22 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from qconvert.emit import Plan
 from qconvert.errors import UnsupportedError
 from qconvert.graph import Graph
-from qconvert.placement import Arena, Buffer, Placement, accounting, copy_nbytes, placement_of
+from qconvert.layouts import layout_of
+from qconvert.placement import Arena, Buffer, Placement, accounting, copy_nbytes, pieces_of, placement_of
 from qconvert.planes import Plane
 from qconvert.prefetch import Step, execute, hazard, schedule
 from qconvert.report import Row, judged, nbytes_text
 from qconvert.request import Request, parse_nbytes
-from qconvert.scheme import Bytes
+from qconvert.scheme import Bytes, scheme_of
+from qconvert.second_level import Error, error, second_level_name, with_second_level
 from qconvert.traffic import LINKS, MEMORY, Bandwidths, Traffic, traffic
+from qconvert.weights import Weights
 
 GB = 1e9
+SAMPLE = 64  # rows of a weight
 WEAKEST = 1.0  # bits per weight, metadata included: with fewer there is no type to name
 
 
@@ -78,8 +82,9 @@ def mixed(placed: Placement, where: Places) -> str | None:
     return None
 
 
-def rows(graph: Graph, plan: Plan, parts: Sequence[Path]) -> list[Row]:
-    """The schedule's proof and its run. parts: the plan's files where they lie now."""
+def rows(weights: Weights, plan: Plan, parts: Sequence[Path]) -> list[Row]:
+    """The schedule's proof and its run; what a second level would save. parts: the plan's files where they lie now."""
+    graph = weights.graph
     placed = placement_of(graph)
     if not placed.away:
         return []
@@ -107,6 +112,33 @@ def rows(graph: Graph, plan: Plan, parts: Sequence[Path]) -> list[Row]:
         judged("prefetch schedule", "latencies that break it", float(broken is not None), 0.0, broken.what if broken else ""),
         judged("prefetch of the file", "tensors that differ", float(len(wrong)), 0.0, min(wrong, default="")),
         judged("traffic", "bytes not predicted", abs(copied + sum(lookups) - placed.h2d_nbytes), 0.0),
+        *second_level_rows(weights, sorted({b.weight for b in placed.buffers if b.device != "gpu" and b.kind == "meta1"})),
+    ]
+
+
+def second_level_rows(weights: Weights, names: Sequence[str]) -> list[Row]:
+    """What u8 entries with a level of their own above them would cost and save, for a runtime that has such; no file here has.
+
+    The largest error of a weight's first rows.
+    """
+    errors, now, then = list[Error](), 0, 0.0
+    for name in names:
+        kind = weights.graph.nodes[name].type
+        layout, k, n = layout_of(kind.dtype), kind.dims[-1], kind.rows
+        new = scheme_of(second_level_name(layout.scheme, k, "u8"))
+        if new is None or new.bits_per_weight >= layout.scheme.bits_per_weight:
+            continue
+        q = layout.unpack(cast(Bytes, weights.rows(name, 0, min(n, SAMPLE))))
+        errors.append(error(q, with_second_level(q, new)))
+        now += sum(nbytes for kind_, nbytes in pieces_of(kind.dtype, kind.dims) if kind_ == "meta1")
+        then += n * k * (new.bits_per_weight - new.bits) / 8
+    if not errors:
+        return []
+    scales, values = max(max(e.levels.values()) for e in errors), max(e.weights for e in errors)
+    saved = f"{nbytes_text(now)} of metadata would be {nbytes_text(then)}"
+    return [
+        Row("second level, u8", "relative error, scales", scales, None, "info"),
+        Row("second level, u8", "relative error, weights", values, None, "info", saved),
     ]
 
 

@@ -220,6 +220,8 @@ def scheme_of(name: str) -> Scheme | None:
         base = scheme_of(m[1])
         if base is None or any(level.group is None or level.rows != 1 for level in base.levels):
             return None
+        if len({level.role for level in base.levels}) < len(base.levels):
+            return None  # it has one
         levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
         return replace(base, name=name, levels=tuple(levels))
     found = next((table[name] for table in (SCHEMES, AFFINE, TABLES, PER_ROW) if name in table), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import numpy as np
@@ -92,9 +94,11 @@ def test_the_weights_are_those_of_the_entries_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize(("name", "role"), [("uint4_g32", "scale"), ("uint2f_g16", "zero"), ("int4_g32", "scale")])
-def test_hqqs_own_quantizer_of_metadata_does_no_better(name: str, role: str) -> None:
+def test_hqqs_own_quantizer_of_metadata_does_no_better(visible: Callable[[str], ModuleType], name: str, role: str) -> None:
     """HQQ quantizes scales and zeros to 8 bits in groups of 128, by the same grid with f32 step and zero."""
-    quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
+    visible("hqq")
+    from hqq.core.quantize import Quantizer as quantizer
+
     q = quantized(name)
     (v,) = [v for level, v in zip(q.scheme.levels, q.levels, strict=True) if level.role == role]
     codes, meta = quantizer.quantize(torch.from_numpy(v) * 50, 8, group_size=128, axis=1, optimize=False, device="cpu")
@@ -129,7 +133,7 @@ def test_rows_of_few_groups_share_what_divides_them() -> None:
     assert second_level_name(scheme, 256, "u6") == "uint4_g32_u6x8"
 
 
-@pytest.mark.parametrize("name", ["uint4_g32_u7x8", "nope_u8x8", "int8_row_u8x8"])
+@pytest.mark.parametrize("name", ["uint4_g32_u7x8", "nope_u8x8", "int8_row_u8x8", "q4_k_u8x8"])
 def test_names_without_a_scheme_have_none(name: str) -> None:
     assert scheme_of(name) is None
 

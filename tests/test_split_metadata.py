@@ -102,6 +102,9 @@ def test_metadata_has_a_file_of_its_own_and_the_runtime_answers_the_same(tmp_pat
     result = made(tmp_path / "out")
     rows = {r.what: r for r in result.report.checks}
     assert result.verified and all(rows[w].verdict == "pass" for w in ("prefetch schedule", "prefetch of the file", "traffic"))
+    second = {r.metric: r for r in result.report.checks if r.what == "second level, u8"}
+    assert all(r.verdict == "info" and 0 < (r.value or 0) < 5e-3 for r in second.values())
+    assert "of metadata would be" in second["relative error, weights"].reason
     devices = result.report.accounting["placement"]["devices"]
     meta, codes = ((tmp_path / "out" / f"model.onnx{x}.data").stat().st_size for x in (".meta", ""))
     assert devices["cpu-pinned"] == {"meta1": meta} and sum(devices["gpu"].values()) == codes
@@ -193,7 +196,7 @@ def test_a_schedule_with_a_slot_too_few_fails_the_check_of_a_conversion(
 
     monkeypatch.setattr(offloading, "schedule", one_slot)
     with written_files(tmp_path / "out") as w:
-        rows = {r.what: r for r in offloading.rows(w.weights.graph, w.plan, list(w.files.values()))}
+        rows = {r.what: r for r in offloading.rows(w.weights, w.plan, list(w.files.values()))}
     assert rows["prefetch schedule"].verdict == rows["prefetch of the file"].verdict == "fail"
     assert "overwritten before its use is done" in rows["prefetch schedule"].reason
 
