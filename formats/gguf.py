@@ -61,6 +61,11 @@ class GGUF:
         for value, flag in ((request.layout, "--layout"), (request.weights_in, "--weights-in")):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: a GGUF is one file", hint=f"--to onnx has {flag}")
+        if request.offload_meta is not None:
+            raise UnsupportedError(
+                f"--offload-meta {request.offload_meta}: a GGUF keeps scales inside the blocks of codes, one behind another",
+                hint="llama.cpp's -ot REGEX=CPU moves whole tensors; --to onnx and safetensors have --offload-meta",
+            )
         if request.bits is not None and request.bits not in gguf_mix.BITS:
             raise UsageError(
                 f"--bits {request.bits}: GGUF has {', '.join(map(str, gguf_mix.BITS))}",

@@ -32,6 +32,7 @@ from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
+from qconvert.placement import placement_of
 from qconvert.planes import Plane
 from qconvert.provenance import names_of, provenance
 from qconvert.report import Report, Row
@@ -179,7 +180,7 @@ class ONNX:
         entries, storage, model = places(graph), options.storage, Model()
         for entry in entries:
             add_weight(model, graph, entry)
-        shards, files = data_files(model, entries, storage, options.metadata), dict(options.files)
+        shards, files = data_files(model, entries, storage, options.metadata, placement_of(graph)), dict(options.files)
         if storage.safetensors and len(shards) > 1:
             files[INDEX] = index_of(shards)
         context, level, in_browsers = context_length(graph)[0], options.accuracy_level, storage.browser_dtype is not None

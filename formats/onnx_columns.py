@@ -8,13 +8,14 @@ Source: DequantizeLinear-23, MatMulInteger-10; TensorProto of INT4 and its like.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.scheme import AFFINE, PER_ROW, Array, Bytes, Layout, QTensor, Scheme
+from qconvert.scheme import AFFINE, PER_ROW, Array, Bytes, Layout, Piece, QTensor, Scheme
 
 PREFIX = "onnx_kn"
 MIDDLE = 128  # the code of 0 where a row has one scale: products of integers are exact on every CPU only if all are unsigned
@@ -53,6 +54,10 @@ class Columns(Layout):
         """Shape of each plane's tensor."""
         levels = (((level.entries(k), n) if level.group else (n,)) for level in self.scheme.levels)
         return ((k, n), *levels)
+
+    def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
+        both = zip(self.dims(n, k), self.bits, strict=True)
+        return tuple(Piece(i - 1 if i else None, math.prod(dims) * bits // 8) for i, (dims, bits) in enumerate(both))
 
     def fits(self, n: int) -> bool:
         """Whether n outputs fill whole bytes."""

@@ -1,13 +1,15 @@
 """Which files an ONNX folder's weights lie in: one beside model.onnx, shards of it, or safetensors that it points into.
 
 Weights come placed one behind another, as if in one file; here every piece gets its file and its offset there, in the
-initializers and in the entries alike. A weight (codes, scales, zero points) lies in one file.
+initializers and in the entries alike. A weight (codes, scales, zero points) lies in one file, but for what is offloaded:
+that has files of its own by class and device.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 from onnx import TensorProto, helper
@@ -16,6 +18,8 @@ from qconvert.emit import Entry
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.onnx_proto import Model
 from qconvert.formats.onnx_storage import Storage
+from qconvert.placement import ALIGNMENT as ARENA
+from qconvert.placement import Placement, told
 
 ALIGNMENT = 64
 BROWSER_MAX_FILES = 100  # MAX_EXTERNAL_DATA_CHUNKS of transformers.js
@@ -50,28 +54,49 @@ class Piece(NamedTuple):
 
 
 Moved = Mapping[int, int]  # a piece's offset as it came -> in its file
+Unit = Sequence[int]  # offsets of pieces that lie together
+Group = tuple[str, dict[str, str], list[Unit]]  # a class ("" is what is not offloaded), what its files say, and what lies there
 
 
-def data_files(model: Model, entries: Sequence[Entry], storage: Storage, metadata: Mapping[str, str]) -> list[DataFile]:
+def data_files(
+    model: Model, entries: Sequence[Entry], storage: Storage, metadata: Mapping[str, str], placement: Placement
+) -> list[DataFile]:
     """Place every entry, and point the model's initializers there. An error where no browser could load the files."""
-    pieces = pieces_of(model.initializers.values())
-    shards = list(split(entries, pieces, storage, len(json.dumps(dict(metadata)))))
-    if storage.browser_dtype and len(shards) > BROWSER_MAX_FILES:
-        raise UsageError(f"--split-max-size: {len(shards)} files; transformers.js reads {BROWSER_MAX_FILES}", hint="1.9G")
-    files = []
-    for i, shard in enumerate(shards):
-        own = [pieces[offset] for entry in shard for offset in offsets(entry)]
-        header, moved, end = in_safetensors(own, metadata) if storage.safetensors else one_behind_another(own)
-        if storage.browser_dtype and end >= 1 << 31:
-            raise UnsupportedError(
-                f"{shard[0].name} alone takes {end / 1e9:.1f} GB; a browser takes less than 2 GiB in one piece",
-                hint="fewer bits: --bits 4",
-            )
-        name = storage.data_name(i, len(shards))
-        for piece in own:
-            point(piece, name, moved[piece.offset])
-        files.append(DataFile(name, header, tuple(placed(e, moved) for e in shard), end, tuple(p.first.name for p in own)))
-    return files
+    pieces, where = pieces_of(model.initializers.values()), dict[int, tuple[str, int]]()
+    files, home = list[DataFile](), [[p.offset for p in e.planes] for e in entries]
+    away = offloaded_units(entries, placement)
+    moved_away = {offset for _, _, units in away for unit in units for offset in unit}
+    stay: list[Unit] = [unit for offsets in home if (unit := [o for o in offsets if o not in moved_away])]
+    groups: list[Group] = [("", {}, stay), *away]
+    for kind, more, units in groups:
+        said = {**metadata, **more}
+        shards = list(split(units, pieces, storage, len(json.dumps(said))))
+        if storage.browser_dtype and len(shards) > BROWSER_MAX_FILES:
+            raise UsageError(f"--split-max-size: {len(shards)} files; transformers.js reads {BROWSER_MAX_FILES}", hint="1.9G")
+        for i, shard in enumerate(shards):
+            own = [[pieces[offset] for offset in unit] for unit in shard]
+            header, moved, end = in_safetensors(own, said, bool(kind)) if storage.safetensors else in_order(own, bool(kind))
+            if storage.browser_dtype and end >= 1 << 31:
+                raise UnsupportedError(
+                    f"{own[0][0].first.name} alone takes {end / 1e9:.1f} GB; a browser takes less than 2 GiB in one piece",
+                    hint="fewer bits: --bits 4",
+                )
+            name = storage.data_name(i, len(shards), kind)
+            for piece in chain.from_iterable(own):
+                point(piece, name, moved[piece.offset])
+                where[piece.offset] = (name, moved[piece.offset])
+            files.append(DataFile(name, header, (), end, tuple(p.first.name for p in chain.from_iterable(own))))
+    done = [placed(entry, where) for entry in entries]
+    return [file._replace(entries=tuple(e for name, e in done if name == file.name)) for file in files]
+
+
+def offloaded_units(entries: Sequence[Entry], placement: Placement) -> list[Group]:
+    planes, found = {e.value: e.planes for e in entries}, list[Group]()
+    for (kind, device), arenas in placement.elsewhere().items():
+        units: list[Unit] = [[planes[b.weight][b.piece].offset for b in arena if b.weight in planes] for arena in arenas]
+        if any(units):
+            found.append((kind, told(kind, device, placement.ahead), [unit for unit in units if unit]))
+    return found
 
 
 def index_of(files: Sequence[DataFile]) -> bytes:
@@ -104,30 +129,29 @@ def point(piece: Piece, location: str, offset: int) -> None:
                 said.value = location if said.key == "location" else str(offset)
 
 
-def offsets(entry: Entry) -> list[int]:
-    return [plane.offset for plane in entry.planes]
-
-
-def placed(entry: Entry, moved: Moved) -> Entry:
-    planes = tuple(plane._replace(offset=moved[plane.offset]) for plane in entry.planes)
-    return entry._replace(offset=planes[0].offset, planes=planes)
+def placed(entry: Entry, where: Mapping[int, tuple[str, int]]) -> tuple[str, Entry]:
+    """The file that an entry is in, and the entry as it lies there."""
+    names, offsets = zip(*(where[plane.offset] for plane in entry.planes), strict=True)
+    planes = tuple(plane._replace(offset=offset) for plane, offset in zip(entry.planes, offsets, strict=True))
+    files = () if len(set(names)) == 1 else names
+    return names[0], entry._replace(offset=offsets[0], planes=planes, files=files)
 
 
 # files --------------------------------------------------------------------------------------------
 
 
 def split(
-    entries: Sequence[Entry], pieces: Mapping[int, Piece], storage: Storage, metadata_nbytes: int
-) -> Iterator[list[Entry]]:
-    """Entries in order, in files of at most max_nbytes; one that is larger has a file of its own."""
-    shard: list[Entry] = []
-    nbytes = empty = metadata_nbytes + 2 * ALIGNMENT if storage.safetensors else 0
-    for entry in entries:
-        more = sum(room(pieces[offset], storage.safetensors) for offset in offsets(entry))
+    units: Sequence[Unit], pieces: Mapping[int, Piece], storage: Storage, metadata_nbytes: int
+) -> Iterator[list[Unit]]:
+    """Units in order, in files of at most max_nbytes; one that is larger has a file of its own."""
+    shard: list[Unit] = []
+    nbytes = empty = metadata_nbytes + 2 * ARENA if storage.safetensors else 0
+    for unit in units:
+        more = sum(room(pieces[offset], storage.safetensors) for offset in unit)
         if storage.max_nbytes and shard and nbytes + more > storage.max_nbytes:
             yield shard
             shard, nbytes = [], empty
-        shard.append(entry)
+        shard.append(unit)
         nbytes += more
     yield shard
 
@@ -139,31 +163,44 @@ def room(piece: Piece, safetensors: bool) -> int:
     return piece.nbytes + -piece.nbytes % ALIGNMENT
 
 
-def one_behind_another(pieces: Sequence[Piece]) -> tuple[bytes, Moved, int]:
-    """No header, where each piece goes, and the file's end."""
+def in_order(units: Sequence[Sequence[Piece]], arenas: bool) -> tuple[bytes, Moved, int]:
+    """No header, where each piece goes, and the file's end. arenas: units are such, and begin where those do."""
     moved, at = {}, 0
-    for piece in pieces:
-        moved[piece.offset] = at
-        at += piece.nbytes + -piece.nbytes % ALIGNMENT
+    for unit in units:
+        at += -at % ARENA if arenas else 0
+        for piece in unit:
+            moved[piece.offset] = at
+            at += piece.nbytes + -piece.nbytes % ALIGNMENT
     return b"", moved, at
 
 
-def in_safetensors(pieces: Sequence[Piece], metadata: Mapping[str, str]) -> tuple[bytes, Moved, int]:
-    """The header, where each piece goes behind it, and the file's end.
+def in_safetensors(units: Sequence[Sequence[Piece]], metadata: Mapping[str, str], arenas: bool) -> tuple[bytes, Moved, int]:
+    """The header, where each piece goes behind it, and the file's end. arenas: pieces of a unit stay together.
 
-    The format allows no gap, and torch reads a tensor only at a multiple of its item: so wide items come first.
+    The format allows no gap, and torch reads a tensor only at a multiple of its item size: so wide items come first.
     """
-    begins, at = {}, 0
-    for piece in sorted(pieces, key=lambda p: -itemsize(p.first)):
-        begins[piece.offset] = at
-        at += piece.nbytes
+    pieces = list(chain.from_iterable(units))
+    begins = one_behind_another(chain.from_iterable(map(wide_first, units)) if arenas else wide_first(pieces))
+    if any(begins[p.offset] % itemsize(p.first) for p in pieces):
+        begins = one_behind_another(wide_first(pieces))
     table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     for piece in pieces:
         table |= described(piece, begins[piece.offset])
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % (ARENA if arenas else ALIGNMENT))
     header = len(text).to_bytes(8, "little") + text
-    return header, {offset: len(header) + begin for offset, begin in begins.items()}, len(header) + at
+    end = len(header) + sum(p.nbytes for p in pieces)
+    return header, {offset: len(header) + begin for offset, begin in begins.items()}, end
+
+
+def one_behind_another(pieces: Iterable[Piece]) -> dict[int, int]:
+    """A piece's offset as it came -> where it begins."""
+    order = list(pieces)
+    return {p.offset: begin for p, begin in zip(order, accumulate((p.nbytes for p in order), initial=0), strict=False)}
+
+
+def wide_first(pieces: Sequence[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda p: -itemsize(p.first))
 
 
 def described(piece: Piece, begin: int) -> dict[str, object]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from qconvert.bits import from_bits, to_bits
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.scheme import AFFINE, F32, NF4_TABLE, TABLES, Bytes, Layout, QTensor, Scheme
+from qconvert.scheme import AFFINE, F32, NF4_TABLE, TABLES, Bytes, Layout, Piece, QTensor, Scheme
 
 
 class Part(NamedTuple):
@@ -54,6 +54,10 @@ class MatMulNBits(Layout):
         """Whether onnxruntime 1.31 rounds activations to 8 bits at level 4: only its fast kernels do."""
         slow = self.scheme.bits == 2 and self.scheme.block in (16, 256)
         return self.scheme.zero_point != "float" and not slow
+
+    def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
+        codes, *levels = self.planes(k)
+        return (Piece(None, n * codes), *(Piece(i, n * nbytes) for i, nbytes in enumerate(levels)))
 
     def row_nbytes(self, k: int) -> int:
         return sum(self.planes(k))

@@ -32,11 +32,13 @@ class Storage:
     safetensors: bool = False
     max_nbytes: int | None = None
 
-    def data_name(self, i: int, n: int) -> str:
-        """The file of weights i of n, beside the protobuf."""
+    def data_name(self, i: int, n: int, kind: str = "") -> str:
+        """The file of weights i of n, beside the protobuf; kind: the class of those that are offloaded."""
+        kind = {"meta1": "meta"}.get(kind, kind)
         if self.safetensors:
-            return "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-        joint = "_data" if self.browser_dtype else ".data"
+            stem = f"model-{kind}" if kind else "model"
+            return f"{stem}.safetensors" if n == 1 else f"{stem}-{i + 1:05d}-of-{n:05d}.safetensors"
+        joint = "_data" if self.browser_dtype else f".{kind}.data" if kind else ".data"
         return PurePosixPath(self.model).name + joint + (f"_{i}" if i else "")
 
 
@@ -44,6 +46,7 @@ def placing(request: Request) -> tuple[tuple[str, str | None], ...]:
     """Flags that say where things lie, and what was asked for."""
     return (
         ("--layout", request.layout), ("--weights-in", request.weights_in), ("--split-max-size", request.split_max_size),
+        ("--offload-meta", request.offload_meta),
     )  # fmt: skip
 
 
@@ -59,6 +62,8 @@ def storage(request: Request, quant: str) -> Storage:
         return Storage(safetensors=safetensors, max_nbytes=limit)
     if request.adapters_as == "swap":
         raise UnsupportedError("--layout transformersjs: it has no adapters to swap", hint="--adapters merge")
+    if request.offload_meta:
+        raise UnsupportedError("--layout transformersjs: it loads weights from .onnx_data alone", hint="--layout genai")
     if safetensors:
         raise UnsupportedError("--layout transformersjs: it loads weights from .onnx_data alone", hint="--weights-in data")
     if quant not in DTYPES:

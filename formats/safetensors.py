@@ -19,9 +19,11 @@ from qconvert.formats.safetensors_config import config_of
 from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialect_of, passes_of
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
+from qconvert.formats.safetensors_split import split_plans
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph
 from qconvert.pipeline import Pass
+from qconvert.placement import placement_of
 from qconvert.provenance import names_of, provenance
 from qconvert.report import Row
 from qconvert.request import Fallback, Request, parse_nbytes
@@ -100,10 +102,14 @@ class Safetensors:
         """config.json, shards with their index, and what lies beside them."""
         config = {**options.config, **options.dialect.config(written(graph, options.wanted))}
         files = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), **options.files}
-        split = shards(all_stored(graph), options.max_nbytes)
-        if len(split) > 1:
-            files[INDEX] = index(split)
-        plans = [file_plan(path, shard, options.metadata) for shard in split]
+        placed = placement_of(graph)
+        if placed.away:
+            plans, files[INDEX] = split_plans(path, all_stored(graph), placed, options.max_nbytes, options.metadata)
+        else:
+            split = shards(all_stored(graph), options.max_nbytes)
+            if len(split) > 1:
+                files[INDEX] = index(split)
+            plans = [file_plan(path, shard, options.metadata) for shard in split]
         plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         return Plan(tuple(plans), path)
 

@@ -16,6 +16,7 @@ from qconvert.dtypes import DTYPES
 from qconvert.emit import Entry, FilePlan
 from qconvert.graph import Type
 from qconvert.layouts import layout_of
+from qconvert.placement import ALIGNMENT as ARENA
 from qconvert.planes import Plane
 from qconvert.tensor_layouts import ITEMSIZE, Tensors
 
@@ -88,12 +89,17 @@ def shards(all_stored: Sequence[Stored], max_nbytes: int = MAX_NBYTES, stem: str
     return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def file_plan(folder: Path, shard: Shard, metadata: Mapping[str, str]) -> FilePlan:
+def file_plan(folder: Path, shard: Shard, metadata: Mapping[str, str], together: bool = False) -> FilePlan:
     """The header, and every piece of every entry behind it.
 
-    The format allows no gap, and torch reads a tensor only at a multiple of its item, so wide items come first.
+    The format allows no gap, and torch reads a tensor only at a multiple of its item, so wide items come first: of the file,
+    or where tensors of a `Stored` are to lie together, and that allows it, of each.
     """
-    ordered = sorted((t for s in shard.stored for t in s.tensors), key=lambda t: -ITEMSIZE[t.dtype])
+    each = [sorted(s.tensors, key=lambda t: -ITEMSIZE[t.dtype]) for s in shard.stored]
+    fits = all(sum(t.nbytes for t in tensors) % 8 == 0 for tensors in each)
+    ordered = [t for tensors in each for t in tensors]
+    if not (together and fits):
+        ordered = sorted((t for s in shard.stored for t in s.tensors), key=lambda t: -ITEMSIZE[t.dtype])
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     begins, at = {}, 0
     for t in ordered:
@@ -101,12 +107,13 @@ def file_plan(folder: Path, shard: Shard, metadata: Mapping[str, str]) -> FilePl
         begins[t.name] = at
         at += t.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % (ARENA if together else ALIGNMENT))
     header = len(text).to_bytes(8, "little") + text
     entries, between = [], []
     for s in shard.stored:
         planes = tuple(t.plane._replace(offset=len(header) + begins[t.name]) for t in s.tensors if t.plane)
-        entries.append(s.entry._replace(offset=planes[0].offset, planes=planes))
+        if planes:
+            entries.append(s.entry._replace(offset=planes[0].offset, planes=planes))
         between += [(len(header) + begins[t.name], t.data) for t in s.tensors if t.plane is None]
     return FilePlan(folder / shard.name, header, tuple(entries), len(header) + at, tuple(between))
 

@@ -104,6 +104,12 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M.")
 @click.option("--layout", metavar="FOR", help="ONNX: folder for genai, or transformersjs. Default genai.")
 @click.option("--weights-in", metavar="KIND", help="ONNX: weights in data, or safetensors. Default data: model.onnx.data.")
+@click.option("--offload-meta", type=click.Choice(["cpu", "cpu-pinned", "cpu-mmap", "disk"]),
+              help="Scales and zero points in files of their own, to be copied to the GPU when needed.")  # fmt: skip
+@click.option("--vram", metavar="SIZE", help="Offload no more than lets weights and staging fit into this: 6g. Default: all.")
+@click.option("--prefetch", type=click.IntRange(min=0), help="Blocks of look-ahead of what is offloaded. Default 1.")
+@click.option("--link-bandwidth", type=float, metavar="GB/S", help="To the GPU. Default 25 (mmap 12, disk 5).")
+@click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of the GPU. Default 1000.")
 @click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, cast
 
-from qconvert import registry
+from qconvert import offloading, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
@@ -26,6 +26,7 @@ from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
@@ -82,6 +83,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
+    offload(request)  # flags that go together, before anything is read
     target = cast(type[Format], registry.find("formats", request.to))()
     if request.model.endswith(REWRITTEN):
         return _rewrite(request, store, progress, target)
@@ -91,7 +93,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        return [*tokenizer_rows(source), *rows], runtime
+        return [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
 
@@ -164,10 +166,22 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     merged = stages[-1].graph
     options = target.options(request, source, merged)
     legal = target.legalize(merged, options)
-    final = Pipeline(legal.passes).run(merged, request.dump_ir, log.info, done)
+    last = Pipeline((*legal.passes, *offload(request)))
+    final = last.run(merged, request.dump_ir, log.info, done)
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(Pipeline(legal.passes))))))
+    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))
+
+
+def offload(request: Request) -> tuple[Pass, ...]:
+    """What --offload-meta adds to a format's passes. UsageError where flags that go with it are alone."""
+    if request.offload_meta is None:
+        flags = ("vram", "prefetch", "link_bandwidth", "memory_bandwidth")
+        if given := next((flag for flag in flags if getattr(request, flag) is not None), None):
+            raise UsageError(f"--{given.replace('_', '-')} goes with --offload-meta", hint="--offload-meta cpu")
+        return ()
+    device = "cpu-pinned" if request.offload_meta == "cpu" else request.offload_meta
+    return (SplitMetadata(device, vram=request.vram or "", prefetch=1 if request.prefetch is None else request.prefetch),)
 
 
 def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str, int]:
@@ -215,7 +229,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
         report,
         accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *runs_on(request)],
+        notes=[*lowered.legal.notes, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )
@@ -224,6 +238,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
 def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate) -> Report:
     """Files and bytes."""
     bpw, size = bpw_of(plan, graph), size_of(plan)
+    placement, notes = offloading.facts(graph, plan, request)
     facts = {"format": request.to, "quant": quant}
     outputs = [{"path": str(f.path), **facts, "nbytes": f.nbytes, "bpw": bpw._asdict()} for f in plan.files]
     accounting = {
@@ -233,9 +248,9 @@ def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate
             "folded": fate.folded,
             "dropped": [{"tensor": t, "reason": r} for t, r in fate.dropped],
         },
-        "placement": {"any": plan.nbytes},
+        "placement": placement,
     }
-    return Report(outputs, accounting=accounting, quant=quant)
+    return Report(outputs, accounting=accounting, quant=quant, notes=list(notes))
 
 
 def runs_on(request: Request) -> list[str]:

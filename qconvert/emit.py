@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file; nbytes is what it takes there.
 
     planes: where a row's bytes are cut in pieces that lie apart; none: the rows are whole, at `offset`.
+    files: of each plane, the name of the file beside the entry's own that has it; none: all lie in the entry's own.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Entry(NamedTuple):
     nbytes: int
     offset: int
     planes: tuple[Plane, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def pieces(self) -> tuple[Plane, ...]:
@@ -78,7 +80,7 @@ class Plan(NamedTuple):
 
 
 class Block(NamedTuple):
-    fd: int
+    fds: tuple[int, ...]  # of each piece
     entry: Entry
     begin: int
     end: int
@@ -199,8 +201,10 @@ UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
+            names = entry.files or (file.path.name,) * len(entry.pieces)
+            places = tuple(fds[file.path.with_name(name)] for name in names)
             for begin, end in entry_ranges(entry):
-                yield Block(fds[file.path], entry, begin, end)
+                yield Block(places, entry, begin, end)
 
 
 def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
@@ -226,9 +230,9 @@ def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -
 
 
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
-    fd, entry, begin, end = block
+    fds, entry, begin, end = block
     rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
-    for plane in entry.pieces:
+    for fd, plane in zip(fds, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
         if plane.columns:

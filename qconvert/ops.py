@@ -6,12 +6,13 @@ Weights are [out, in] = [N, K]; activations f32[B,T,·]; token ids i64[B,T].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from qconvert.dtypes import DTYPES
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.scheme import AFFINE, SCHEMES, TABLES, scheme_of
+from qconvert.second_level import ENTRIES, Kind, second_level_name
 from qconvert.text import format_node
 
 Infer = Callable[[tuple[Type, ...], dict[str, Attr]], Type | None]
@@ -126,6 +127,12 @@ def _spread(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape[:-1], width * times))
 
 
+def _second_level(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    scheme = scheme_of(i[0].dtype)
+    assert scheme is not None and attrs["kind"] in ENTRIES
+    return Type(second_level_name(scheme, i[0].dims[-1], cast(Kind, attrs["kind"])), i[0].shape)
+
+
 def _permuted(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return i[0] if scheme_of(i[0].dtype) else Type("f32", i[0].shape)
 
@@ -232,6 +239,7 @@ OPS: dict[str, Op] = {
     "nested": Op(_declared, "(codes[N,G], scales[blocks], mean[1][, map[256]]): f32[N,G], what nest was given", True),
     "halves": Op(_declared, "(codes u8[N*K/2,1], scales[N,G]): codes of 4 bits, the first in the high half", True),
     "note": Op(_declared, "(v[1]) {json, key}: the object `json` with v under `key`, as text filled up with spaces, u8", True),
+    "second_level": Op(_second_level, "(q) {kind}: its real scales and zero points as integers with a level above", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------
     "input": Op(
@@ -295,7 +303,8 @@ OPS: dict[str, Op] = {
 }
 
 
-QUANTIZED = ("quantize", "transcode", "unpack", "assemble", "halves", "gptq")  # what gives codes and metadata
+# what gives codes and metadata
+QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "gptq")
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qconvert.conversion import Result
 from qconvert.report import Report, check_table, nbytes_text, table
 
@@ -36,10 +38,25 @@ def size_text(report: Report) -> str:
         f"size    {nbytes_text(size.get('total', 0))} = {parts}",
         f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)",
     ]
+    lines += device_lines(report.accounting.get("placement", {}))
     if tensors:
         fate = f"inputs  {tensors['used']} tensors written, {tensors['folded']} folded in, {len(tensors['dropped'])} dropped"
         lines.append("\n".join([fate, *(f"          {d['tensor']}: {d['reason']}" for d in tensors["dropped"])]))
     return "\n".join(lines)
+
+
+def device_lines(placement: dict[str, Any]) -> list[str]:
+    """Where the weights lie, where not all lie together."""
+    devices, staging = placement.get("devices", {}), placement["staging"] if placement else 0
+    if not devices.keys() - {"any"}:
+        return []
+    lines = []
+    for device, classes in devices.items():
+        parts = [f"{nbytes_text(n)} {kind}" for kind, n in classes.items()]
+        if device == "gpu" and staging:
+            parts.append(f"{nbytes_text(staging)} staging")
+        lines.append(f"        {device:<10}  {' + '.join(parts)}")
+    return ["devices", *lines]
 
 
 def verdict(report: Report) -> str:

@@ -25,6 +25,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "quantize": "qconvert.passes.quantize:Quantize",
         "pack": "qconvert.passes.pack:Pack",
         "nest-scales": "qconvert.passes.nest_scales:NestScales",
+        "second-level": "qconvert.passes.second_level:SecondLevel",
+        "split-metadata": "qconvert.passes.split_metadata:SplitMetadata",
         "quantize-activations": "qconvert.passes.quantize_activations:QuantizeActivations",
     },
     "formats": {

@@ -58,6 +58,11 @@ class Request:
     split_max_size: str | None = None
     layout: str | None = None
     weights_in: str | None = None
+    offload_meta: str | None = None  # a device of placement.DEVICES, or cpu
+    vram: str | None = None
+    prefetch: int | None = None
+    link_bandwidth: float | None = None  # GB/s
+    memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -27,13 +27,14 @@ class Level:
 
     rows: so many rows, from a multiple of it on, share their entries too; None: all rows of the weight.
     w = scale * (code - zero), then + offset or - min. Levels of one role multiply: the coarser is the scale of the finer;
-    a scale / divisor comes before the code.
+    a scale / divisor comes before the code. adds: this one is added to the product of those before it instead.
     """
 
     role: Literal["zero", "divisor", "scale", "offset", "min"]
     dtype: str  # f16, f32, i8, u6, f8_e4m3 … : the first digits are its bits
     group: int | None
     rows: int | None = 1
+    adds: bool = False
 
     @property
     def bits(self) -> int:
@@ -104,12 +105,14 @@ class QTensor(NamedTuple):
         out = value.astype(np.float32)
         for role in ("zero", "scale", "offset", "min"):
             both = zip(self.scheme.levels, self.levels, strict=True)
-            levels = [(v, level.group or k) for level, v in both if level.role == role]
+            levels = [(v, level.group or k, level.adds) for level, v in both if level.role == role]
             if not levels:
                 continue
-            (factor, group), *finer = levels
-            for v, g in finer:
-                factor, group = np.repeat(factor, group // g, axis=1) * v, g
+            (factor, group, _), *finer = levels
+            for v, g, adds in finer:
+                fine = min(group, g)
+                factor, v = np.repeat(factor, group // fine, axis=1), np.repeat(v, g // fine, axis=1)
+                factor, group = (factor + v if adds else factor * v), fine
             if role == "scale" and self.divisor is not None:
                 factor = factor / self.divisor
             grouped, factor = out.reshape(n, k // group, group), factor[:, :, None]
@@ -117,6 +120,13 @@ class QTensor(NamedTuple):
                 n, k
             )
         return out
+
+
+class Piece(NamedTuple):
+    """What lies apart from the rest of a weight: its codes (level None) or the entries of a level, and their nbytes."""
+
+    level: int | None
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,10 @@ class Layout:
 
     def row_nbytes(self, k: int) -> int:
         return k // self.scheme.block * self.block.itemsize
+
+    def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
+        """Of a weight [n,k], in the order of its planes; none: each block holds codes and metadata together."""
+        return ()
 
     def accepts(self, scheme: Scheme) -> str | None:
         """None, or why this layout cannot hold `scheme`."""
@@ -243,6 +257,7 @@ MINIFLOATS: dict[str, Scheme] = {
 
 AFFINE_NAME = re.compile(r"(u?int)([2-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
 TABLE_NAME = re.compile(r"(nf4|fp4)_g(\d+)")
+SECOND_LEVEL = re.compile(r"(.+)_(u8|u6)x(\d+)")
 
 
 @cache
@@ -251,7 +266,17 @@ def scheme_of(name: str) -> Scheme | None:
 
     An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16; with o
     there are offsets, as wide as scales: uint3o_g64_bf16. A table's may have any group: nf4_g4096.
+    uint4_g32_u8x128 is uint4_g32 with a second level: u8 in the place of real scales and zero points; 128 share a factor
+    and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor.
     """
+    if m := SECOND_LEVEL.fullmatch(name):
+        base = scheme_of(m[1])
+        if base is None or any(level.group is None or level.rows != 1 for level in base.levels):
+            return None
+        if len({level.role for level in base.levels}) < len(base.levels):
+            return None  # it has one
+        levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
+        return replace(base, name=name, levels=tuple(levels))
     tables = (SCHEMES, AFFINE, TABLES, PER_ROW, TERNARY, MINIFLOATS)
     return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
 
@@ -276,3 +301,19 @@ def _affine(name: str) -> Scheme | None:
         return Scheme(name, bits, levels, unsigned=m[1] == "uint")
     zeros = () if m[1] == "int" else (Level("zero", dtype if m[3] else f"u{bits}", group),)
     return Scheme(name, bits, (Level("scale", dtype, group), *zeros))
+
+
+def is_real(level: Level) -> bool:
+    return level.dtype.startswith(("f", "bf"))
+
+
+def _above(base: Scheme, level: Level, kind: str, entries: int) -> list[Level]:
+    """The levels that stand for one of `base` where it has a second one."""
+    if not is_real(level):
+        return [level]
+    assert level.group is not None
+    group = level.group * entries
+    if kind == "u8":
+        return [Level(level.role, "f16", group), replace(level, dtype="u8"), Level(level.role, "f16", group, adds=True)]
+    positive = level.role == "min" or (level.role == "scale" and base.zero_point != "none")  # else a grid may lie upside down
+    return [Level(level.role, "f16", group), replace(level, dtype="u6" if positive else "i6")]

@@ -19,7 +19,7 @@ from qconvert.bits import from_bits, to_bits
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.float_weights import E4M3, E8M0
 from qconvert.planes import Plane, pieces_of, stored_range
-from qconvert.scheme import F32, Array, Bytes, Layout, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, Array, Bytes, Layout, Piece, QTensor, Scheme, scheme_of
 
 # how one code, or one entry of a level, is a number in the file: bits side by side in bytes (low: the first in the low ones;
 # high: in the high ones), or a byte or more for each
@@ -105,6 +105,9 @@ class Tensors(Layout):
 
     def planes(self, k: int) -> tuple[Plane, ...]:
         return tuple(part.plane(self.scheme, k) for part in self.parts)
+
+    def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
+        return tuple(Piece(part.level, part.plane(self.scheme, k).file_nbytes(n)) for part in self.parts)
 
     def row_weights(self, nbytes: int) -> int:
         """The inverse of row_nbytes."""

@@ -23,6 +23,7 @@ from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
 from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.second_level import with_second_level
 from qconvert.sources import Store
 
 if TYPE_CHECKING:
@@ -280,6 +281,10 @@ def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTenso
     return QTensor(scheme, signed, levels)
 
 
+def _second_level(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
+    return with_second_level(cast(QTensor, w.rows(node.inputs[0], begin, end)), cast(Scheme, scheme_of(node.type.dtype)))
+
+
 def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes, tuple[F32, ...]]:
     """Codes in bits, the first low, and levels as the scheme keeps them."""
     scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), str(node.attrs.get("solver"))
@@ -374,6 +379,6 @@ OPS: dict[str, Op] = {
     "stack": _stack, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside, "cast": _cast,
     "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
-    "shifted": _shifted, "quantize": _quantize, "pack": _pack,
+    "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
     **stored_weights.OPS, **peer_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip
