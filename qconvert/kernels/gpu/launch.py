@@ -124,6 +124,8 @@ def multiplication(
         raise UnsupportedError("Triton's interpreter multiplies bf16 wrongly", hint="x in f32 or f16")
     use_gemm = m > 1 and not (integers and 0 < run < 32)
     cut = tiles or (INTERPRETED if interpreted else COMPILED)[use_gemm]
+    if not interpreted and use_gemm and x.dtype == torch.float32:
+        cut = cut._replace(n=32, k=32, m=32)  # without matrix units
     bk, bn = min(cut.k, max(32, up(k))), min(cut.n, max(16, up(n)))
     if use_gemm and run >= (32 if integers else 64):  # of shorter sums the matrix units would idle
         bk = run = min(run, bk)

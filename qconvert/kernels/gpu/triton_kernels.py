@@ -194,7 +194,7 @@ def scaled(w, part, total, n, k, mask, INTEGERS: tl.constexpr):
 
 @triton.jit
 def dequantize(out, out_stride, w, n_first, n_last, n_columns, BN: tl.constexpr, BK: tl.constexpr):
-    n = n_first + tl.program_id(0) * BN + tl.arange(0, BN).to(tl.int64)
+    n = (n_first + tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     k0 = tl.program_id(1) * BK
     k = k0 + tl.arange(0, BK)
     mask = (n < n_last)[:, None] & (k < n_columns)[None, :]
@@ -216,7 +216,7 @@ def gemv(
     x: floats, or i8 with INTEGERS; t: their scales, one for T_GROUP of a row (0: for all of it).
     """
     row = tl.program_id(1)
-    n = n_first + tl.program_id(0) * BN + tl.arange(0, BN).to(tl.int64)
+    n = (n_first + tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = (n < n_last)[:, None]
     acc = tl.full((BN,), 0, tl.int32 if INTEGERS and RUN == 0 else tl.float32)
     total = tl.full((1,), 0, tl.int32 if INTEGERS else tl.float32)
@@ -277,52 +277,50 @@ def gemm(
     x, x_stride, t, w, low, out, out_stride, n_first, n_last, n_columns, n_rows,
     RUN: tl.constexpr, T_GROUP: tl.constexpr, INTEGERS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of x by BN of w. RUN as in gemv, but BK where it is not 0 or 1."""
-    row = tl.program_id(1) * BM + tl.arange(0, BM).to(tl.int64)
-    n = n_first + tl.program_id(0) * BN + tl.arange(0, BN).to(tl.int64)
-    here = (row < n_rows)[:, None]
-    columns = (n < n_last)[None, :]
-    kind: tl.constexpr = tl.int32 if INTEGERS and RUN == 0 else tl.float32
-    acc = tl.full((BM, BN), 0, kind)
-    total = tl.full((BM,), 0, tl.int32 if INTEGERS else tl.float32)
+    """BN rows of w by BM of x: y^T, for the factor that is made in registers may stay there. RUN: 0, 1 or BK, as in gemv."""
+    row = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
+    n = (n_first + tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    rows, here = (n < n_last)[:, None], (row < n_rows)[None, :]
+    zero = tl.full((1, 1), 0, tl.int32)
+    kind: tl.constexpr = tl.int32 if INTEGERS else tl.float32
+    acc = tl.full((BN, BM), 0, tl.int32 if INTEGERS and RUN == 0 else tl.float32)
+    total = tl.full((BM,), 0, kind)
     for k0 in range(0, n_columns, BK):
         k = k0 + tl.arange(0, BK)
-        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=here & (k < n_columns)[None, :], other=0)
+        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < n_rows)[:, None] & (k < n_columns)[None, :], other=0)
         q = tile(w, n, k0, n_last, n_columns, BN, BK)
         if INTEGERS:
             v = (q.to(tl.int32) - w.integer_centre).to(tl.int8)
         elif RUN == 1:
-            v = weights(w, q, n[:, None], k[None, :], (n < n_last)[:, None] & (k < n_columns)[None, :]).to(xs.dtype)
+            v = weights(w, q, n[:, None], k[None, :], rows & (k < n_columns)[None, :]).to(xs.dtype)
         else:
             v = level(w, q).to(xs.dtype)
         if RUN < 2:
-            acc = tl.dot(xs, tl.trans(v), acc, input_precision="ieee", out_dtype=kind)
+            acc = tl.dot(v, tl.trans(xs), acc, input_precision="ieee", out_dtype=kind)
             if RUN == 0:
-                total += sums(xs.to(tl.int32 if INTEGERS else tl.float32), 1)
+                total += sums(xs.to(kind), 1)
         else:
-            part = tl.dot(xs, tl.trans(v), input_precision="ieee", out_dtype=tl.int32 if INTEGERS else tl.float32)
-            part = part.to(tl.float32)
-            all_x = sums(xs.to(tl.int32 if INTEGERS else tl.float32), 1).to(tl.float32)[:, None]
+            part = tl.dot(v, tl.trans(xs), input_precision="ieee", out_dtype=kind).to(tl.float32)
+            all_x = sums(xs.to(kind), 1).to(tl.float32)[None, :]
             if t is not None and T_GROUP > 0:
-                scale = number(t, row[:, None], tl.full((1, 1), 0, tl.int32) + k0 // T_GROUP, here)
+                scale = number(t, row[None, :], zero + k0 // T_GROUP, here)
                 part = part * scale
                 all_x = all_x * scale
-            acc += scaled(w, part, all_x, n[None, :], tl.full((1, 1), 0, tl.int32) + k0, columns, INTEGERS)
+            acc += scaled(w, part, all_x, n[:, None], zero + k0, rows, INTEGERS)
     if out.dtype.element_ty == tl.int32:
         y = acc
     else:
         y = acc.to(tl.float32)
-        zero = tl.full((1, 1), 0, tl.int32)
         if RUN == 0:
-            y = scaled(w, y, total.to(tl.float32)[:, None], n[None, :], zero, columns, INTEGERS)
+            y = scaled(w, y, total.to(tl.float32)[None, :], n[:, None], zero, rows, INTEGERS)
         if t is not None and T_GROUP == 0:
-            y = y * number(t, row[:, None], zero, here)
+            y = y * number(t, row[None, :], zero, here)
         if low is not None:
             rank = tl.arange(0, low.padded)
-            h = tl.load(low.h + row[:, None] * low.rank + rank[None, :], mask=here & (rank < low.rank)[None, :], other=0)
-            b = number(low.b, n[:, None], rank[None, :], (n < n_last)[:, None] & (rank < low.rank)[None, :])
-            y += low.scale * tl.dot(h, tl.trans(b), input_precision="ieee")
-    tl.store(out + row[:, None] * out_stride + (n - n_first)[None, :], y, mask=here & columns)
+            h = tl.load(low.h + row[None, :] * low.rank + rank[:, None], mask=here & (rank < low.rank)[:, None], other=0)
+            b = number(low.b, n[:, None], rank[None, :], rows & (rank < low.rank)[None, :])
+            y += low.scale * tl.dot(b, h, input_precision="ieee")
+    tl.store(out + row[None, :] * out_stride + (n - n_first)[:, None], y, mask=rows & here)
 
 
 @triton.jit
