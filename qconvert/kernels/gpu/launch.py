@@ -43,7 +43,7 @@ def kernels(interpreted: bool) -> ModuleType:
         spec.loader.exec_module(module)
     if interpreted:
         # each call of a helper would patch Triton's language again, 1 ms: their kernel's call has done it
-        for name in ("sums", "real", "quotient", "codes", "tile", "place", "level", "number", "block_of", "weights", "scaled"):
+        for name in ("sums", "real", "quotient", "codes", "tile", "place", "level", "number", "block_of", "weights", "scaled", "within"):
             setattr(module, name, getattr(module, name).rewrite())
     return module
 
@@ -58,9 +58,8 @@ class Tiles(NamedTuple):
     stages: int = 3
 
 
-# The interpreter pays by the numpy call, so its tiles are large
-INTERPRETED = (Tiles(128, 1024), Tiles(128, 256, 128))
-COMPILED = (Tiles(8, 512), Tiles(64, 64, 128))
+COMPILED = (Tiles(8, 512), Tiles(64, 64, 128))  # of a GEMV, of a GEMM
+INTERPRETED = 1 << 17  # weights of a tile: the interpreter pays by the numpy call
 
 
 class Scales(NamedTuple):
@@ -88,6 +87,11 @@ class Launch(NamedTuple):
 def up(n: int) -> int:
     """The power of 2 that is no less."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def large_tiles(n: int, m: int = 1) -> Tiles:
+    bn = min(128, max(16, up(n)))
+    return Tiles(bn, INTERPRETED // bn, min(128, up(m)))
 
 
 def run_length(w: Operand, t_group: int) -> int:
@@ -123,14 +127,17 @@ def multiplication(
     if interpreted and x.dtype == torch.bfloat16:
         raise UnsupportedError("Triton's interpreter multiplies bf16 wrongly", hint="x in f32 or f16")
     use_gemm = m > 1 and not (integers and 0 < run < 32)
-    cut = tiles or (INTERPRETED if interpreted else COMPILED)[use_gemm]
+    cut = tiles or (large_tiles(n, m) if interpreted else COMPILED[use_gemm])
     if not interpreted and use_gemm and x.dtype == torch.float32:
         cut = cut._replace(n=32, k=32, m=32)  # without matrix units
     bk, bn = min(cut.k, max(32, up(k))), min(cut.n, max(16, up(n)))
-    if use_gemm and run >= (32 if integers else 64):  # of shorter sums the matrix units would idle
-        bk = run = min(run, bk)
-    elif run:
-        run = min(run, bk) if integers or (run >= 8 and not use_gemm) else 1
+    whole = run == 0
+    if use_gemm and (whole or run >= (32 if integers else 64)):  # of shorter sums the matrix units would idle
+        bk = run = min(run or bk, bk)
+    elif not use_gemm and (whole or integers or run >= 8):
+        run = min(run or bk, bk if interpreted else w.per or 8)
+    else:
+        run = 1
     if t_group and run == 1:
         raise UnsupportedError(f"{o.name}: scales of x in groups of {t_group} beside groups of {o.group}")
     before, low = list[Launch](), None
@@ -141,8 +148,8 @@ def multiplication(
     scales = None if t is None else NumberRecord(numbers_at(t.values), constant("f32"))
     out = torch.empty((m, n), dtype=torch.int32 if raw else torch.float32, device=x.device)
     args: tuple[object, ...] = (x, x.stride(0), scales, w.record, low, out, out.stride(0), n_first, n_last, k)
-    switches: dict[str, object] = {"RUN": run, "T_GROUP": t_group, "INTEGERS": integers, "BN": bn, "BK": bk}
-    switches |= {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    switches: dict[str, object] = {"RUN": run, "WHOLE": whole, "T_GROUP": t_group, "INTEGERS": integers, "EVEN": k % bk == 0}
+    switches |= {"BN": bn, "BK": bk, "num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
     module = kernels(interpreted)
     if not use_gemm:
         return out, [*before, Launch(module.gemv, (-(-n // bn), m), args, switches)]
@@ -157,7 +164,8 @@ def expansion(
     n_first, n_last, k = part or w.operand.whole
     interpreted = w.device == "cpu" if interpreted is None else interpreted
     out = torch.empty((n_last - n_first, k), dtype=dtype, device=w.device)
-    bn, bk = (128, min(1024, max(32, up(k)))) if interpreted else (16, 128)
+    cut = large_tiles(n_last - n_first) if interpreted else Tiles(16, 128)
+    bn, bk = cut.n, min(cut.k, max(32, up(k)))
     grid = (-(-(n_last - n_first) // bn), -(-k // bk))
     # no fused multiply-adds: the very bits of the formula in f32
     switches: dict[str, object] = {"BN": bn, "BK": bk, "enable_fp_fusion": False}

@@ -85,6 +85,7 @@ class Placed(NamedTuple):
     operand: Operand
     record: WeightRecord
     device: str
+    per: int | None
     a: Placed | None
     b: NumberRecord | None
 
@@ -203,7 +204,7 @@ def place(w: Operand, device: str | None = None) -> Placed:
         offset=None if w.offset is None else number(w.offset, device),
     )
     if w.low_rank is None:
-        return Placed(w, record, device, None, None)
+        return Placed(w, record, device, per, None, None)
     a, b, _, kind = w.low_rank
     first = place(Operand(f"{w.name} (A)", (a.shape[0], a.shape[1]), a, "float", kind), device)
-    return Placed(w, record, device, first, number(Metadata(b, kind), device))
+    return Placed(w, record, device, per, first, number(Metadata(b, kind), device))

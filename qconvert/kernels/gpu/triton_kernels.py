@@ -79,12 +79,22 @@ def codes(w, r, c, mask):
 
 
 @triton.jit
-def tile(w, n, k0, n_last, n_columns, BN: tl.constexpr, BK: tl.constexpr):
+def within(k, n_columns, EVEN: tl.constexpr):
+    """Columns there are. Of all of them Triton must know it, to read many at once."""
+    if EVEN:
+        inside = tl.full(k.shape, 1, tl.int1)
+    else:
+        inside = k < n_columns
+    return inside
+
+
+@triton.jit
+def tile(w, n, k0, n_last, n_columns, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """Codes of rows n [BN] and columns k0 .. k0 + BK: i32[BN,BK], or what small floats are."""
     if w.per is not None:
         # each word is read once, and its codes are neighbours
         word = k0 // w.per + tl.arange(0, BK // w.per)
-        mask = (n < n_last)[:, None] & (word * w.per < n_columns)[None, :]
+        mask = (n < n_last)[:, None] & within(word * w.per, n_columns, EVEN)[None, :]
         u = tl.load(w.words.at + n[:, None] * w.words.s0 + word[None, :] * w.words.s1, mask=mask, other=0).to(tl.uint32)
         shift = tl.arange(0, w.per) * w.words.bits
         if w.words.high:
@@ -93,7 +103,7 @@ def tile(w, n, k0, n_last, n_columns, BN: tl.constexpr, BK: tl.constexpr):
         q = tl.reshape(q, (BN, BK)).to(tl.int32)
     else:
         k = k0 + tl.arange(0, BK)
-        mask = (n < n_last)[:, None] & (k < n_columns)[None, :]
+        mask = (n < n_last)[:, None] & within(k, n_columns, EVEN)[None, :]
         r, c = place(w, n[:, None], k[None, :])
         if w.words.axis is None:
             q = tl.load(w.words.at + r * w.words.s0 + c * w.words.s1, mask=mask, other=0)
@@ -198,7 +208,7 @@ def dequantize(out, out_stride, w, n_first, n_last, n_columns, BN: tl.constexpr,
     k0 = tl.program_id(1) * BK
     k = k0 + tl.arange(0, BK)
     mask = (n < n_last)[:, None] & (k < n_columns)[None, :]
-    q = tile(w, n, k0, n_last, n_columns, BN, BK)
+    q = tile(w, n, k0, n_last, n_columns, False, BN, BK)
     if out.dtype.element_ty == tl.int32:
         v = q.to(tl.int32)
     else:
@@ -208,60 +218,58 @@ def dequantize(out, out_stride, w, n_first, n_last, n_columns, BN: tl.constexpr,
 
 @triton.jit
 def gemv(
-    x, x_stride, t, w, low, out, out_stride, n_first, n_last, n_columns,
-    RUN: tl.constexpr, T_GROUP: tl.constexpr, INTEGERS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_stride, t, w, low, out, out_stride, n_first, n_last, n_columns, RUN: tl.constexpr, WHOLE: tl.constexpr,
+    T_GROUP: tl.constexpr, INTEGERS: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Row program_id(1) of x. RUN: so many neighbours share metadata: all (0), or a power of 2 up to BK, none: 1.
+    """Row program_id(1) of x. RUN neighbours share metadata: a power of 2, 1 where each weight is made first.
 
-    x: floats, or i8 with INTEGERS; t: their scales, one for T_GROUP of a row (0: for all of it).
+    WHOLE: all of a row does. x: floats, or i8 with INTEGERS; t: their scales, one for T_GROUP of a row (0: for all of it).
+    EVEN: BK divides n_columns. Sums of runs stay where they are until the end.
     """
     row = tl.program_id(1)
     n = (n_first + tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = (n < n_last)[:, None]
-    acc = tl.full((BN,), 0, tl.int32 if INTEGERS and RUN == 0 else tl.float32)
-    total = tl.full((1,), 0, tl.int32 if INTEGERS else tl.float32)
+    kind: tl.constexpr = tl.int32 if INTEGERS else tl.float32
+    acc = tl.full((BN, BK // RUN), 0, tl.int32 if INTEGERS and WHOLE else tl.float32)
+    total = tl.full((1, BK // RUN), 0, kind)
     for k0 in range(0, n_columns, BK):
         k = k0 + tl.arange(0, BK)
-        xs = tl.load(x + row * x_stride + k, mask=k < n_columns, other=0)
-        q = tile(w, n, k0, n_last, n_columns, BN, BK)
+        xs = tl.load(x + row * x_stride + k, mask=within(k, n_columns, EVEN), other=0).to(kind)
+        q = tile(w, n, k0, n_last, n_columns, EVEN, BN, BK)
         if INTEGERS:
-            xs = xs.to(tl.int32)
             v = (q.to(tl.int32) - w.integer_centre) * xs[None, :]
-        else:
-            xs = xs.to(tl.float32)
-            if RUN == 1:
-                v = weights(w, q, n[:, None], k[None, :], rows & (k < n_columns)[None, :]) * xs[None, :]
-            elif w.grid == "binary":
-                v = tl.where(q == 1, xs[None, :], 0.0)
-            elif w.grid == "ternary":
-                v = tl.where(q == 2, xs[None, :], tl.where(q == 0, -xs[None, :], 0.0))
-            else:
-                v = level(w, q) * xs[None, :]
-        if RUN == 0:
-            acc += sums(v, 1)
-            total += sums(xs, 0)
         elif RUN == 1:
-            acc += sums(v, 1)
+            v = weights(w, q, n[:, None], k[None, :], rows & within(k, n_columns, EVEN)[None, :]) * xs[None, :]
+        elif w.grid == "binary":
+            v = tl.where(q == 1, xs[None, :], 0.0)
+        elif w.grid == "ternary":
+            v = tl.where(q == 2, xs[None, :], tl.where(q == 0, -xs[None, :], 0.0))
+        else:
+            v = level(w, q) * xs[None, :]
+        if RUN == 1:
+            acc += v
         else:
             part = sums(tl.reshape(v, (BN, BK // RUN, RUN)), 2)
             all_x = sums(tl.reshape(xs, (BK // RUN, RUN)), 1)[None, :]
-            first = (k0 + tl.arange(0, BK // RUN) * RUN)[None, :]
-            inside = first < n_columns
-            if INTEGERS:
+            if WHOLE:
+                acc += part
+                total += all_x
+            else:
+                first = (k0 + tl.arange(0, BK // RUN) * RUN)[None, :]
+                inside = within(first, n_columns, EVEN)
                 part = part.to(tl.float32)
                 all_x = all_x.to(tl.float32)
-            if t is not None and T_GROUP > 0:
-                scale = number(t, row, first // T_GROUP, inside)
-                part = part * scale
-                all_x = all_x * scale
-            acc += sums(scaled(w, part, all_x, n[:, None], first, rows & inside, INTEGERS), 1)
-    if out.dtype.element_ty == tl.int32:
-        y = acc
-    else:
-        y = acc.to(tl.float32)
-        if RUN == 0:
-            zero = tl.full((1, 1), 0, tl.int32)
-            y = sums(scaled(w, y[:, None], total.to(tl.float32)[None, :], n[:, None], zero, rows, INTEGERS), 1)
+                if t is not None and T_GROUP > 0:
+                    scale = number(t, row, first // T_GROUP, inside)
+                    part = part * scale
+                    all_x = all_x * scale
+                acc += scaled(w, part, all_x, n[:, None], first, rows & inside, INTEGERS)
+    y = sums(acc, 1)
+    if out.dtype.element_ty != tl.int32:
+        zero = tl.full((1, 1), 0, tl.int32)
+        y = y.to(tl.float32)
+        if WHOLE:
+            y = sums(scaled(w, y[:, None], sums(total, 1).to(tl.float32)[:, None], n[:, None], zero, rows, INTEGERS), 1)
         if t is not None and T_GROUP == 0:
             y = y * sums(number(t, row, tl.full((1,), 0, tl.int32), tl.full((1,), 1, tl.int1)), 0)
         if low is not None:
@@ -275,29 +283,30 @@ def gemv(
 @triton.jit
 def gemm(
     x, x_stride, t, w, low, out, out_stride, n_first, n_last, n_columns, n_rows,
-    RUN: tl.constexpr, T_GROUP: tl.constexpr, INTEGERS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
+    RUN: tl.constexpr, WHOLE: tl.constexpr, T_GROUP: tl.constexpr, INTEGERS: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """BN rows of w by BM of x: y^T, for the factor that is made in registers may stay there. RUN: 0, 1 or BK, as in gemv."""
+    """BN rows of w by BM of x: y^T, for the factor that is made in registers may stay there. As gemv, RUN 1 or BK."""
     row = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     n = (n_first + tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows, here = (n < n_last)[:, None], (row < n_rows)[None, :]
     zero = tl.full((1, 1), 0, tl.int32)
     kind: tl.constexpr = tl.int32 if INTEGERS else tl.float32
-    acc = tl.full((BN, BM), 0, tl.int32 if INTEGERS and RUN == 0 else tl.float32)
+    acc = tl.full((BN, BM), 0, tl.int32 if INTEGERS and WHOLE else tl.float32)
     total = tl.full((BM,), 0, kind)
     for k0 in range(0, n_columns, BK):
         k = k0 + tl.arange(0, BK)
-        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < n_rows)[:, None] & (k < n_columns)[None, :], other=0)
-        q = tile(w, n, k0, n_last, n_columns, BN, BK)
+        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < n_rows)[:, None] & within(k, n_columns, EVEN)[None, :], other=0)
+        q = tile(w, n, k0, n_last, n_columns, EVEN, BN, BK)
         if INTEGERS:
             v = (q.to(tl.int32) - w.integer_centre).to(tl.int8)
         elif RUN == 1:
-            v = weights(w, q, n[:, None], k[None, :], rows & (k < n_columns)[None, :]).to(xs.dtype)
+            v = weights(w, q, n[:, None], k[None, :], rows & within(k, n_columns, EVEN)[None, :]).to(xs.dtype)
         else:
             v = level(w, q).to(xs.dtype)
-        if RUN < 2:
+        if RUN == 1 or WHOLE:
             acc = tl.dot(v, tl.trans(xs), acc, input_precision="ieee", out_dtype=kind)
-            if RUN == 0:
+            if WHOLE:
                 total += sums(xs.to(kind), 1)
         else:
             part = tl.dot(v, tl.trans(xs), input_precision="ieee", out_dtype=kind).to(tl.float32)
@@ -311,7 +320,7 @@ def gemm(
         y = acc
     else:
         y = acc.to(tl.float32)
-        if RUN == 0:
+        if WHOLE:
             y = scaled(w, y, total.to(tl.float32)[None, :], n[:, None], zero, rows, INTEGERS)
         if t is not None and T_GROUP == 0:
             y = y * number(t, row[None, :], zero, here)
