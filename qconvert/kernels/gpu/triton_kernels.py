@@ -66,7 +66,7 @@ def codes(w, r, c, mask):
         if w.high:
             u = u >> (-shift + (w.word // w.bits - 1) * w.bits).to(tl.uint32)
         elif w.awq:
-            u = u >> (shift >> 3 | (shift & 4) << 2).to(tl.uint32)
+            u = u >> (shift >> 3 << 2 | (shift & 4) << 2).to(tl.uint32)
         else:
             u = u >> shift.to(tl.uint32)
         if w.step is not None:
