@@ -1,4 +1,4 @@
-"""Packed weights made by the libraries that own their layouts, described as operands, with what those libraries make of them."""
+"""Packed weights made by the libraries that own their layouts, as operands, and what those libraries make of them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def ct_mxfp4() -> Packed:
     state = {"weight_packed": words, "weight_scale": scale}
     theirs = base.MXFP4PackedCompressor.decompress(state, scheme)["weight"].float().numpy()
     metadata = Metadata(scale.numpy(), "e8m0")
-    return Packed(Operand("ct.mxfp4", (n, k), Codes(words.numpy(), 4), "table", scale=metadata, block=(1, 32), table=E2M1), theirs)
+    operand = Operand("ct.mxfp4", (n, k), Codes(words.numpy(), 4), "table", scale=metadata, block=(1, 32), table=E2M1)
+    return Packed(operand, theirs)
 
 
 def float8(block: tuple[int, int | None], scales: tuple[int, int]) -> Packed:
@@ -235,6 +236,8 @@ def with_adapter(packed: Packed, rank: int = 5) -> Packed:
     return packed._replace(operand=Operand(**fields))
 
 
+MLX = ((2, 64), (3, 64), (4, 32), (6, 32), (8, 64))
+HQQ = ((1, 8, 1), (2, 16, 0), (3, 8, 1), (4, 64, 1), (8, 8, 1))
 CASES: dict[str, Callable[[], Packed]] = {
     **{f"bnb {kind}{' double' * d}": lambda kind=kind, d=d: bnb(kind, bool(d)) for kind in ("nf4", "fp4") for d in (0, 1)},
     "bnb nf4 odd rows": lambda: bnb("nf4", False, (6, 75)),
@@ -247,8 +250,8 @@ CASES: dict[str, Callable[[], Packed]] = {
     "fp8 rows": lambda: float8((1, None), (150, 1)),
     "fp8 blocks": lambda: float8((128, 128), (2, 2)),
     **{kind: lambda kind=kind: dense(kind) for kind in ("bf16", "f16", "f32")},
-    **{f"mlx {bits} {group}": lambda b=bits, g=group: mlx(b, g) for bits, group in ((2, 64), (3, 64), (4, 32), (6, 32), (8, 64))},
-    **{f"hqq {b} {g} axis {a}": lambda b=b, g=g, a=a: hqq(b, g, a) for b, g, a in ((1, 8, 1), (2, 16, 0), (3, 8, 1), (4, 64, 1), (8, 8, 1))},
+    **{f"mlx {b} {g}": lambda b=b, g=g: mlx(b, g) for b, g in MLX},
+    **{f"hqq {b} {g} axis {a}": lambda b=b, g=g, a=a: hqq(b, g, a) for b, g, a in HQQ},
     "hqq 4 64 axis 0": lambda: hqq(4, 64, 0),
     "hqq 3 30 axis 0": lambda: hqq(3, 30, 0, shape=(40, 90)),
     "hqq 2 8 second level": lambda: hqq(2, 8, 1, second=True),

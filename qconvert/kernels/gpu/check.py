@@ -6,11 +6,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from qconvert.kernels.gpu import reference
-from qconvert.kernels.gpu.launch import expansion, multiply, rounded
+from qconvert.kernels.gpu.launch import expanded, multiply, rounded
 from qconvert.kernels.gpu.operand import Operand, Part, contract
-from qconvert.kernels.gpu.records import Placed, place, tensor
+from qconvert.kernels.gpu.records import place, tensor
 from qconvert.scheme import F32, Array
 
 ROWS = 16  # at each end of a weight: where tails and parts of rows begin and end
@@ -52,7 +53,7 @@ def product_error(w: Operand, x: F32 | None = None) -> ProductError:
     wrong, of_weights, of_product = 0, 0.0, 0.0
     x = inputs(max(m for m, _ in SHAPES), k) if x is None else x
     for part in parts_of(w, SHAPES[-1][1]):
-        q, v = (run_expansion(placed, dtype, part) for dtype in ("int32", "float32"))
+        q, v = (expanded(placed, dtype, part) for dtype in (torch.int32, torch.float32))
         exact = reference.dense(w, part)
         wrong += int((q != reference.codes(w, part).astype(np.int32)).sum())
         of_weights = max(of_weights, float(np.abs(v - exact).max() / (np.abs(exact).max() or 1.0)))
@@ -85,12 +86,3 @@ def integer_error(w: Operand, x: F32 | None = None, static: float | None = None,
 
 def bound(k: int) -> float:
     return 4 * math.sqrt(k) * 2**-24
-
-
-def run_expansion(w: Placed, dtype: str, part: Part) -> Array:
-    import torch
-
-    out, launch = expansion(w, getattr(torch, dtype), part)
-    launch.run()
-    values: Array = out.cpu().numpy()
-    return values

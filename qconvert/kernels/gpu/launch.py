@@ -43,7 +43,7 @@ def kernels(interpreted: bool) -> ModuleType:
         spec.loader.exec_module(module)
     if interpreted:
         # each call of a helper would patch Triton's language again, 1 ms: their kernel's call has done it
-        for name in ("sums", "real", "quotient", "codes", "tile", "place", "level", "number", "block_of", "weights", "scaled", "within"):
+        for name in module.HELPERS:
             setattr(module, name, getattr(module, name).rewrite())
     return module
 
@@ -56,9 +56,10 @@ class Tiles(NamedTuple):
     m: int = 1
     warps: int = 4
     stages: int = 3
+    run: int | None = None  # codes that one thread of a GEMV adds up: those of a word, where it is None
 
 
-COMPILED = (Tiles(8, 512), Tiles(64, 64, 128))  # of a GEMV, of a GEMM
+COMPILED = (Tiles(8, 512), Tiles(64, 64, 128, warps=8))  # of a GEMV, of a GEMM
 INTERPRETED = 1 << 17  # weights of a tile: the interpreter pays by the numpy call
 
 
@@ -84,6 +85,11 @@ class Launch(NamedTuple):
         return self.kernel.warmup(*self.args, grid=self.grid, **self.switches)
 
 
+def interprets(device: str) -> bool:
+    """Without a GPU, or where TRITON_INTERPRET=1 asks for it."""
+    return device == "cpu" or bool(require("triton", "multiplying by packed weights").knobs.runtime.interpret)
+
+
 def up(n: int) -> int:
     """The power of 2 that is no less."""
     return 1 << max(n - 1, 0).bit_length()
@@ -91,7 +97,7 @@ def up(n: int) -> int:
 
 def large_tiles(n: int, m: int = 1) -> Tiles:
     bn = min(128, max(16, up(n)))
-    return Tiles(bn, INTERPRETED // bn, min(128, up(m)))
+    return Tiles(bn, INTERPRETED // bn, min(128, up(m)), run=INTERPRETED)
 
 
 def run_length(w: Operand, t_group: int) -> int:
@@ -113,12 +119,12 @@ def multiplication(
 ) -> tuple[torch.Tensor, list[Launch]]:
     """x [M,K] f32, f16, bf16 or i8 by a part of w: where f32[M,n] will be, or i32 with raw, and the launches.
 
-    real: x before it was rounded, for the low-rank part. Without `interpreted`: on a CPU.
+    real: x before it was rounded, for the low-rank part. interpreted: what interprets() says.
     """
     o, (m, k), integers = w.operand, x.shape, x.dtype == torch.int8
     n_first, n_last, n_columns = part or o.whole
     n, t_group = n_last - n_first, t.group if t else 0
-    interpreted = w.device == "cpu" if interpreted is None else interpreted
+    interpreted = interprets(w.device) if interpreted is None else interpreted
     if k != n_columns:
         raise UnsupportedError(f"{o.name}: x has {k} columns, the weight has {n_columns}")
     run = run_length(o, t_group)
@@ -135,7 +141,7 @@ def multiplication(
     if use_gemm and (whole or run >= (32 if integers else 64)):  # of shorter sums the matrix units would idle
         bk = run = min(run or bk, bk)
     elif not use_gemm and (whole or integers or run >= 8):
-        run = min(run or bk, bk if interpreted else w.per or 8)
+        run = min(run or bk, bk, cut.run or w.per or 8)
     else:
         run = 1
     if t_group and run == 1:
@@ -162,7 +168,7 @@ def expansion(
 ) -> tuple[torch.Tensor, Launch]:
     """A part of w as weights in f32 [n,k], or as codes in i32."""
     n_first, n_last, k = part or w.operand.whole
-    interpreted = w.device == "cpu" if interpreted is None else interpreted
+    interpreted = interprets(w.device) if interpreted is None else interpreted
     out = torch.empty((n_last - n_first, k), dtype=dtype, device=w.device)
     cut = large_tiles(n_last - n_first) if interpreted else Tiles(16, 128)
     bn, bk = cut.n, min(cut.k, max(32, up(k)))
@@ -183,7 +189,7 @@ def rounded(x: torch.Tensor, group: int = 0, static: float | None = None, steps:
     q = torch.empty((m, k), dtype=torch.int8, device=x.device)
     args = (x, x.stride(0), q, t, k, group or k)
     switches: dict[str, object] = {"STEPS": steps, "STATIC": static is not None, "BK": min(4096, up(group or k))}
-    Launch(kernels(x.device.type == "cpu").quantize_rows, (m, n_groups), args, switches).run()
+    Launch(kernels(interprets(x.device.type)).quantize_rows, (m, n_groups), args, switches).run()
     return q, Scales(t, group)
 
 
@@ -202,19 +208,19 @@ def multiply(
     return out
 
 
-def expand(w: Operand, dtype: torch.dtype, part: Part | None) -> Array:
-    out, launch = expansion(place(w), dtype, part)
+def expanded(w: Placed, dtype: torch.dtype, part: Part | None) -> Array:
+    out, launch = expansion(w, dtype, part)
     launch.run()
     values: Array = out.cpu().numpy()
     return values
 
 
 def unpack(w: Operand, part: Part | None = None) -> Array:
-    return expand(w, torch.int32, part)
+    return expanded(place(w), torch.int32, part)
 
 
 def dequantize(w: Operand, part: Part | None = None) -> F32:
-    return expand(w, torch.float32, part)
+    return expanded(place(w), torch.float32, part)
 
 
 def product(x: Array, w: Operand, part: Part | None = None, tiles: Tiles | None = None) -> F32:

@@ -60,7 +60,10 @@ class WeightRecord(NamedTuple):
     integer_centre: object
     rest: object  # integer_centre - centre
     n_columns: int
-    width: int | None
+    reshape: object  # how rows of the matrix that was quantized lie in those of the weight
+    ratio: int  # of their lengths
+    width: object
+    log_width: object
     rows: object
     log_rows: object
     columns: object
@@ -177,12 +180,23 @@ def codes_a_word(w: Operand, codes: Codes | Array) -> int | None:
     return codes.word // codes.bits
 
 
+def reshaping(w: Operand) -> tuple[str, int]:
+    n, k = w.shape
+    if w.width is None:
+        return "none", 1
+    if w.width == n * k:
+        return "one row", 1
+    if k % w.width == 0:
+        return "rows within rows", k // w.width
+    return ("rows across rows", w.width // k) if w.width % k == 0 else ("any", 1)
+
+
 def place(w: Operand, device: str | None = None) -> Placed:
     """Check an operand and bring its arrays to the device."""
     check(w)
     device = device or default_device()
     codes, centre, (rows, columns) = by_rows(w), integer_centre(w), w.block
-    per = codes_a_word(w, codes)
+    per, (reshape, ratio) = codes_a_word(w, codes), reshaping(w)
     record = WeightRecord(
         words=words(codes if per else w.codes, device),
         per=constant(per),
@@ -193,7 +207,10 @@ def place(w: Operand, device: str | None = None) -> Placed:
         integer_centre=constant(centre),
         rest=constant(centre - w.centre or None),
         n_columns=w.shape[1],
-        width=w.width,
+        reshape=constant(reshape),
+        ratio=ratio,
+        width=constant(w.width) if reshape == "rows within rows" else w.width,
+        log_width=constant(log2(w.width)),
         rows=constant(rows),
         log_rows=constant(log2(rows)),
         columns=constant(columns),

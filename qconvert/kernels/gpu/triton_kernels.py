@@ -10,6 +10,8 @@ import triton.language as tl
 
 add = tl.standard._sum_combine  # the interpreter sums by numpy only where it meets this one
 larger = tl.standard._elementwise_max
+# All but those that are launched
+HELPERS = ("sums", "real", "quotient", "codes", "within", "tile", "place", "level", "number", "block_of", "weights", "scaled")
 
 
 @triton.jit
@@ -50,8 +52,9 @@ def quotient(i, by: tl.constexpr, shift: tl.constexpr):
 def codes(w, r, c, mask):
     """i32 of rows r and columns c, which broadcast to the shape of mask."""
     if w.axis == "parts":
-        at = w.at + (r % w.lead) * w.s0 + c * w.s1
-        shift = (r // w.lead).to(tl.int32) * w.bits
+        r = r.to(tl.int32)
+        at = w.at + (r % w.lead).to(tl.int64) * w.s0 + c * w.s1
+        shift = r // w.lead * w.bits
     elif w.axis == "rows":
         at = w.at + (r * w.bits >> w.log_word) * w.s0 + c * w.s1
         shift = (r * w.bits & (w.word - 1)).to(tl.int32)
@@ -114,9 +117,18 @@ def tile(w, n, k0, n_last, n_columns, EVEN: tl.constexpr, BN: tl.constexpr, BK: 
 
 @triton.jit
 def place(w, n, k):
-    """Row and column in the matrix that was quantized."""
-    if w.width is None:
+    """Row and column in the matrix that was quantized, without a division of each weight's index where one can do without."""
+    if w.reshape == "none":
         r, c = n, k
+    elif w.reshape == "one row":
+        c = n * w.n_columns + k
+        r = c * 0
+    elif w.reshape == "rows within rows":
+        r = n * w.ratio + quotient(k, w.width, w.log_width)
+        c = k % w.width + n * 0
+    elif w.reshape == "rows across rows":
+        r = n // w.ratio + k * 0
+        c = n % w.ratio * w.n_columns + k
     else:
         flat = n * w.n_columns + k
         r = flat // w.width
@@ -296,12 +308,13 @@ def gemm(
     total = tl.full((BM,), 0, kind)
     for k0 in range(0, n_columns, BK):
         k = k0 + tl.arange(0, BK)
-        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < n_rows)[:, None] & within(k, n_columns, EVEN)[None, :], other=0)
+        inside = within(k, n_columns, EVEN)[None, :]
+        xs = tl.load(x + row[:, None] * x_stride + k[None, :], mask=(row < n_rows)[:, None] & inside, other=0)
         q = tile(w, n, k0, n_last, n_columns, EVEN, BN, BK)
         if INTEGERS:
             v = (q.to(tl.int32) - w.integer_centre).to(tl.int8)
         elif RUN == 1:
-            v = weights(w, q, n[:, None], k[None, :], rows & within(k, n_columns, EVEN)[None, :]).to(xs.dtype)
+            v = weights(w, q, n[:, None], k[None, :], rows & inside).to(xs.dtype)
         else:
             v = level(w, q).to(xs.dtype)
         if RUN == 1 or WHOLE:
