@@ -19,6 +19,7 @@ from qconvert.companions import n_vocab
 from qconvert.emit import encoded_rows, in_parallel
 from qconvert.formats.safetensors_dialects import Loading
 from qconvert.formats.safetensors_files import Stored, opened_tensors
+from qconvert.formats.safetensors_kernels import kernel_rows
 from qconvert.formats.safetensors_names import stored_transposed
 from qconvert.formats.safetensors_transformers import Model, load, unavailable
 from qconvert.formats.safetensors_written import all_stored, written
@@ -35,6 +36,7 @@ from qconvert.transcoded import stored_rows
 from qconvert.weights import Weights, rounded_to
 
 RUNTIME = "runtime transformers"
+KERNELS = "runtime Triton, interpreted"
 ALIAS = "written"
 BLOCK = 1 << 22  # weights whose bytes are compared at a time
 
@@ -61,6 +63,7 @@ def prove(
             (quantized,) = run(graph, reals, prompts).values()
             rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
             rows += stored_rows(graph, weights, reals)
+            rows += kernel_rows(folder, graph, reals)
             answers, runtime = in_transformers(folder, lowered, reals, prompts)
         return rows + answers, runtime
     finally:
@@ -167,7 +170,8 @@ def in_transformers(folder: Path, lowered: Lowered, reals: Reals, prompts: Token
     facts = written(lowered.graph, lowered.options.wanted)
     loading: Loading = lowered.options.dialect.loading(facts)
     if why := loading.missing or unavailable(folder):
-        return [Row(RUNTIME, "not run", None, None, "skip", why)], None
+        rows, about = interpreted(folder, lowered.graph, reals, prompts)
+        return [Row(RUNTIME, "not run", None, None, "skip", why), *rows], about
     model: Model = load(folder, loading)
     if model.complaints:
         return [judged(RUNTIME, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
@@ -176,3 +180,15 @@ def in_transformers(folder: Path, lowered: Lowered, reals: Reals, prompts: Token
     limit, _ = LIMITS[loading.kind]
     worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
     return [judged(RUNTIME, "logits, relative", worst, limit)], model.about
+
+
+def interpreted(folder: Path, graph: Graph, reals: Reals, prompts: Tokens) -> tuple[list[Row], dict[str, str] | None]:
+    """Where the runtime is not at hand: the model with the Triton kernels in the place of its linear maps, on one prompt."""
+    if why := why_not_whole(graph):
+        return [Row(f"{KERNELS}, logits", "not run", None, None, "skip", why)], None
+    import triton
+
+    (want,), (got,) = (run(graph, weights, prompts[:1]).values() for weights in (reals, Dequantized(folder, graph, reals)))
+    limit, _ = LIMITS["runtime transformers"]
+    row = judged(f"{KERNELS}, logits", "relative", check.relative(got[0].numpy(), want[0]), limit)
+    return [row], {"name": "Triton's interpreter", "version": str(triton.__version__)}

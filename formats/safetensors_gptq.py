@@ -131,7 +131,7 @@ class Columns:
         return rows(folder, reals, written)
 
     def loading(self, written: Written) -> Loading:
-        return Loading({}, missing="transformers runs it by gptqmodel, whose kernels compute in f16: not within this check")
+        return Loading({}, missing="transformers runs it by gptqmodel, in f16")
 
 
 def most(written: Written) -> tuple[str, list[str]]:
