@@ -287,6 +287,12 @@ def test_flags_that_mean_nothing_alone_are_refused(flag: str) -> None:
     assert isinstance(result.exception, UsageError) and "goes with --offload-meta" in str(result.exception)
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_bandwidths_that_are_none_are_refused(tmp_path: Path, speed: float) -> None:
+    with pytest.raises(UsageError, match="--link-bandwidth .*: GB/s, more than 0"):
+        made(tmp_path / "out", link_bandwidth=speed, dry_run=True)
+
+
 def test_an_onnx_model_as_input_keeps_its_layout(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(UnsupportedError, match="--offload-meta cpu: a model that is ONNX already"):
         convert(whole / "model.onnx", to="onnx", bits=8, offload_meta="cpu", output=tmp_path / "out")
