@@ -58,7 +58,7 @@ def four_bits(dtype: str, double: bool) -> Callable[[Scheme], Tensors | None]:
         levels = kernels.dynamic_map().astype("<f4").tobytes()
         second = Constant("weight.nested_quant_map", "F32", lambda n, k: (256,), lambda n, k: levels)
         beside = (
-            Beside("weight.absmax", "nested", "U8", blocks),
+            Beside("weight.absmax", "nested", "U8", blocks, finest=True),
             Beside("weight.nested_absmax", "second", "F32", lambda n, k: (-(-blocks(n, k)[0] // 256),)),
             Beside(key, "state", "U8", lambda n, k: (NOTE_NBYTES,)),
         )

@@ -180,6 +180,9 @@ def offload(request: Request) -> tuple[Pass, ...]:
         if given := next((flag for flag in flags if getattr(request, flag) is not None), None):
             raise UsageError(f"--{given.replace('_', '-')} goes with --offload-meta", hint="--offload-meta cpu")
         return ()
+    for flag in ("link_bandwidth", "memory_bandwidth"):
+        if (speed := getattr(request, flag)) is not None and not speed > 0:
+            raise UsageError(f"--{flag.replace('_', '-')} {speed:g}: GB/s, more than 0")
     device = "cpu-pinned" if request.offload_meta == "cpu" else request.offload_meta
     return (SplitMetadata(device, vram=request.vram or "", prefetch=1 if request.prefetch is None else request.prefetch),)
 

@@ -124,6 +124,8 @@ def second_level_rows(weights: Weights, names: Sequence[str]) -> list[Row]:
     errors, now, then = list[Error](), 0, 0.0
     for name in names:
         kind = weights.graph.nodes[name].type
+        if "." not in kind.dtype:
+            continue  # it has one
         layout, k, n = layout_of(kind.dtype), kind.dims[-1], kind.rows
         new = scheme_of(second_level_name(layout.scheme, k, "u8"))
         if new is None or new.bits_per_weight >= layout.scheme.bits_per_weight:

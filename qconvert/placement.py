@@ -169,6 +169,16 @@ def buffers_of(graph: Graph) -> Iterator[Buffer]:
         for i, (kind, nbytes) in enumerate(pieces_of(node.type.dtype, node.type.dims)):
             row_nbytes = -(-nbytes // rows) if name in lookups else 0
             yield Buffer(name, i, kind, block, nbytes, row_nbytes, places.get(kind, "gpu"))
+        for value, kind in beside(name, node):
+            own = graph.nodes[value]
+            at = cast(Mapping[str, Device], own.attrs.get("placement", {})).get(kind, "gpu")
+            yield Buffer(value, 0, kind, block, pieces_of(own.type.dtype, own.type.dims)[0][1], 0, at)
+
+
+def beside(name: str, node: Node) -> list[tuple[str, Class]]:
+    """Other values of the graph that hold a weight's metadata, and their class."""
+    layout = layout_of(node.type.dtype) if "." in node.type.dtype else None
+    return [(f"{name}~{suffix}", "meta1" if finest else "meta2") for suffix, finest in layout.others] if layout else []
 
 
 def adapters_of(graph: Graph) -> set[str]:
@@ -211,6 +221,8 @@ def class_of(scheme: Scheme, level: int | None) -> Class:
     if level is None:
         return "codes"
     role = scheme.levels[level].role
+    if role == "divisor":
+        return "meta2"  # of all scales
     factors = [i for i, other in enumerate(scheme.levels) if other.role == role and not other.adds]
     return "meta1" if level == factors[-1] else "meta2"
 
@@ -282,10 +294,11 @@ def rounded_up(nbytes: int) -> str:
 def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
     """{devices: {device: {class: bytes}}, file_overhead, …}: weights by device and class, which with the overhead add up to
     the files. Where nothing was placed the only device is "any"."""
-    placed, adapters = placement_of(graph), adapters_of(graph)
+    placed = placement_of(graph)
+    kinds = {b.weight: b.kind for b in placed.buffers}
     devices: dict[str, dict[str, int]] = {}
     for e in plan.entries:
-        found: list[tuple[Class, int]] = [("adapter" if e.value in adapters else "dense", e.nbytes)]
+        found: list[tuple[Class, int]] = [(kinds.get(e.value, "dense"), e.nbytes)]
         if "." in e.dtype:
             found = pieces_of(e.dtype, e.shape)
         places = cast(Mapping[str, str], graph.nodes[e.value].attrs.get("placement", {}))

@@ -53,11 +53,17 @@ class Bpw(NamedTuple):
 
 
 def size_of(plan: Plan) -> Size:
-    codes = sum(code_nbytes(e) for e in plan.entries)
-    quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype)
-    dense = sum(e.nbytes for e in plan.entries if "." not in e.dtype)
+    codes, others = sum(code_nbytes(e) for e in plan.entries), metadata_beside(plan)
+    quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype or e.value in others)
+    dense = sum(e.nbytes for e in plan.entries) - quantized
     header = sum(f.known_nbytes for f in plan.files)
     return Size(header, codes, quantized - codes, dense, plan.nbytes - header - quantized - dense)
+
+
+def metadata_beside(plan: Plan) -> set[str]:
+    """Values NAME~what that lie beside the packed rows of NAME."""
+    packed = {e.value for e in plan.entries if "." in e.dtype}
+    return {e.value for e in plan.entries if e.value not in packed and e.value.partition("~")[0] in packed}
 
 
 def code_nbytes(entry: Entry) -> int:
@@ -67,10 +73,13 @@ def code_nbytes(entry: Entry) -> int:
 def bpw_of(plan: Plan, graph: Graph) -> Bpw:
     written = set(graph.parameters())
     linears = [e for e in plan.entries if len(e.shape) > 1 and e.value in written and not _embeds(graph, e)]
+    others = metadata_beside(plan)
+    names = {e.value for e in linears} | {v for v in others if v.partition("~")[0] in {e.value for e in linears}}
     n = max(1, sum(math.prod(e.shape) for e in linears))
-    everything = max(1, sum(math.prod(e.shape) for e in plan.entries))
+    everything = max(1, sum(math.prod(e.shape) for e in plan.entries if e.value not in others))
     code_bits = sum(8 * (code_nbytes(e) or e.nbytes) for e in linears)
-    return Bpw(code_bits / n, 8 * sum(e.nbytes for e in linears) / n, 8 * plan.nbytes / everything)
+    nbytes = sum(e.nbytes for e in plan.entries if e.value in names)
+    return Bpw(code_bits / n, 8 * nbytes / n, 8 * plan.nbytes / everything)
 
 
 def _embeds(graph: Graph, entry: Entry) -> bool:

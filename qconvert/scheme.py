@@ -145,6 +145,11 @@ class Layout:
         """Whether packed rows hold all of a weight; else other values of the graph lie beside them."""
         return True
 
+    @property
+    def others(self) -> tuple[tuple[str, bool], ...]:
+        """Those values, NAME~suffix, and whether each group of weights has an entry there."""
+        return ()
+
     def row_nbytes(self, k: int) -> int:
         return k // self.scheme.block * self.block.itemsize
 

@@ -80,12 +80,16 @@ class Constant:
 
 
 class Beside(NamedTuple):
-    """A tensor that holds another value of the graph, NAME~suffix, of u8 or real numbers."""
+    """A tensor that holds another value of the graph, NAME~suffix, of u8 or real numbers.
+
+    finest: what each group of weights reads; else it is above that, and read first.
+    """
 
     name: str
     suffix: str
     dtype: str
     dims: Callable[[int, int], tuple[int, ...]]
+    finest: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ class Tensors(Layout):
 
     def planes(self, k: int) -> tuple[Plane, ...]:
         return tuple(part.plane(self.scheme, k) for part in self.parts)
+
+    @property
+    def others(self) -> tuple[tuple[str, bool], ...]:
+        return tuple((each.suffix, each.finest) for each in self.beside)
 
     def pieces(self, n: int, k: int) -> tuple[Piece, ...]:
         return tuple(Piece(part.level, part.plane(self.scheme, k).file_nbytes(n)) for part in self.parts)

@@ -154,7 +154,8 @@ def rows_of(plane: Plane, stored: Bytes, n: int) -> Bytes:
     [
         ("uint4", {}), ("uint4", {"prefetch": 0}), ("uint4", {"prefetch": 3}), ("int8", {"weights_in": "safetensors"}),
         ("w4a16", {"to": "safetensors", "group": 32}), ("w8a16", {"to": "safetensors", "prefetch": 2}),
-        ("w4a16-asym", {"to": "safetensors", "split_max_size": "90k", "group": 64}),
+        ("w4a16-asym", {"to": "safetensors", "split_max_size": "90k", "group": 64}), ("gptq-asym", {"to": "safetensors"}),
+        ("awq", {"to": "safetensors", "group": 32}), ("fp8-block", {"to": "safetensors"}), ("nvfp4a16", {"to": "safetensors"}),
         ("uint2", {"zero_point": "float"}), ("nf4", {"vram": "1.32m", "prefetch": 0}), ("int4", {"split_max_size": "90k"}),
     ],
     ids=str,
@@ -286,6 +287,12 @@ def test_flags_that_mean_nothing_alone_are_refused(flag: str) -> None:
     assert isinstance(result.exception, UsageError) and "goes with --offload-meta" in str(result.exception)
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_bandwidths_that_are_none_are_refused(tmp_path: Path, speed: float) -> None:
+    with pytest.raises(UsageError, match="--link-bandwidth .*: GB/s, more than 0"):
+        made(tmp_path / "out", link_bandwidth=speed, dry_run=True)
+
+
 def test_an_onnx_model_as_input_keeps_its_layout(tmp_path: Path, whole: Path) -> None:
     with pytest.raises(UnsupportedError, match="--offload-meta cpu: a model that is ONNX already"):
         convert(whole / "model.onnx", to="onnx", bits=8, offload_meta="cpu", output=tmp_path / "out")
@@ -343,6 +350,36 @@ def test_a_folder_with_split_metadata_is_an_input_like_any_other(tmp_path: Path)
         convert(tmp_path / name, to="onnx", bits=8, output=tmp_path / f"{name}-onnx", check=False)
     files = [(tmp_path / f"{name}-onnx" / "model.onnx.data").read_bytes() for name in ("split", "whole")]
     assert files[0] == files[1]
+
+
+DIALECTS = [d for d in registry.entries("dialects") if d not in ("fp32", "fp16", "bf16")]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_bytes_add_up_in_every_dialect(tmp_path: Path, dialect: str) -> None:
+    given = {"to": "safetensors", "quant": dialect, "check": False}
+    there, away = made(tmp_path / "there", **given, offload_meta=None), made(tmp_path / "away", **given)
+    (whole,) = there.report.accounting["placement"]["devices"].values()
+    devices = away.report.accounting["placement"]["devices"]
+    assert devices["cpu-pinned"] == {"meta1": whole["meta1"]}
+    assert devices["gpu"] == {kind: n for kind, n in whole.items() if kind != "meta1"}
+
+
+def test_scales_that_are_quantized_themselves_go_and_their_own_level_stays(tmp_path: Path) -> None:
+    """bitsandbytes' double quantization, loaded by transformers."""
+    safetensors = pytest.importorskip("safetensors")
+    pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
+    result = made(tmp_path / "out", to="safetensors", quant="nf4")
+    assert result.verified and {r.verdict for r in result.report.checks if r.what.startswith("prefetch")} == {"pass"}
+    n = 1_769_472  # weights of linears: 4 bits, u8 a block of 64, f32 a block of blocks of 256 and a note for each
+    devices = result.report.accounting["placement"]["devices"]
+    assert devices["gpu"]["codes"] == n / 2 and devices["cpu-pinned"] == {"meta1": n / 64}
+    assert devices["gpu"]["meta2"] == 4 * n / 64 / 256 + 21 * 256
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safetensors.safe_open(path, framework="pt") as opened:
+            kinds = {name.rpartition(".weight.")[2] for name in opened.keys()}  # noqa: SIM118
+            assert (kinds == {"absmax"}) == path.name.startswith("model-meta-")
+            assert ("nested_absmax" in kinds) != path.name.startswith("model-meta-")
 
 
 def test_arenas_of_safetensors_lie_together_too(tmp_path: Path) -> None:
