@@ -19,7 +19,7 @@ from qconvert.companions import n_vocab
 from qconvert.emit import encoded_rows, in_parallel
 from qconvert.formats.safetensors_dialects import Loading
 from qconvert.formats.safetensors_files import Stored, opened_tensors
-from qconvert.formats.safetensors_kernels import kernel_rows
+from qconvert.formats.safetensors_kernels import Dequantized, kernel_rows, why_not_whole
 from qconvert.formats.safetensors_names import stored_transposed
 from qconvert.formats.safetensors_transformers import Model, load, unavailable
 from qconvert.formats.safetensors_written import all_stored, written
