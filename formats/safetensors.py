@@ -20,15 +20,16 @@ from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialec
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
 from qconvert.formats.safetensors_split import split_plans
+from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph
 from qconvert.pipeline import Pass
 from qconvert.placement import placement_of
 from qconvert.provenance import names_of, provenance
-from qconvert.report import Row
+from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
-from qconvert.target import Legal, Lowered, Source
+from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
 from qconvert.weights import Weights
@@ -121,6 +122,18 @@ class Safetensors:
             from qconvert.formats import safetensors_check  # loads torch
 
         return safetensors_check.prove(source, lowered, weights, parts, threads)
+
+    def find(self, path: Path) -> Path | None:
+        """A model's folder of safetensors; see safetensors_verify."""
+        return checkpoint_folder(path)
+
+    def inspect(self, path: Path) -> Contents:
+        return contents(path)
+
+    def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
+        """Every check that a folder made elsewhere can be put to."""
+        with uninterrupted():
+            return verify(path, source, merged, threads)
 
 
 def chosen(request: Request) -> Dialect:

@@ -17,7 +17,7 @@ from qconvert import check
 from qconvert.check import LIMITS, Tokens
 from qconvert.companions import n_vocab
 from qconvert.emit import encoded_rows, in_parallel
-from qconvert.formats.safetensors_dialects import Loading
+from qconvert.formats.safetensors_dialects import Loading, Written
 from qconvert.formats.safetensors_files import Stored, opened_tensors
 from qconvert.formats.safetensors_kernels import Dequantized, kernel_rows, why_not_whole
 from qconvert.formats.safetensors_names import stored_transposed
@@ -64,7 +64,8 @@ def prove(
             rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
             rows += stored_rows(graph, weights, reals)
             rows += kernel_rows(folder, graph, reals)
-            answers, runtime = in_transformers(folder, lowered, reals, prompts)
+            facts = written(graph, options.wanted)
+            answers, runtime = in_transformers(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
         return rows + answers, runtime
     finally:
         store.close()
@@ -165,18 +166,18 @@ class Rounded:
         return rounded_to(self.dtype, value) if name in self.names and self.dtype != "f32" else value
 
 
-def in_transformers(folder: Path, lowered: Lowered, reals: Reals, prompts: Tokens) -> tuple[list[Row], dict[str, str] | None]:
+def in_transformers(
+    folder: Path, graph: Graph, loading: Loading, facts: Written, reals: Reals, prompts: Tokens
+) -> tuple[list[Row], dict[str, str] | None]:
     """Logits of the folder in transformers, in f32, against the graph with the weights that it has then."""
-    facts = written(lowered.graph, lowered.options.wanted)
-    loading: Loading = lowered.options.dialect.loading(facts)
     if why := loading.missing or unavailable(folder):
-        rows, about = interpreted(folder, lowered.graph, reals, prompts)
+        rows, about = interpreted(folder, graph, reals, prompts)
         return [Row(RUNTIME, "not run", None, None, "skip", why), *rows], about
     model: Model = load(folder, loading)
     if model.complaints:
         return [judged(RUNTIME, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
     expected = Rounded(reals, frozenset(facts.quantized), loading.rounded) if loading.rounded else reals
-    (want,) = run(lowered.graph, expected, prompts).values()
+    (want,) = run(graph, expected, prompts).values()
     limit, _ = LIMITS[loading.kind]
     worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
     return [judged(RUNTIME, "logits, relative", worst, limit)], model.about

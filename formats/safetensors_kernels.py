@@ -32,9 +32,8 @@ def kernel_rows(folder: Path, graph: Graph, reals: Reals) -> list[Row]:
     """A row for each layout and shape; skipped where there is no Triton, or no kernel."""
     packed: dict[tuple[str, tuple[int, ...]], str] = {}
     for name in graph.parameters():
-        kind = graph.nodes[name].type
-        if "." in kind.dtype:
-            packed.setdefault((kind.dtype, kind.dims), name)
+        if (layout := layout_name(graph, name)) is not None:
+            packed.setdefault((layout, graph.nodes[name].type.dims), name)
     if not packed:
         return []
     if find_spec("triton") is None:
@@ -164,11 +163,10 @@ class Dequantized:
         self.folder, self.graph, self.reals = folder, graph, reals
 
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
-        kind = self.graph.nodes[name].type
-        found = None
-        if "." in kind.dtype:
+        kind, layout, found = self.graph.nodes[name].type, layout_name(self.graph, name), None
+        if layout is not None:
             n, k = kind.dims
-            found = operand(self.folder, name, cast(Tensors, layout_of(kind.dtype)), n, k)
+            found = operand(self.folder, name, cast(Tensors, layout_of(layout)), n, k)
         if found is None:
             return self.reals.real(name, begin, end)
         from qconvert.kernels.gpu.launch import dequantize
@@ -181,5 +179,15 @@ def why_not_whole(graph: Graph) -> str | None:
     """Why the interpreter does not run the whole model, or None."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    n = sum(int(np.prod(graph.nodes[name].type.dims)) for name in graph.parameters() if "." in graph.nodes[name].type.dtype)
+    packed = [name for name in graph.parameters() if layout_name(graph, name) is not None]
+    n = sum(int(np.prod(graph.nodes[name].type.dims)) for name in packed)
+    if not packed:
+        return "no kernel reads its tensors"
     return None if n <= INTERPRETED else f"{n:,} weights are too many for Triton's interpreter"
+
+
+def layout_name(graph: Graph, name: str) -> str | None:
+    """Of a weight that is packed, or that a folder holds packed."""
+    node = graph.nodes[name]
+    layout = str(node.attrs["layout"]) if node.op == "assemble" else node.type.dtype
+    return layout if "." in layout else None

@@ -230,3 +230,36 @@ def test_forms_that_are_not_read_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="group_0 has the format marlin-24"):
         convert(source, to="onnx", output=tmp_path / "out")
     shutil.rmtree(source)
+
+
+# looked into, and proven whoever made them -----------------------------------------------------------
+
+
+def test_a_folder_is_verified_against_what_it_was_made_from_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from qconvert.verification import verify_file
+
+    convert(f"{TINY}+{LORA}", to="safetensors", output=tmp_path / "out", check=False)
+    good = verify_file(tmp_path / "out", f"{TINY}+{LORA}")
+    assert good.verified and not good.failed
+    bad = verify_file(tmp_path / "out", str(TINY))  # without its adapter
+    assert [row.what for row in bad.failed] == ["weights"] and "proj.weight" in bad.failed[0].reason
+
+
+def test_a_checkpoint_that_peft_merged_is_verified(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from qconvert.verification import verify_file
+
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype="float32"), str(LORA))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    report = verify_file(tmp_path / "merged", f"{TINY}+{LORA}")
+    assert report.verified and not report.failed
+
+
+def test_inspect_shows_schemes_with_the_tensors_that_hold_them(tmp_path: Path) -> None:
+    from qconvert.inspection import inspect_file
+
+    facts = inspect_file(str(quantized(tmp_path, "awq")))
+    assert facts["types"] == {"bf16": 8, "uint4_g128_f16": 21}
+    assert facts["bpw"]["codes"] == 4 and facts["bpw"]["linear"] == 4 + (16 + 4) / 128
+    assert facts["metadata"] == {"model_type": "llama", "quant_method": "awq"}
