@@ -14,7 +14,17 @@ pytest.importorskip("triton")
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.kernels.gpu import reference
 from qconvert.kernels.gpu.check import bound, integer_error, product_error, relative
-from qconvert.kernels.gpu.launch import Tiles, dequantize, integer_product, integer_sums, multiply, product, unpack
+from qconvert.kernels.gpu.launch import (
+    Tiles,
+    dequantize,
+    float8_product,
+    integer_product,
+    integer_sums,
+    multiply,
+    product,
+    rounded,
+    unpack,
+)
 from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part, Second, contract
 from qconvert.kernels.gpu.records import place
 
@@ -51,11 +61,13 @@ def test_each_column_is_read_where_it_lies(name: str) -> None:
     assert np.abs(product(last, plain(p))[0] - p.theirs[:, -1]).max() <= tolerance
 
 
-@ALL
-def test_products_are_within_4_sqrt_k_roundings(name: str) -> None:
-    p = packed(name)
+SMALL = pytest.mark.parametrize("name", ["ct uint4 32", "hqq 3 8 axis 1", "bnb nf4 double", "bitnet"])
+
+
+def are_close(p: Packed, numbers: tuple[int, ...]) -> None:
+    """Products of x of so many rows are within 4 sqrt(K) roundings of float64's by the library's weights."""
     k = p.operand.shape[1]
-    for m in (1, 4, 32, 128):
+    for m in numbers:
         x = np.random.default_rng(m).standard_normal((m, k), np.float32)
         wanted = x.astype(np.float64) @ p.theirs.astype(np.float64).T
         if p.operand.low_rank:
@@ -63,7 +75,14 @@ def test_products_are_within_4_sqrt_k_roundings(name: str) -> None:
         assert relative(product(x, p.operand), wanted) <= bound(k) + 2.0**-24 * p.ulps
 
 
-SMALL = pytest.mark.parametrize("name", ["ct uint4 32", "hqq 3 8 axis 1", "bnb nf4 double", "bitnet"])
+@ALL
+def test_products_are_close(name: str) -> None:
+    are_close(packed(name), (1, 4))
+
+
+@SMALL
+def test_products_of_many_rows_are_close(name: str) -> None:
+    are_close(packed(name), (32, 128, 131))
 
 
 @SMALL
@@ -152,6 +171,30 @@ def test_integer_products_of_groups(name: str, group: int) -> None:
     wanted = rounded @ reference.dense(w).T
     for m in (1, 4):
         assert relative(integer_product(x[:m], w, group, steps=127), wanted[:m]) <= bound(w.shape[1])
+
+
+FLOAT8 = [("fp8 rows", 0, None), ("fp8 blocks", 128, None), ("fp8 tensor", 0, 0.01)]
+
+
+@pytest.mark.parametrize(("name", "group", "static"), FLOAT8)
+def test_x_is_rounded_to_eight_bit_floats_as_torch_does(name: str, group: int, static: float | None) -> None:
+    w, x = packed(name).operand, weights(5, 200)
+    x[:, ::3] *= 1e-3  # and subnormals
+    x[2] = 0
+    padded = torch.nn.functional.pad(x, (0, -200 % (group or 200))).reshape(5, -1, group or 200)
+    t = padded.abs().amax(2, keepdim=True) / 448 if static is None else torch.full((1, 1, 1), static)
+    t[t == 0] = 1
+    q = (padded / t).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    wanted = (q * t).reshape(5, -1)[:, :200].numpy() @ packed(name).theirs.astype(np.float64).T
+    for m in (1, 5):
+        assert relative(float8_product(x[:m].numpy(), w, group, static), wanted[:m]) <= bound(200)
+
+
+def test_every_eight_bit_float_and_the_middles_between_them_round_as_torchs() -> None:
+    exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2, exact * 1.01, exact * 0.97, torch.tensor([1e-9])])[None].clamp(max=448)
+    q, _ = rounded(torch.cat([x, -x], 1), static=1.0, float8=True)
+    assert torch.equal(q, torch.cat([x, -x], 1).to(torch.float8_e4m3fn).float())
 
 
 def test_integer_products_have_their_low_rank_part_of_the_unrounded_x() -> None:
