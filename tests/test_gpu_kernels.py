@@ -25,7 +25,7 @@ from qconvert.kernels.gpu.launch import (
     rounded,
     unpack,
 )
-from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part, Second, contract
+from qconvert.kernels.gpu.operand import Codes, LowRank, Metadata, Operand, Part, Second, contract
 from qconvert.kernels.gpu.records import place
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -213,21 +213,42 @@ def test_metadata_that_is_not_finite_is_refused(role: str, value: float) -> None
         product(np.ones((1, 3000), np.float32), dataclasses.replace(int8_rows(), **{role: Metadata(data)}))
 
 
-def test_what_else_is_refused() -> None:
+def test_damaged_operands_are_refused() -> None:
+    """Kernels check no bounds, so that arrays which are too short must not reach them."""
+    w, b, nf4 = packed("ct uint4 32").operand, packed("bitnet").operand, packed("bnb nf4 double").operand
+    ones, damaged = np.ones((1, 1), np.float32), np.array([[0xFF]], np.uint8)
+    second = Second(np.ones(2, np.float32), 1)
+    assert isinstance(w.codes, Codes) and isinstance(b.codes, Codes) and isinstance(w.zero, Metadata)
+    assert isinstance(w.zero.data, Codes)
+    zeros = w.zero.data._replace(words=w.zero.data.words[:-1])
+    for base, wrong in (
+        (w, {"scale": Metadata(damaged, "e8m0")}),
+        (w, {"scale": Metadata(damaged, "e4m3")}),
+        (w, {"scale": Metadata(np.array([[0x7F80]], np.uint16), "bf16")}),
+        (w, {"scale": Metadata(np.ones((37, 7), np.float32))}),
+        (w, {"scale": Metadata(ones, divisor=0)}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, scale=np.array([np.nan])))}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, table=np.ones(16)))}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, zero=np.ones(3)))}),
+        (w, {"zero": Metadata(zeros, "int")}),
+        (w, {"codes": w.codes._replace(words=w.codes.words[:, :-1])}),
+        (b, {"codes": b.codes._replace(words=b.codes.words[:-1])}),
+        (w, {"g_idx": np.full(96, 3, np.int32)}),
+        (w, {"g_idx": np.full(95, 0, np.int32)}),
+        (nf4, {"table": (0.0,) * 8}),
+        (w, {"low_rank": LowRank(np.ones((2, 95), np.float32), np.ones((37, 2), np.float32), 1.0)}),
+        (w, {"low_rank": LowRank(np.ones((2, 96), np.float32), np.full((37, 2), np.inf, np.float32), 1.0)}),
+        (packed("fp8 rows").operand, {"codes": np.full((150, 200), 0x7F, np.uint8)}),
+    ):
+        with pytest.raises(InputError):
+            place(dataclasses.replace(base, **wrong))
+
+
+def test_what_kernels_cannot_do_is_refused() -> None:
     w = packed("ct uint4 32").operand
     x = torch.ones((2, 96))
-    damaged = np.array([[0xFF]], np.uint8)
-    for wrong, error in (
-        (dataclasses.replace(w, scale=Metadata(damaged, "e8m0")), InputError),
-        (dataclasses.replace(w, scale=Metadata(damaged, "e4m3")), InputError),
-        (dataclasses.replace(w, scale=Metadata(np.ones((37, 7), np.float32))), InputError),
-        (dataclasses.replace(w, scale=Metadata(np.ones((1, 1), np.float32), divisor=0)), InputError),
-        (dataclasses.replace(w, scale=Metadata(damaged, "int", Second(np.array([np.nan]), 1))), InputError),
-        (dataclasses.replace(w, g_idx=np.full(96, 3, np.int32)), InputError),
-        (dataclasses.replace(w, width=100), UnsupportedError),
-    ):
-        with pytest.raises(error):
-            place(wrong)
+    with pytest.raises(UnsupportedError, match="rows of 100"):
+        place(dataclasses.replace(w, width=100))
     with pytest.raises(UnsupportedError, match="bf16"):
         multiply(x.bfloat16(), place(w))
     with pytest.raises(UnsupportedError, match="95 columns"):
