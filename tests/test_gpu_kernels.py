@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -250,11 +251,11 @@ def test_what_kernels_cannot_do_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="rows of 100"):
         place(dataclasses.replace(w, width=100))
     with pytest.raises(UnsupportedError, match="bf16"):
-        multiply(x.bfloat16(), place(w))
+        multiply(x.bfloat16(), place(w, "cpu"))
     with pytest.raises(UnsupportedError, match="95 columns"):
-        multiply(x[:, :95], place(w))
+        multiply(x[:, :95], place(w, "cpu"))
     with pytest.raises(UnsupportedError, match="table"):
-        multiply(x[:, :80].to(torch.int8), place(packed("ct nvfp4").operand))
+        multiply(x[:, :80].to(torch.int8), place(packed("ct nvfp4").operand, "cpu"))
     with pytest.raises(UnsupportedError, match="groups of 32"):
         integer_sums(np.ones((1, 96), np.int8), w)
 
@@ -268,6 +269,16 @@ def test_a_weights_products_are_judged_and_named() -> None:
         assert found.passed and found.contract == "int32 sums of rows"
 
 
+def test_threads_may_multiply_at_once() -> None:
+    w = packed("ct uint4 32").operand
+    x = np.random.default_rng(0).standard_normal((2, 96), np.float32)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(lambda _: product(x, w), range(8)))
+    assert all(np.array_equal(y, several[0]) for y in several)
+    assert relative(several[0], reference.product(x, w)) <= bound(96)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the compiled kernels run")
 def test_a_kernel_that_forgets_zero_points_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from qconvert.kernels.gpu.launch import kernels
 

@@ -17,6 +17,7 @@ import sys
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from qconvert.kernels.gpu.records import LowRankRecord, NumberRecord, Placed, co
 from qconvert.scheme import F32, Array
 
 SOURCE = Path(__file__).with_name("triton_kernels.py")
+TRITON = RLock()  # the interpreter changes Triton's language while it runs, the compiler asks for the one active driver
 
 
 @cache
@@ -78,7 +80,7 @@ class Launch(NamedTuple):
     switches: dict[str, object]
 
     def run(self) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes what is masked, too
+        with TRITON, np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes what is masked, too
             self.kernel[self.grid](*self.args, **self.switches)
 
     def compile(self) -> Any:
