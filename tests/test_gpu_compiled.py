@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qconvert.kernels.gpu.compiled import TARGETS, Binary, compiled, compiled_de
 from qconvert.kernels.gpu.launch import Tiles, product, rounding
 
 TINY = Tiles(16, 32, 16, stages=1)  # compiled in half a second
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled")
 EACH_TARGET = pytest.mark.parametrize("target", TARGETS)
 
 
