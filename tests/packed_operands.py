@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,10 +24,19 @@ class Packed(NamedTuple):
     ulps: float = 0.0  # how far ours may be, in parts of 2^-24 of the greatest weight: 0 where the order of operations agrees
 
 
+@cache
 def library(name: str) -> Any:
-    """The module, or a skip that names it."""
-    pytest.importorskip(name.partition(".")[0])
-    return importlib.import_module(name)
+    """The module, or a skip that names it. What conftest.py hides is hidden again afterwards."""
+    top = name.partition(".")[0]
+    hidden = sys.modules.get(top, sys) is None
+    if hidden:
+        del sys.modules[top]
+    try:
+        pytest.importorskip(top)
+        return importlib.import_module(name)
+    finally:
+        if hidden:
+            sys.modules[top] = None  # type: ignore[assignment]
 
 
 def weights(n: int, k: int) -> torch.Tensor:

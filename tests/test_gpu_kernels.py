@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,8 +15,18 @@ pytest.importorskip("triton")
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.kernels.gpu import reference
 from qconvert.kernels.gpu.check import bound, integer_error, product_error, relative
-from qconvert.kernels.gpu.launch import Tiles, dequantize, integer_product, integer_sums, multiply, product, unpack
-from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part, Second, contract
+from qconvert.kernels.gpu.launch import (
+    Tiles,
+    dequantize,
+    float8_product,
+    integer_product,
+    integer_sums,
+    multiply,
+    product,
+    rounded,
+    unpack,
+)
+from qconvert.kernels.gpu.operand import Codes, LowRank, Metadata, Operand, Part, Second, contract
 from qconvert.kernels.gpu.records import place
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -51,11 +62,13 @@ def test_each_column_is_read_where_it_lies(name: str) -> None:
     assert np.abs(product(last, plain(p))[0] - p.theirs[:, -1]).max() <= tolerance
 
 
-@ALL
-def test_products_are_within_4_sqrt_k_roundings(name: str) -> None:
-    p = packed(name)
+SMALL = pytest.mark.parametrize("name", ["ct uint4 32", "hqq 3 8 axis 1", "bnb nf4 double", "bitnet"])
+
+
+def are_close(p: Packed, numbers: tuple[int, ...]) -> None:
+    """Products of x of so many rows are within 4 sqrt(K) roundings of float64's by the library's weights."""
     k = p.operand.shape[1]
-    for m in (1, 4, 32, 128):
+    for m in numbers:
         x = np.random.default_rng(m).standard_normal((m, k), np.float32)
         wanted = x.astype(np.float64) @ p.theirs.astype(np.float64).T
         if p.operand.low_rank:
@@ -63,7 +76,14 @@ def test_products_are_within_4_sqrt_k_roundings(name: str) -> None:
         assert relative(product(x, p.operand), wanted) <= bound(k) + 2.0**-24 * p.ulps
 
 
-SMALL = pytest.mark.parametrize("name", ["ct uint4 32", "hqq 3 8 axis 1", "bnb nf4 double", "bitnet"])
+@ALL
+def test_products_are_close(name: str) -> None:
+    are_close(packed(name), (1, 4))
+
+
+@SMALL
+def test_products_of_many_rows_are_close(name: str) -> None:
+    are_close(packed(name), (32, 128, 131))
 
 
 @SMALL
@@ -154,6 +174,30 @@ def test_integer_products_of_groups(name: str, group: int) -> None:
         assert relative(integer_product(x[:m], w, group, steps=127), wanted[:m]) <= bound(w.shape[1])
 
 
+FLOAT8 = [("fp8 rows", 0, None), ("fp8 blocks", 128, None), ("fp8 tensor", 0, 0.01)]
+
+
+@pytest.mark.parametrize(("name", "group", "static"), FLOAT8)
+def test_x_is_rounded_to_eight_bit_floats_as_torch_does(name: str, group: int, static: float | None) -> None:
+    w, x = packed(name).operand, weights(5, 200)
+    x[:, ::3] *= 1e-3  # and subnormals
+    x[2] = 0
+    padded = torch.nn.functional.pad(x, (0, -200 % (group or 200))).reshape(5, -1, group or 200)
+    t = padded.abs().amax(2, keepdim=True) / 448 if static is None else torch.full((1, 1, 1), static)
+    t[t == 0] = 1
+    q = (padded / t).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    wanted = (q * t).reshape(5, -1)[:, :200].numpy() @ packed(name).theirs.astype(np.float64).T
+    for m in (1, 5):
+        assert relative(float8_product(x[:m].numpy(), w, group, static), wanted[:m]) <= bound(200)
+
+
+def test_every_eight_bit_float_and_the_middles_between_them_round_as_torchs() -> None:
+    exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    x = torch.cat([exact, (exact[1:] + exact[:-1]) / 2, exact * 1.01, exact * 0.97, torch.tensor([1e-9])])[None].clamp(max=448)
+    q, _ = rounded(torch.cat([x, -x], 1), static=1.0, float8=True)
+    assert torch.equal(q, torch.cat([x, -x], 1).to(torch.float8_e4m3fn).float())
+
+
 def test_integer_products_have_their_low_rank_part_of_the_unrounded_x() -> None:
     w = packed("ct adapter").operand
     x = np.random.default_rng(0).standard_normal((4, w.shape[1]), np.float32)
@@ -170,27 +214,48 @@ def test_metadata_that_is_not_finite_is_refused(role: str, value: float) -> None
         product(np.ones((1, 3000), np.float32), dataclasses.replace(int8_rows(), **{role: Metadata(data)}))
 
 
-def test_what_else_is_refused() -> None:
+def test_damaged_operands_are_refused() -> None:
+    """Kernels check no bounds, so that arrays which are too short must not reach them."""
+    w, b, nf4 = packed("ct uint4 32").operand, packed("bitnet").operand, packed("bnb nf4 double").operand
+    ones, damaged = np.ones((1, 1), np.float32), np.array([[0xFF]], np.uint8)
+    second = Second(np.ones(2, np.float32), 1)
+    assert isinstance(w.codes, Codes) and isinstance(b.codes, Codes) and isinstance(w.zero, Metadata)
+    assert isinstance(w.zero.data, Codes)
+    zeros = w.zero.data._replace(words=w.zero.data.words[:-1])
+    for base, wrong in (
+        (w, {"scale": Metadata(damaged, "e8m0")}),
+        (w, {"scale": Metadata(damaged, "e4m3")}),
+        (w, {"scale": Metadata(np.array([[0x7F80]], np.uint16), "bf16")}),
+        (w, {"scale": Metadata(np.ones((37, 7), np.float32))}),
+        (w, {"scale": Metadata(ones, divisor=0)}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, scale=np.array([np.nan])))}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, table=np.ones(16)))}),
+        (w, {"scale": Metadata(damaged, "int", second=dataclasses.replace(second, zero=np.ones(3)))}),
+        (w, {"zero": Metadata(zeros, "int")}),
+        (w, {"codes": w.codes._replace(words=w.codes.words[:, :-1])}),
+        (b, {"codes": b.codes._replace(words=b.codes.words[:-1])}),
+        (w, {"g_idx": np.full(96, 3, np.int32)}),
+        (w, {"g_idx": np.full(95, 0, np.int32)}),
+        (nf4, {"table": (0.0,) * 8}),
+        (w, {"low_rank": LowRank(np.ones((2, 95), np.float32), np.ones((37, 2), np.float32), 1.0)}),
+        (w, {"low_rank": LowRank(np.ones((2, 96), np.float32), np.full((37, 2), np.inf, np.float32), 1.0)}),
+        (packed("fp8 rows").operand, {"codes": np.full((150, 200), 0x7F, np.uint8)}),
+    ):
+        with pytest.raises(InputError):
+            place(dataclasses.replace(base, **wrong))
+
+
+def test_what_kernels_cannot_do_is_refused() -> None:
     w = packed("ct uint4 32").operand
     x = torch.ones((2, 96))
-    damaged = np.array([[0xFF]], np.uint8)
-    for wrong, error in (
-        (dataclasses.replace(w, scale=Metadata(damaged, "e8m0")), InputError),
-        (dataclasses.replace(w, scale=Metadata(damaged, "e4m3")), InputError),
-        (dataclasses.replace(w, scale=Metadata(np.ones((37, 7), np.float32))), InputError),
-        (dataclasses.replace(w, scale=Metadata(np.ones((1, 1), np.float32), divisor=0)), InputError),
-        (dataclasses.replace(w, scale=Metadata(damaged, "int", Second(np.array([np.nan]), 1))), InputError),
-        (dataclasses.replace(w, g_idx=np.full(96, 3, np.int32)), InputError),
-        (dataclasses.replace(w, width=100), UnsupportedError),
-    ):
-        with pytest.raises(error):
-            place(wrong)
+    with pytest.raises(UnsupportedError, match="rows of 100"):
+        place(dataclasses.replace(w, width=100))
     with pytest.raises(UnsupportedError, match="bf16"):
-        multiply(x.bfloat16(), place(w))
+        multiply(x.bfloat16(), place(w, "cpu"))
     with pytest.raises(UnsupportedError, match="95 columns"):
-        multiply(x[:, :95], place(w))
+        multiply(x[:, :95], place(w, "cpu"))
     with pytest.raises(UnsupportedError, match="table"):
-        multiply(x[:, :80].to(torch.int8), place(packed("ct nvfp4").operand))
+        multiply(x[:, :80].to(torch.int8), place(packed("ct nvfp4").operand, "cpu"))
     with pytest.raises(UnsupportedError, match="groups of 32"):
         integer_sums(np.ones((1, 96), np.int8), w)
 
@@ -204,6 +269,16 @@ def test_a_weights_products_are_judged_and_named() -> None:
         assert found.passed and found.contract == "int32 sums of rows"
 
 
+def test_threads_may_multiply_at_once() -> None:
+    w = packed("ct uint4 32").operand
+    x = np.random.default_rng(0).standard_normal((2, 96), np.float32)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(lambda _: product(x, w), range(8)))
+    assert all(np.array_equal(y, several[0]) for y in several)
+    assert relative(several[0], reference.product(x, w)) <= bound(96)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the compiled kernels run")
 def test_a_kernel_that_forgets_zero_points_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from qconvert.kernels.gpu.launch import kernels
 

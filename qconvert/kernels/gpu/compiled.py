@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from qconvert.errors import UnsupportedError, require
-from qconvert.kernels.gpu.launch import Launch, Scales, Tiles, expansion, multiplication
+from qconvert.kernels.gpu.launch import TRITON, Launch, Scales, Tiles, expansion, multiplication
 from qconvert.kernels.gpu.operand import Operand
 from qconvert.kernels.gpu.records import place
 
@@ -85,7 +85,7 @@ def compiled_dequantize(w: Operand, target: str) -> Binary:
 
 
 def compiled(launch: Launch, target: str) -> Binary:
-    with compiling_for(target):
+    with TRITON, compiling_for(target):
         kernel = launch.compile()
     if target.startswith("sm"):
         registers, spilled = cubin_usage(kernel.asm["cubin"])

@@ -4,6 +4,7 @@ unpack(w) -> i32[N,K]                       codes as they were stored
 dequantize(w) -> f32[N,K]                   without the low-rank part
 product(x f32[M,K], w) -> f32[M,N]          dequantized on the fly, summed in f32
 integer_product(x f32[M,K], w) -> f32[M,N]  x rounded to i8 first, products summed in i32
+float8_product(x f32[M,K], w) -> f32[M,N]   x rounded to e4m3 first
 integer_sums(q i8[M,K], w) -> i32[M,N]      of codes that share one scale a row
 
 Each takes a `part` of w, and does no more. Metadata that is not finite is an InputError.
@@ -16,6 +17,7 @@ import sys
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import RLock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from qconvert.kernels.gpu.records import LowRankRecord, NumberRecord, Placed, co
 from qconvert.scheme import F32, Array
 
 SOURCE = Path(__file__).with_name("triton_kernels.py")
+TRITON = RLock()  # the interpreter changes Triton's language while it runs, the compiler asks for the one active driver
 
 
 @cache
@@ -77,7 +80,7 @@ class Launch(NamedTuple):
     switches: dict[str, object]
 
     def run(self) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes what is masked, too
+        with TRITON, np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes what is masked, too
             self.kernel[self.grid](*self.args, **self.switches)
 
     def compile(self) -> Any:
@@ -178,19 +181,31 @@ def expansion(
     return out, Launch(kernels(interpreted).dequantize, grid, (out, k, w.record, n_first, n_last, k), switches)
 
 
-def rounded(x: torch.Tensor, group: int = 0, static: float | None = None, steps: float = 127.5) -> tuple[torch.Tensor, Scales]:
-    """x f32[M,K] as i8 and the scales of its rows or groups: max |x| / steps, or the static one of all.
-
-    steps: 127.5 as compressed-tensors has it, 127 as bitsandbytes.
-    """
+def rounding(
+    x: torch.Tensor, group: int, static: float | None, steps: float, float8: bool, interpreted: bool | None = None
+) -> tuple[torch.Tensor, Scales, Launch]:
+    """As rounded(), and the launch that makes it."""
     m, k = x.shape
     n_groups = -(-k // group) if group else 1
+    interpreted = interprets(x.device.type) if interpreted is None else interpreted
     t = torch.empty((m, n_groups), device=x.device) if static is None else torch.full((1, 1), static, device=x.device)
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
+    q = torch.empty((m, k), dtype=torch.float32 if float8 else torch.int8, device=x.device)
+    switches: dict[str, object] = {"STEPS": 448.0 if float8 else steps, "STATIC": static is not None}
+    switches |= {"BK": min(4096, up(group or k)), "enable_fp_fusion": False}
     args = (x, x.stride(0), q, t, k, group or k)
-    switches: dict[str, object] = {"STEPS": steps, "STATIC": static is not None, "BK": min(4096, up(group or k))}
-    Launch(kernels(interprets(x.device.type)).quantize_rows, (m, n_groups), args, switches).run()
-    return q, Scales(t, group)
+    return q, Scales(t, group), Launch(kernels(interpreted).quantize_rows, (m, n_groups), args, switches)
+
+
+def rounded(
+    x: torch.Tensor, group: int = 0, static: float | None = None, steps: float = 127.5, float8: bool = False
+) -> tuple[torch.Tensor, Scales]:
+    """x f32[M,K] as i8 and the scales of its rows or groups: max |x| / steps, or the static one of all.
+
+    steps: 127.5 as compressed-tensors has it, 127 as bitsandbytes. float8: as f32 that are values of e4m3; steps are 448.
+    """
+    q, t, launch = rounding(x, group, static, steps, float8)
+    launch.run()
+    return q, t
 
 
 def multiply(
@@ -235,6 +250,14 @@ def integer_product(
     placed = place(w)
     real = tensor(x, placed.device)
     q, t = rounded(real, group, static, steps)
+    y: F32 = multiply(q, placed, t, real, part).cpu().numpy()
+    return y
+
+
+def float8_product(x: F32, w: Operand, group: int = 0, static: float | None = None, part: Part | None = None) -> F32:
+    placed = place(w)
+    real = tensor(x, placed.device)
+    q, t = rounded(real, group, static, float8=True)
     y: F32 = multiply(q, placed, t, real, part).cpu().numpy()
     return y
 

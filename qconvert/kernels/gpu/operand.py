@@ -21,7 +21,6 @@ from qconvert.scheme import Array
 Kind = Literal["f32", "f16", "bf16", "e4m3", "e8m0", "int"]  # bf16 travels as u16; e4m3, e8m0 (2^(u - 127)) as u8
 Order = Literal["columns", "columns-high", "rows", "rows-awq", "parts", "parts-high"]
 Grid = Literal["affine", "table", "ternary", "binary", "float"]
-NUMPY: dict[Kind, str] = {"f32": "f4", "f16": "f2", "bf16": "u2", "e4m3": "u1", "e8m0": "u1"}
 
 
 class Codes(NamedTuple):
@@ -173,40 +172,71 @@ def real(a: Array, kind: Kind) -> Array:
 
 
 def check(w: Operand) -> None:
-    """Refuse metadata, tables and floats that are not finite, and shapes that do not fit together."""
+    """Refuse what is not finite, and arrays that a kernel would read past the end of."""
     n, k = w.shape
-    if w.width is not None and n * k % w.width:
+    if w.width is not None and (w.width < 1 or n * k % w.width):
         raise UnsupportedError(f"{w.name}: {n} x {k} weights are no rows of {w.width}")
     r, c = w.matrix
     rows, columns = w.block
-    for role, m in w.parts:
-        data = m.data.words if isinstance(m.data, Codes) else m.data
-        wanted = (-(-r // rows), -(-c // columns) if columns else 1)
-        if not isinstance(m.data, Codes) and any(have not in (1, want) for have, want in zip(data.shape, wanted, strict=True)):
-            raise InputError(f"{w.name}: {role} has shape {list(data.shape)}, wanted {list(wanted)}")
-        values = second_arrays(m.second) if m.second else () if m.kind == "int" else (real(data, m.kind),)
-        for value in (*values, np.array(m.divisor)):
-            _finite(value, w.name, role)
-        if m.divisor == 0:
-            raise InputError(f"{w.name}: {role} is divided by 0")
+    _fit(w.codes, (r, c), w.name, "weight")
     if isinstance(w.codes, np.ndarray):
-        _finite(real(w.codes, w.kind), w.name, "weight")
-    if w.g_idx is not None and w.scale is not None and not 0 <= w.g_idx.min() <= w.g_idx.max() < _groups(w.scale):
-        raise InputError(f"{w.name}: g_idx names group {w.g_idx.max()} of {_groups(w.scale)}")
-    for part in w.low_rank[:2] if w.low_rank else ():
-        _finite(real(part, w.low_rank.kind if w.low_rank else "f32"), w.name, "low-rank part")
+        _finite(w.codes, w.kind, w.name, "weight")
+    elif w.grid == "table" and len(w.table) != 1 << w.codes.bits:
+        raise InputError(f"{w.name}: a table of {len(w.table)} levels for codes of {w.codes.bits} bits")
+    if w.g_idx is not None and w.g_idx.shape != (k,):
+        raise InputError(f"{w.name}: g_idx has shape {list(w.g_idx.shape)}, wanted [{k}]")
+    n_groups = 1 if w.g_idx is None else int(w.g_idx.max()) + 1
+    if w.g_idx is not None and (w.g_idx.min() < 0 or columns is None or n_groups > -(-c // columns)):
+        raise InputError(f"{w.name}: g_idx names a group that there is not: {w.g_idx.min()} .. {w.g_idx.max()}")
+    for role, m in w.parts:
+        _fit(m.data, (-(-r // rows), -(-c // columns) if columns else 1), w.name, role, shared=True)
+        if m.second is not None:
+            _check_second(m.second, w.name, role)
+        elif isinstance(m.data, np.ndarray):
+            _finite(m.data, m.kind, w.name, role)
+        inverse = 1 / m.divisor if m.divisor else math.inf
+        _finite(np.array([m.divisor, inverse], np.float32), "f32", w.name, f"divisor of the {role}")
+    if w.low_rank is not None:
+        a, b, scale, kind = w.low_rank
+        _fit(a, (len(a), k), w.name, "low-rank A")
+        _fit(b, (n, len(a)), w.name, "low-rank B")
+        for factor, name in ((a, "A"), (b, "B")):
+            _finite(factor, kind, w.name, f"low-rank {name}")
+        _finite(np.array([scale], np.float32), "f32", w.name, "low-rank scale")
 
 
-def second_arrays(s: Second) -> tuple[Array, ...]:
-    return tuple(a for a in (s.scale, s.zero, s.table, np.array(s.offset)) if a is not None)
+def _check_second(s: Second, name: str, role: str) -> None:
+    for array, what in ((s.scale, "scale"), (s.zero, "zero point"), (s.table, "table"), (np.array([s.offset]), "offset")):
+        if array is not None:
+            _finite(array.reshape(-1).astype(np.float32), "f32", name, f"{what} of the {role}")
+    same = s.zero is None or s.zero.size == s.scale.size
+    if not s.scale.size or not same or (s.table is not None and s.table.size != 256):
+        raise InputError(f"{name}: second level of the {role} has {s.scale.size} scales that do not fit the rest")
 
 
-def _groups(m: Metadata) -> int:
-    return int((m.data.words if isinstance(m.data, Codes) else m.data).shape[1])
+def _fit(data: Codes | Array, shape: tuple[int, int], name: str, role: str, shared: bool = False) -> None:
+    """Refuse an array that is not of this shape; shared: an axis may be 1. Words may be more than are needed."""
+    array, (r, c) = data.words if isinstance(data, Codes) else data, shape
+    wanted, enough = shape, array.shape == shape
+    if isinstance(data, Codes):
+        axis, in_word = data.order.partition("-")[0], data.word // data.bits
+        along = {"columns": (r, -(-c * data.bits // data.word)), "rows": (-(-r * data.bits // data.word), c)}
+        wanted = along.get(axis, (-(-r // in_word), c))
+        enough = array.ndim == 2 and all(have >= want for have, want in zip(array.shape, wanted, strict=True))
+    elif shared:
+        enough = array.ndim == 2 and all(have in (1, want) for have, want in zip(array.shape, shape, strict=True))
+    if not enough:
+        raise InputError(f"{name}: {role} has shape {list(array.shape)}, wanted {list(wanted)}")
 
 
-def _finite(value: Array, name: str, role: str) -> None:
-    wrong = np.argwhere(~np.isfinite(value))
+def _finite(array: Array, kind: Kind, name: str, role: str) -> None:
+    """Refuse floats of which all exponent bits are set; of e4m3 all bits."""
+    if kind == "int":
+        return
+    bits = np.dtype(f"u{array.itemsize}")
+    mask = bits.type({"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80, "e4m3": 0x7F, "e8m0": 0xFF}[kind])
+    wrong = np.argwhere(array.view(bits) & mask == mask)
     if wrong.size:
         at = [int(i) for i in wrong[0]]
-        raise InputError(f"{name}: {role} {at} is {value[tuple(at)]}", hint="the file is damaged, or was quantized from NaN")
+        value = real(array[tuple(at)].reshape(1), kind)[0]
+        raise InputError(f"{name}: {role} {at} is {value}", hint="the file is damaged, or was quantized from NaN")

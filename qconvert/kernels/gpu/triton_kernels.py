@@ -11,7 +11,10 @@ import triton.language as tl
 add = tl.standard._sum_combine  # the interpreter sums by numpy only where it meets this one
 larger = tl.standard._elementwise_max
 # All but those that are launched
-HELPERS = ("sums", "real", "quotient", "codes", "within", "tile", "place", "level", "number", "block_of", "weights", "scaled")
+HELPERS = (
+    *("sums", "real", "quotient", "codes", "within", "tile", "place", "level", "number", "block_of", "weights", "scaled"),
+    "nearest",
+)
 
 
 @triton.jit
@@ -346,8 +349,17 @@ def gemm(
 
 
 @triton.jit
+def nearest(v):
+    """Integers, halves to even: beside 1.5 * 2^23 an f32 has no bits left for a fraction."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def quantize_rows(x, x_stride, out, t, n_columns, group, STEPS: tl.constexpr, STATIC: tl.constexpr, BK: tl.constexpr):
-    """x f32 to i8 by a scale a group of a row: t = max |x| / STEPS, or t as it is with STATIC. Halves go to even."""
+    """x f32 to i8, or to values of e4m3 in f32, by a scale a group of a row: max |x| / STEPS, or t as it is with STATIC.
+
+    Halves go to even.
+    """
     row = tl.program_id(0)
     first = tl.program_id(1) * group
     at = t + row * tl.num_programs(1) + tl.program_id(1)
@@ -367,6 +379,12 @@ def quantize_rows(x, x_stride, out, t, n_columns, group, STEPS: tl.constexpr, ST
         mask = (k < group) & (first + k < n_columns)
         v = tl.load(x + row * x_stride + first + k, mask=mask, other=0).to(tl.float32)
         v = tl.div_rn(v, tl.full((BK,), 1.0, tl.float32) * scale)
-        v = tl.minimum(tl.maximum(v, -128.0), 127.0)
-        v = (v + 12582912.0) - 12582912.0  # 1.5 * 2^23: f32 has no bits left for a fraction
-        tl.store(out + row * n_columns + first + k, v.to(tl.int8), mask=mask)
+        if out.dtype.element_ty == tl.int8:
+            v = nearest(tl.minimum(tl.maximum(v, -128.0), 127.0)).to(tl.int8)
+        else:
+            v = tl.minimum(tl.maximum(v, -448.0), 448.0)
+            # 3 bits below the leading one, which counts as no less than 2^-6
+            exponent = tl.maximum(v.to(tl.uint32, bitcast=True) >> 23 & 255, 121)
+            v = nearest(v * (257 - exponent << 23).to(tl.float32, bitcast=True))
+            v = v * (exponent - 3 << 23).to(tl.float32, bitcast=True)
+        tl.store(out + row * n_columns + first + k, v, mask=mask)

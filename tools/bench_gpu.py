@@ -1,0 +1,105 @@
+"""Measure the fused products of packed weights on a GPU beside cuBLAS and the memory itself: one JSON line per case.
+
+    python tools/bench_gpu.py                     every case
+    python tools/bench_gpu.py gemv "4096 x 4096"  cases whose names contain one of these
+    python tools/bench_gpu.py --record            append the lines to bench_results.jsonl
+
+Weights are W4A16, groups of 128 with f16 scales; x is bf16, and so is cuBLAS's weight. GB/s count the packed weight, x and y
+once. The copy's bandwidth, of bytes read and written, is measured in the same run. Tiles are tuned first. Each round goes over
+as many copies of a weight as no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qconvert.kernels.gpu import reference
+from qconvert.kernels.gpu.check import relative
+from qconvert.kernels.gpu.launch import multiply
+from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part
+from qconvert.kernels.gpu.records import place
+from qconvert.kernels.gpu.tuning import fastest, n_copies, seconds
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "tools" / "bench_results.jsonl"
+Result = dict[str, str | float]
+SHAPES = ((4096, 4096), (11008, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 28672))  # N, K
+ROWS = {"gemv": 1, "gemm": 128}
+GROUP = 128
+
+
+def w4a16(n: int, k: int) -> Operand:
+    rng = np.random.default_rng(0)
+    words = rng.integers(-(2**31), 2**31, (n, k // 8), np.int64).astype(np.int32)
+    scale = Metadata((rng.random((n, k // GROUP)) * 0.01).astype(np.float16), "f16")
+    return Operand("w4a16", (n, k), Codes(words, 4), scale=scale, zero=8.0, block=(1, GROUP))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([partial(target.copy_, source)])
+
+
+def measure(kind: str, n: int, k: int, bandwidth: float) -> Result:
+    m, w = ROWS[kind], w4a16(n, k)
+    nbytes = n * k / 2 + 2 * n * k / GROUP + 2 * m * k + 4 * m * n
+    copies = [place(w, "cuda") for _ in range(n_copies(nbytes))]
+    x = torch.randn((m, k), device="cuda", generator=torch.Generator("cuda").manual_seed(0)).bfloat16()
+    tiles, taken = fastest(x, copies)
+    dense = [torch.randn((n, k), device="cuda").bfloat16() for _ in range(n_copies(2 * n * k))]
+    cublas = seconds([partial(torch.nn.functional.linear, x, weight) for weight in dense])
+    part = Part(0, 64, k)
+    y = multiply(x, copies[0], part=part, tiles=tiles).cpu().numpy()
+    return {
+        "case": f"w4a16 {kind} {n} x {k}, M = {m}",
+        "us": round(taken * 1e6, 2),
+        "cublas_bf16_us": round(cublas * 1e6, 2),
+        "ratio": round(cublas / taken, 2),
+        "gb_per_s": round(nbytes / taken / 1e9, 1),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "of_copy": round(nbytes / taken / bandwidth, 3),
+        "tflops": round(2 * m * n * k / taken / 1e12, 2),
+        "error": float(f"{relative(y, reference.product(x.float().cpu().numpy(), w, part)):.2g}"),
+        "tiles": " ".join(f"{name}={value}" for name, value in tiles._asdict().items() if value is not None),
+    }
+
+
+def cases(wanted: list[str]) -> Iterator[Result]:
+    bandwidth = copy_bandwidth()
+    for kind in ROWS:
+        for n, k in SHAPES:
+            if not wanted or any(word in f"{kind} {n} x {k}" for word in wanted):
+                yield measure(kind, n, k, bandwidth)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="*", help="part of a case's name")
+    parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench_gpu.py needs a GPU, and torch sees none here: nothing was measured", file=sys.stderr)
+        return 1
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for result in cases(args.case):
+        line = json.dumps({**result, "device": torch.cuda.get_device_name(), "commit": commit.stdout.strip()})
+        print(line, flush=True)
+        if args.record:
+            with RESULTS.open("a") as file:
+                file.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
