@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import bench_export
 import bench_onnx
 import bench_pipeline
 import bench_safetensors
@@ -92,6 +93,7 @@ def low_rank(r: int) -> Iterator[Result]:
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_pipeline.CASES,
     **bench_onnx.CASES,
+    **bench_export.CASES,
     **bench_safetensors.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
