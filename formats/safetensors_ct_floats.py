@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qconvert.errors import UsageError
 from qconvert.formats.safetensors_ct import KINDS, SAFETENSORS, quantization_config, weights_args
@@ -22,6 +23,7 @@ from qconvert.run import Reals
 from qconvert.scheme import MINIFLOATS, Scheme, scheme_of
 from qconvert.tensor_layouts import Made, Part, Tensors, tensors
 
+SMALL = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 SIGNED = -128  # what is added to unsigned codes of 8 bits
 SUFFIX = {"f32": "", "f16": "_f16", "bf16": "_bf16"}  # of a scheme's name
 
@@ -119,14 +121,24 @@ def weights(scheme: Scheme) -> dict[str, object]:
     return weights_args(8, kind, "tensor" if level.rows is None else "channel", None)
 
 
+def number_layout(args: Mapping[str, Any], scales: str) -> Tensors | None:
+    """The layout that QuantizationArgs and the dtype of weight_scale mean; None where it is none of these."""
+    bits, strategy = args["num_bits"], args["strategy"]
+    name = {("u8", 4): "mxfp4", ("u8", 8): "mxfp8", ("f8_e4m3", 4): "nvfp4"}.get((scales, bits))
+    if name is None and bits == 8 and scales in SUFFIX and args.get("block_structure") in (None, [128, 128], "128x128"):
+        kind = {"channel": "row", "tensor": "tensor", "block": "b128"}.get(strategy)
+        name = f"{'int8' if args['type'] == 'int' else 'e4m3'}_{kind}{SUFFIX[scales]}"
+    found = NAIVE.get(f"ct_naive.{name}") or PACKED.get(f"ct_fp4.{name}")
+    return found if isinstance(found, Tensors) else None
+
+
 E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 PER_TOKEN = {kind: {**weights_args(8, kind, "token", None), "dynamic": True} for kind in ("int", "float")}
 PER_BLOCK = {**weights_args(8, "float", "group", 128), "dynamic": True}
 MX = {bits: {**weights_args(bits, "float", "group", 32), "dynamic": True, "scale_dtype": E8M0} for bits in (4, 8)}
 
 W8A8 = Numbers("w8a8", "int-quantized", "int8_row", PER_TOKEN["int"])
-FP8 = Numbers("fp8", "float-quantized", "e4m3_row", PER_TOKEN["float"])
-FP8_TENSOR = Numbers("fp8-tensor", "float-quantized", "e4m3_tensor", PER_TOKEN["float"])
+FP8_DYNAMIC = Numbers("fp8-dynamic", "float-quantized", "e4m3_row", PER_TOKEN["float"])
 FP8_BLOCK = Numbers("fp8-block", "float-quantized", "e4m3_b128", PER_BLOCK)
 MXFP8 = Numbers("mxfp8", "mxfp8-quantized", "mxfp8", MX[8])
 MXFP8A16 = Numbers("mxfp8a16", "mxfp8-quantized", "mxfp8")

@@ -9,13 +9,15 @@ from typing import Any
 
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.safetensors_ct import LAYOUTS
+from qconvert.formats.safetensors_ct_floats import SMALL, number_layout
 from qconvert.graph import Attr, Node, Type
 from qconvert.scheme import affine_name
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors
 from qconvert.tensor_layouts import Tensors as Layout
 
-READ = ("pack-quantized",)
+STRATEGIES = ("group", "channel", "tensor", "block", "tensor_group")
+READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", *SMALL)
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,28 @@ class CompressedTensors:
 
     def parameter(self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors) -> Nodes | None:
         module = name.removesuffix(".weight")
-        if not tensors.has(f"{module}.weight_packed"):
+        if not tensors.has(f"{module}.weight_scale"):
             return None
         scales = tensors.find(f"{module}.weight_scale")
         args = self.args_of(module)
+        if not tensors.has(f"{module}.weight_packed") or args["type"] == "float":
+            return self.numbers(name, shape, attrs, tensors, args, scales)
         group = args["group_size"] if args["strategy"] == "group" else None
         kind = f"{'int' if args['symmetric'] else 'uint'}{args['num_bits']}"
         layout = LAYOUTS.get(f"ct.{affine_name(kind, group, scales.dtype)}")
         if not isinstance(layout, Layout):
             raise UnsupportedError(f"{self.where}: {module} has {args['num_bits']} bits, strategy {args['strategy']}: not read")
+        return assembled(name, shape, attrs, tensors, layout)
+
+    def numbers(
+        self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors, args: Mapping[str, Any],
+        scales: TensorInfo,
+    ) -> Nodes:  # fmt: skip
+        """Codes that are numbers of 8 bits, or small floats. Scales may be wider than the model."""
+        layout = number_layout(args, scales.dtype)
+        if layout is None:
+            told = f"{args['type']}{args['num_bits']}, strategy {args['strategy']}, scales in {scales.dtype}"
+            raise UnsupportedError(f"{self.where}: {name} has {told}: not read")
         return assembled(name, shape, attrs, tensors, layout)
 
     def args_of(self, module: str) -> Mapping[str, Any]:
@@ -45,7 +60,9 @@ class CompressedTensors:
         raise InputError(f"{self.where}: no config_group has {module}, whose weight is packed")
 
     def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
-        return None
+        """Ranges of activations belong to the quantized model alone."""
+        kind = info.ref.rpartition(".")[2]
+        return "the range of what a quantized linear reads" if kind in ("input_scale", "input_global_scale") else None
 
 
 def matches(target: str, module: str) -> bool:
@@ -64,7 +81,8 @@ def read(settings: Mapping[str, object], where: str) -> CompressedTensors:
         args = group.get("weights")
         if not isinstance(args, dict) or not isinstance(group.get("targets"), list):
             raise InputError(f"{where}: config_groups.{name} has no weights or targets")
-        if args.get("type") != "int" or args.get("strategy") not in ("group", "channel"):
+        shifted = not args.get("symmetric", True) and form != "pack-quantized"
+        if args.get("strategy") not in STRATEGIES or shifted:
             raise UnsupportedError(f"{where}: {name}: weights of type {args.get('type')}, strategy {args.get('strategy')}")
         found.append((tuple(map(str, group["targets"])), args))
     if settings.get("quantization_status") not in (None, "compressed"):

@@ -7,6 +7,7 @@ from qconvert.formats.safetensors_files import Stored, stored, stored_beside
 from qconvert.formats.safetensors_names import linears, stored_transposed, values
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
+from qconvert.passes.untie_head import is_tied
 from qconvert.tensor_layouts import Tensors
 
 
@@ -34,4 +35,6 @@ def written(graph: Graph, wanted: Wanted) -> Written:
             quantized[name] = dtype.partition(".")[2]
         elif name in matrices:
             left.append(name.removesuffix(".weight"))
+    if is_tied(graph):  # a module of its own, which loaders would give a quantized weight that no file has
+        left.append("lm_head")
     return Written(quantized, tuple(left), wanted)
