@@ -24,6 +24,7 @@ from qconvert.tensor_layouts import Constant, Kind, Made, Part, Tensors, tensors
 SAFETENSORS: Mapping[str, str] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 KINDS: Mapping[str, Kind] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
 SHAPE = Constant("weight_shape", "I64", lambda n, k: (2,), lambda n, k: np.array([n, k], "<i8").tobytes())
+DEQUANTIZE = "CompressedTensorsConfig"  # transformers' settings that do it as weights are loaded
 GROUP, GROUPS = 128, (128, 64, 32)  # the default, and what is tried where rows do not divide; vLLM's kernels take these
 
 
@@ -88,7 +89,7 @@ class PackQuantized:
         asymmetric, several = any(name.startswith("uint") for name in schemes), len(schemes) > 1
         if asymmetric and several:
             return Loading({}, missing="transformers 5.23 loads zero points of one group size only")
-        return Loading({} if several else {"dequantize": True}, written.wanted.dtype)
+        return Loading({} if several else {"dequantize": DEQUANTIZE}, written.wanted.dtype)
 
 
 W4A16 = PackQuantized("w4a16", "int4", 4)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qconvert.errors import UsageError
-from qconvert.formats.safetensors_ct import KINDS, SAFETENSORS, quantization_config, weights_args
+from qconvert.formats.safetensors_ct import DEQUANTIZE, KINDS, SAFETENSORS, quantization_config, weights_args
 from qconvert.formats.safetensors_ct_check import decompressed_rows
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.report import Row
@@ -95,7 +95,7 @@ class Numbers:
 
     def loading(self, written: Written) -> Loading:
         rounded = self.rounded(written)
-        return Loading({"dequantize": True}, written.wanted.dtype if rounded == "f32" else rounded)
+        return Loading({"dequantize": DEQUANTIZE}, written.wanted.dtype if rounded == "f32" else rounded)
 
     def rounded(self, written: Written) -> str:
         """What compressed-tensors rounds dequantized weights to: the dtype of scales, where these are small floats bf16."""

@@ -59,10 +59,10 @@ def load(folder: Path, loading: Loading) -> Model:
     from transformers import AutoModelForCausalLM
 
     arguments = dict(loading.arguments)
-    if arguments.pop("dequantize", False):
-        from transformers import CompressedTensorsConfig
+    if settings := arguments.pop("dequantize", None):
+        import transformers
 
-        arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+        arguments["quantization_config"] = getattr(transformers, settings)(dequantize=True)
     with quiet():
         model, told = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
         model.eval()

@@ -78,6 +78,7 @@ _AMD, _NO_AMD = "gfx942 gfx1100", "has no kernel for AMD GPUs"
 _CT, _CT_SOURCE = "5.23 with compressed-tensors 0.20", "its documentation; run on a CPU alone"
 _NEWER = "after 0.15.1"  # the newest whose table of hardware was seen with its version
 _FP8 = "fp8 fp8-tensor fp8-static fp8-block"
+_FINE = "finegrained-fp8 finegrained-mxfp8"
 _MX = "mxfp4 mxfp4a16 mxfp8 mxfp8a16"
 _OLD_TORCH, _DENSE = "torch 2.14 or older for CUDA 12.6", "expanding the weights to 16 bits"
 _ONNX = "fp32 fp16 int4 int8 uint4 uint8"
@@ -96,8 +97,8 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "w4a16 w4a16-asym", "vLLM", _NEWER, "its sources: CPUWNA16", others="cpu"),
     Rule("safetensors", "w8a8 w8a8-static", "vLLM", "0.15.1", f"{_VLLM}, INT8 W8A8", min_cc=75, max_cc=99, others="cpu",
          never=f"sm_100 {_AMD}", why="has INT8 kernels for sm_75 to sm_90 and CPUs alone"),
-    Rule("safetensors", _FP8, "vLLM", "0.15.1", f"{_VLLM}, FP8 W8A8", min_cc=89, others="gfx942", never="cpu",
-         why="multiplies FP8 on GPUs alone"),
+    Rule("safetensors", f"{_FP8} finegrained-fp8", "vLLM", "0.15.1", f"{_VLLM}, FP8 W8A8", min_cc=89, others="gfx942",
+         never="cpu", why="multiplies FP8 on GPUs alone"),
     Rule("safetensors", _FP8, "vLLM", _NEWER, "its documentation, FP8 W8A8", min_cc=75, max_cc=88, how="weights alone are FP8"),
     Rule("safetensors", "nvfp4 nvfp4a16", "vLLM", _NEWER, f"{_VLLM}: Marlin", min_cc=75, max_cc=99,
          how="weights alone are FP4"),
@@ -129,6 +130,7 @@ RULES: tuple[Rule, ...] = (
          min_cc=50, others="cpu", how="{torch}"),
     Rule("safetensors", f"w4a16 w8a16 w8a8 w8a8-static {_FP8} {_MX}", "transformers", _CT, _CT_SOURCE,
          min_cc=50, others="cpu", how="{torch}", dense=True),
+    Rule("safetensors", _FINE, "transformers", "5.23", "run on a CPU", others="cpu", dense=True),
     Rule("safetensors", "w4a16-asym", "transformers", _CT, _CT_SOURCE, min_cc=50, others="cpu", dense=True,
          how="no mixtures of experts, CompressedTensorsConfig(dequantize=True) for the rest; {torch}"),
     Rule("safetensors", "nvfp4 nvfp4a16", "transformers", _CT, _CT_SOURCE, min_cc=50, others="cpu", dense=True,
@@ -144,7 +146,7 @@ ADVICE = (
 BITS: Mapping[str, int] = {
     **dict.fromkeys(f"w4a16 nf4 nf4-single w4a16-asym {_GPTQ} awq mlx fp4 fp4-single hqq torchao".split(), 4),
     **dict.fromkeys(("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"), 4),
-    **dict.fromkeys(f"w8a16 w8a8 w8a8-static {_FP8} mxfp8 mxfp8a16 int8-bnb".split(), 8),
+    **dict.fromkeys(f"w8a16 w8a8 w8a8-static {_FP8} {_FINE} mxfp8 mxfp8a16 int8-bnb".split(), 8),
     **dict.fromkeys(("fp16", "bf16"), 16),
     "bitnet": 2,
     "fp32": 32,
