@@ -138,7 +138,8 @@ PER_BLOCK = {**weights_args(8, "float", "group", 128), "dynamic": True}
 MX = {bits: {**weights_args(bits, "float", "group", 32), "dynamic": True, "scale_dtype": E8M0} for bits in (4, 8)}
 
 W8A8 = Numbers("w8a8", "int-quantized", "int8_row", PER_TOKEN["int"])
-FP8_DYNAMIC = Numbers("fp8-dynamic", "float-quantized", "e4m3_row", PER_TOKEN["float"])
+FP8 = Numbers("fp8", "float-quantized", "e4m3_row", PER_TOKEN["float"])
+FP8_TENSOR = Numbers("fp8-tensor", "float-quantized", "e4m3_tensor", PER_TOKEN["float"])
 FP8_BLOCK = Numbers("fp8-block", "float-quantized", "e4m3_b128", PER_BLOCK)
 MXFP8 = Numbers("mxfp8", "mxfp8-quantized", "mxfp8", MX[8])
 MXFP8A16 = Numbers("mxfp8a16", "mxfp8-quantized", "mxfp8")
