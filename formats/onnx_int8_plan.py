@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qconvert.calibration import Calibration, calibration_of, ranges_of
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.formats.onnx_calibration import Calibration, calibration_of, ranges_of
 from qconvert.formats.onnx_columns import PREFIX
 from qconvert.formats.onnx_mixtures import routers
 from qconvert.graph import Attr, Graph

@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from qconvert.calibration import Calibration, calibration_of, ranges_of
 from qconvert.companions import carried, tokenizer_of
 from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.formats.safetensors_config import config_of
-from qconvert.formats.safetensors_dialects import PLAIN, Dialect, Wanted, dialect_of, passes_of
+from qconvert.formats.safetensors_dialects import PLAIN, Dialect, FixedRanges, Wanted, dialect_of, passes_of
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
 from qconvert.formats.safetensors_split import split_plans
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
-from qconvert.graph import Graph
+from qconvert.graph import Attr, Graph
+from qconvert.passes.quantize_activations import QuantizeActivations
 from qconvert.pipeline import Pass
 from qconvert.placement import placement_of
 from qconvert.provenance import names_of, provenance
@@ -57,6 +59,7 @@ class Options:
     files: Mapping[str, bytes]
     config: Mapping[str, object]
     metadata: Mapping[str, str]
+    calibration: Calibration | None = None  # where ranges of activations are fixed; None in a dry run, which reads no weight
 
 
 class Safetensors:
@@ -76,9 +79,15 @@ class Safetensors:
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else MAX_NBYTES
         metadata = {"format": "pt", **provenance(source, graph, dialect.name)}
         wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant, request.bits)
+        tokenizer, calibration = tokenizer_of(source, graph), None
+        if fixes_ranges(dialect):
+            calibration = calibration_of(request, source.store, tokenizer)
+        elif request.calibrate:
+            why = f"--calibrate {request.calibrate}: {dialect.name} has no fixed ranges of activations"
+            raise UsageError(why, hint="--quant w8a8-static")
         return Options(
-            dialect, wanted, request.fallback, limit, tokenizer_of(source, graph), carried(source),
-            config_of(source, graph, dtype), metadata,
+            dialect, wanted, request.fallback, limit, tokenizer, carried(source), config_of(source, graph, dtype), metadata,
+            None if request.dry_run else calibration,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -92,9 +101,10 @@ class Safetensors:
             raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
         name = options.dialect.name
         own = passes_of(options.dialect, types, options.wanted, together(graph, types))
-        passes: tuple[Pass, ...] = (*first, *own)
+        ranges, told = fixed_ranges(graph, options, types)
+        passes: tuple[Pass, ...] = (*first, *own, *([QuantizeActivations(name, ranges)] if ranges else []))
         shown = fallbacks if options.fallback == "warn" else []
-        return Legal(passes, name, tuple(shown), notes(graph, types))
+        return Legal(passes, name, tuple(shown), (*notes(graph, types), *told))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.dialect.name]))
@@ -183,6 +193,24 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[
                 why = f"rows of {kind.dims[1]} do not divide into groups of {wanted}"
                 fallbacks.append({"tensor": name, "wanted": f"groups of {wanted}", "got": f"of {group}", "reason": why})
     return types, fallbacks
+
+
+def fixes_ranges(dialect: Dialect) -> bool:
+    return isinstance(dialect, FixedRanges) and dialect.fixed is not None
+
+
+def fixed_ranges(
+    graph: Graph, options: Options, types: Mapping[str, str]
+) -> tuple[dict[str, Mapping[str, Attr]], tuple[str, ...]]:
+    """Linear -> attributes of quantize-activations, and a note that says whose ranges they are."""
+    dialect = options.dialect
+    if not isinstance(dialect, FixedRanges) or dialect.fixed is None:
+        return {}, ()
+    found, told = ranges_of(graph, options.calibration) if options.calibration else ({}, None)
+    linears = [n for n, node in graph.nodes.items() if node.op == "linear" and scheme_of(types.get(node.inputs[1], ""))]
+    ranges = {n: found[n]["round_input"] if found else (0.0, 0.0) for n in linears}
+    grids: dict[str, Mapping[str, Attr]] = {n: {"round_input": dialect.range_of(*r, options.wanted)} for n, r in ranges.items()}
+    return grids, (told,) if told else ()
 
 
 def together(graph: Graph, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -10,20 +10,26 @@ Source: compressed_tensors/compressors of version 0.20 (naive_quantized, nvfp4, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qconvert.errors import UsageError
+from qconvert.float_weights import E4M3_STEPS, INT8_STEPS, divisor_of
 from qconvert.formats.safetensors_ct import DEQUANTIZE, KINDS, SAFETENSORS, quantization_config, weights_args
 from qconvert.formats.safetensors_ct_check import decompressed_rows
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
+from qconvert.graph import Attr
+from qconvert.kernels import scales_of
 from qconvert.report import Row
 from qconvert.run import Reals
 from qconvert.scheme import MINIFLOATS, Scheme, scheme_of
 from qconvert.tensor_layouts import Made, Part, Tensors, tensors
 
 SMALL = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+RANGES = ("input_scale", "input_global_scale")
 SIGNED = -128  # what is added to unsigned codes of 8 bits
 SUFFIX = {"f32": "", "f16": "_f16", "bf16": "_bf16"}  # of a scheme's name
 
@@ -62,7 +68,7 @@ PACKED = Made("ct_fp4", fp4, ["nvfp4", "mxfp4"])
 class Numbers:
     """kind: of a scheme's name, before the dtype of scales; form: compressed-tensors' name of the layout.
 
-    inputs: QuantizationArgs of activations; None: they stay as they are.
+    inputs: QuantizationArgs of activations; None: they stay as they are. fixed: their kind, where ranges are taken beforehand.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Numbers:
     kind: str
     inputs: Mapping[str, object] | None = None
     layouts: str = "ct_naive"
+    fixed: str | None = None
 
     @property
     def solver(self) -> str:
@@ -90,12 +97,25 @@ class Numbers:
     def config(self, written: Written) -> Mapping[str, object]:
         return {"quantization_config": quantization_config(written, self.form, weights, self.inputs)}
 
+    def range_of(self, low: float, high: float, wanted: Wanted) -> dict[str, Attr]:
+        """input_scale, in the model's dtype; of nvfp4 input_global_scale, which its scales are divided by."""
+        peak = max(abs(low), abs(high))
+        if self.fixed == "nvfp4":
+            return {"name": "input_global_scale", "dtype": "f32", "value": float(divisor_of(peak))}
+        steps = INT8_STEPS if self.fixed == "int8" else E4M3_STEPS
+        scale = scales_of(np.array([peak], np.float32), steps, wanted.dtype)
+        return {"name": "input_scale", "dtype": wanted.dtype, "value": float(scale[0])}
+
     def byte_rows(self, folder: Path, reals: Reals, written: Written) -> list[Row]:
         return decompressed_rows(folder, reals, written, self.form, self.rounded(written))
 
     def loading(self, written: Written) -> Loading:
+        return replace(self.rounding(written), arguments={"dequantize": DEQUANTIZE}, unused=RANGES)
+
+    def rounding(self, written: Written) -> Loading:
+        """By default activations are rounded as a runtime would, and weights are what they are."""
         rounded = self.rounded(written)
-        return Loading({"dequantize": DEQUANTIZE}, written.wanted.dtype if rounded == "f32" else rounded)
+        return Loading({}, written.wanted.dtype if rounded == "f32" else rounded)
 
     def rounded(self, written: Written) -> str:
         """What compressed-tensors rounds dequantized weights to: the dtype of scales, where these are small floats bf16."""
@@ -136,13 +156,17 @@ E4M3, E8M0 = "torch.float8_e4m3fn", "torch.uint8"
 PER_TOKEN = {kind: {**weights_args(8, kind, "token", None), "dynamic": True} for kind in ("int", "float")}
 PER_BLOCK = {**weights_args(8, "float", "group", 128), "dynamic": True}
 MX = {bits: {**weights_args(bits, "float", "group", 32), "dynamic": True, "scale_dtype": E8M0} for bits in (4, 8)}
+LOCAL = {**weights_args(4, "float", "tensor_group", 16), "dynamic": "local", "scale_dtype": E4M3}
 
 W8A8 = Numbers("w8a8", "int-quantized", "int8_row", PER_TOKEN["int"])
+W8A8_STATIC = Numbers("w8a8-static", "int-quantized", "int8_row", weights_args(8, "int", "tensor", None), fixed="int8")
 FP8 = Numbers("fp8", "float-quantized", "e4m3_row", PER_TOKEN["float"])
 FP8_TENSOR = Numbers("fp8-tensor", "float-quantized", "e4m3_tensor", PER_TOKEN["float"])
+FP8_STATIC = Numbers("fp8-static", "float-quantized", "e4m3_tensor", weights_args(8, "float", "tensor", None), fixed="e4m3")
 FP8_BLOCK = Numbers("fp8-block", "float-quantized", "e4m3_b128", PER_BLOCK)
 MXFP8 = Numbers("mxfp8", "mxfp8-quantized", "mxfp8", MX[8])
 MXFP8A16 = Numbers("mxfp8a16", "mxfp8-quantized", "mxfp8")
+NVFP4 = Numbers("nvfp4", "nvfp4-pack-quantized", "nvfp4", LOCAL, "ct_fp4", "nvfp4")
 NVFP4A16 = Numbers("nvfp4a16", "nvfp4-pack-quantized", "nvfp4", layouts="ct_fp4")
 MXFP4 = Numbers("mxfp4", "mxfp4-pack-quantized", "mxfp4", MX[4], "ct_fp4")
 MXFP4A16 = Numbers("mxfp4a16", "mxfp4-pack-quantized", "mxfp4", layouts="ct_fp4")

@@ -9,7 +9,7 @@ from typing import Any
 
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.safetensors_ct import LAYOUTS
-from qconvert.formats.safetensors_ct_floats import SMALL, number_layout
+from qconvert.formats.safetensors_ct_floats import RANGES, SMALL, number_layout
 from qconvert.graph import Attr, Node, Type
 from qconvert.scheme import affine_name
 from qconvert.sources import TensorInfo
@@ -61,8 +61,7 @@ class CompressedTensors:
 
     def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
         """Ranges of activations belong to the quantized model alone."""
-        kind = info.ref.rpartition(".")[2]
-        return "the range of what a quantized linear reads" if kind in ("input_scale", "input_global_scale") else None
+        return "the range of what a quantized linear reads" if info.ref.rpartition(".")[2] in RANGES else None
 
 
 def matches(target: str, module: str) -> bool:

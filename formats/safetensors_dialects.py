@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
 from qconvert.errors import UsageError
+from qconvert.graph import Attr
 from qconvert.moves import moves
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -84,6 +85,30 @@ class OwnPasses(Protocol):
     def passes(self, types: Mapping[str, str], wanted: Wanted) -> tuple[Pass, ...]: ...
 
 
+@runtime_checkable
+class FixedRanges(Protocol):
+    """A dialect that has activations of ranges taken beforehand from a text, where `fixed` says of what kind."""
+
+    @property
+    def fixed(self) -> str | None: ...
+
+    def range_of(self, low: float, high: float, wanted: Wanted) -> dict[str, Attr]:
+        """{name, dtype, value} of the tensor [1] beside the weight of a linear that reads values from low to high."""
+        ...
+
+
+@runtime_checkable
+class RoundsActivations(Protocol):
+    """A dialect whose runtime rounds what linears read, where `inputs` says how: compressed-tensors' QuantizationArgs."""
+
+    @property
+    def inputs(self) -> Mapping[str, object] | None: ...
+
+    def rounding(self, written: Written) -> Loading:
+        """How transformers runs it with activations rounded."""
+        ...
+
+
 def passes_of(
     dialect: Dialect, types: Mapping[str, str], wanted: Wanted, together: Mapping[str, tuple[str, ...]]
 ) -> tuple[Pass, ...]:
@@ -97,6 +122,7 @@ class Loading:
     """arguments: of from_pretrained, made where transformers is there; missing: why it cannot be run.
 
     rounded: dtype that dequantized weights are rounded to as they are loaded; then: the model's method that dequantizes it.
+    unused: last names of tensors that this way of loading leaves out.
     """
 
     arguments: Mapping[str, Any]
@@ -104,6 +130,7 @@ class Loading:
     missing: str | None = None
     kind: str = "runtime transformers"
     then: str | None = None
+    unused: tuple[str, ...] = ()
 
 
 def first_that_holds(stored: Scheme, names: Iterable[str]) -> str | None:

@@ -70,9 +70,10 @@ def load(folder: Path, loading: Loading) -> Model:
             model = getattr(model, loading.then)(torch.float32).float()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # some decompress at the first call
-        model = model.float()
-    complaints = [f"{kind.removesuffix('_keys')}: {key}" for kind in KINDS for key in sorted(map(str, told.get(kind, ())))]
-    return Model(model, complaints)
+        torch.nn.Module.float(model)  # transformers' own refuses what was quantized, even where it is no more
+    found = [(kind, key) for kind in KINDS for key in sorted(map(str, told.get(kind, ())))]
+    left_out = {(kind, key) for kind, key in found if kind == "unexpected_keys" and key.rpartition(".")[2] in loading.unused}
+    return Model(model, [f"{kind.removesuffix('_keys')}: {key}" for kind, key in found if (kind, key) not in left_out])
 
 
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

@@ -10,7 +10,10 @@ from importlib import import_module
 
 from qconvert.errors import QConvertError, UnsupportedError
 
-CT_FLOATS = ("w8a8", "fp8", "fp8-tensor", "fp8-block", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16")
+CT_FLOATS = (
+    "w8a8", "w8a8-static", "fp8", "fp8-tensor", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8",
+    "mxfp8a16",
+)  # fmt: skip
 BUILTIN: Mapping[str, Mapping[str, str]] = {
     "passes": {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",

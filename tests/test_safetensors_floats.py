@@ -25,6 +25,7 @@ from qconvert.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 TINY, LORA = ROOT / "golden" / "tiny", ROOT / "golden" / "tiny-lora"
+RANGES = ("input_scale", "input_global_scale")
 FINE = ("finegrained-fp8", "finegrained-mxfp8")
 LAYOUTS = (
     "ct_naive.int8_row_bf16", "ct_naive.e4m3_row_bf16", "ct_naive.e4m3_tensor", "ct_naive.e4m3_b128_f16", "ct_naive.mxfp8",
@@ -130,6 +131,9 @@ def test_folder_gives_in_transformers_the_logits_of_the_graph(quant: str, tmp_pa
     oracle = "transformers' dequantization" if quant in FINE else "compressed-tensors' decompressor"
     for what in ("runtime transformers", "bytes by safetensors", oracle):
         assert rows[what].verdict == "pass"
+    if not quant.endswith("a16") and quant not in FINE:
+        rounded, price = rows["runtime transformers, rounded activations"].value, rows["price of rounded activations"].value
+        assert rounded is not None and price is not None and rounded < 1e-6 and price > 1e-3  # measured 0, and 1.7e-3 to 0.1
     size = result.report.accounting["size"]
     assert size["total"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
 
@@ -175,6 +179,33 @@ def test_w8a8_and_fp8_are_what_compressed_tensors_makes_of_the_weights(tmp_path:
             assert torch.equal(found[name].view(torch.uint8), want["weight"].view(torch.uint8))
 
 
+def test_fixed_ranges_are_those_of_the_text(tmp_path: Path) -> None:
+    """The largest activation of the first layer is one of the normed embeddings of the text's tokens."""
+    (tmp_path / "text").write_text("A class is a class is a class. " * 20)
+    found = written("w8a8-static", tmp_path / "out", calibrate=tmp_path / "text")
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(TINY)
+    weights = load_file(TINY / "model.safetensors")
+    x = weights["model.embed_tokens.weight"].float()[tokenizer((tmp_path / "text").read_text()).input_ids]
+    norm = weights["model.layers.0.input_layernorm.weight"].float()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm
+    want = (normed.abs().max() / 127.5).bfloat16()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert found[f"model.layers.0.self_attn.{name}.input_scale"].tolist() == [want]
+    other = written("w8a8-static", tmp_path / "other")
+    assert not torch.equal(other["model.layers.0.self_attn.q_proj.input_scale"], want[None])
+
+
+def test_ranges_are_refused_where_nothing_is_fixed_and_not_taken_in_a_dry_run(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("words")
+    with pytest.raises(UsageError, match="fp8 has no fixed ranges") as caught:
+        convert(TINY, to="safetensors", quant="fp8", calibrate=tmp_path / "text", dry_run=True)
+    assert caught.value.hint == "--quant w8a8-static"
+    planned = convert(TINY, to="safetensors", quant="nvfp4", dry_run=True).report
+    made = convert(TINY, to="safetensors", quant="nvfp4", output=tmp_path / "out", check=False).report
+    assert planned.accounting["size"] == made.accounting["size"]
+    assert any(note.startswith("ranges of activations are of") for note in made.notes) and not planned.notes
+
+
 def test_a_tied_head_is_left_alone_where_nothing_is_dequantized(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
@@ -201,7 +232,8 @@ def test_codes_of_a_folder_are_carried_over(quant: str, tmp_path: Path) -> None:
     assert any("21 weights keep their codes" in note for note in result.report.notes)
     second = load_file(tmp_path / "second" / "model.safetensors")
     assert first.keys() == second.keys()
-    assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
+    weights = [name for name in first if not name.endswith(RANGES)]  # ranges are those of the dequantized model
+    assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in weights)
 
 
 def test_a_folder_of_small_floats_becomes_gguf_and_what_rounding_again_costs_is_told(tmp_path: Path) -> None:

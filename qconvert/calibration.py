@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from qconvert.companions import n_vocab
 from qconvert.emit import default_threads
 from qconvert.errors import InputError, UnsupportedError, UsageError, uninterrupted
 from qconvert.graph import Attr, Graph, Node
-from qconvert.passes.untie_head import embedding_of
 from qconvert.request import Request
 from qconvert.sources import Store
 from qconvert.tokenizer import Tokenizer, hard_corpus
@@ -64,9 +64,7 @@ def calibration_of(request: Request, store: Store, tokenizer: Tokenizer | None) 
 def ranges_of(graph: Graph, calibration: Calibration) -> tuple[dict[str, dict[str, Range]], str]:
     """Linear -> round_input, round_output -> its range, bias left out; and a note that says which text they are of."""
     context = cast(int, cast(Mapping[str, Attr], graph.meta["config"])["context"])
-    table = embedding_of(graph)
-    assert table is not None
-    sequences = cut(calibration, graph.nodes[table].type.dims[0], min(LENGTH, context))
+    sequences = cut(calibration, n_vocab(graph), min(LENGTH, context))
     start, n = time.perf_counter(), sum(map(len, sequences))
     with uninterrupted():
         from qconvert.check import torch_threads  # loads torch
