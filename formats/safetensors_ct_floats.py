@@ -91,8 +91,8 @@ class Numbers:
         return None if k % scheme_named(name).block else name
 
     def carrying(self, stored: Scheme, n: int, k: int, wanted: Wanted) -> str | None:
-        """Codes of the same kind, whatever dtype their scales have."""
-        return stored.name if stored.name in (self.kind, *(self.kind + suffix for suffix in SUFFIX.values())) else None
+        """Codes whose scales have the model's dtype: transformers rounds others to it as it loads them."""
+        return stored.name if stored.name == self.scheme(n, k, wanted) else None
 
     def config(self, written: Written) -> Mapping[str, object]:
         return {"quantization_config": quantization_config(written, self.form, weights, self.inputs)}

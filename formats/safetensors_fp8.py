@@ -64,7 +64,9 @@ class Fine:
         return self.kind if whole else None
 
     def carrying(self, stored: Scheme, n: int, k: int, wanted: Wanted) -> str | None:
-        return self.kind if stored.name == self.scheme(n, k, wanted) else None
+        """Codes of the same kind, whatever dtype their scales have."""
+        same = stored.name in (self.kind, *(self.kind + suffix for suffix in SUFFIX.values()))
+        return stored.name if same and self.scheme(n, k, wanted) else None
 
     def config(self, written: Written) -> Mapping[str, object]:
         block = [1, 32] if self.kind == MX else [BLOCK, BLOCK]

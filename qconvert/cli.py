@@ -83,7 +83,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip
 @click.option("--operators", type=click.Choice(["qdq", "qoperator"]),
               help="ONNX w8a8: MatMul of dequantized codes (default), or QLinearMatMul.")  # fmt: skip
-@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="ONNX w8a8: the text that ranges are of.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Fixed ranges of activations: their text.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
               help="In place of the model's own, which a GGUF may hold in a form that is not read.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")

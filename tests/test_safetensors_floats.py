@@ -236,6 +236,29 @@ def test_codes_of_a_folder_are_carried_over(quant: str, tmp_path: Path) -> None:
     assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in weights)
 
 
+@pytest.mark.parametrize("quants", [("fp8-block", "finegrained-fp8"), ("mxfp8a16", "finegrained-mxfp8")])
+def test_codes_move_between_compressed_tensors_and_transformers_own_fp8(quants: tuple[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("compressed_tensors")
+    first = written(quants[0], tmp_path / "first")
+    output = tmp_path / "second"
+    convert(tmp_path / "first", to="safetensors", quant=quants[1], output=output, require_verified=True, threads=1)
+    second = load_file(output / "model.safetensors")
+    old, new = ("_scale" if quant in CT_FLOATS else "_scale_inv" for quant in quants)
+    for name in [name for name in first if name.endswith("_proj.weight")]:
+        assert torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8))
+        assert torch.equal(first[name + old], second[name + new])
+
+
+def test_scales_that_transformers_would_round_as_it_loads_them_are_not_carried_over(tmp_path: Path) -> None:
+    """compressed-tensors keeps scales in the model's dtype, whatever the file has; those of transformers' own fp8 are f32."""
+    pytest.importorskip("compressed_tensors")
+    written("finegrained-fp8", tmp_path / "first")
+    output = tmp_path / "second"
+    result = convert(tmp_path / "first", to="safetensors", quant="fp8-block", output=output, require_verified=True, threads=1)
+    assert any("21 weights are rounded a second time" in note for note in result.report.notes)
+
+
 def test_a_folder_of_small_floats_becomes_gguf_and_what_rounding_again_costs_is_told(tmp_path: Path) -> None:
     written("nvfp4a16", tmp_path / "first")
     result = convert(tmp_path / "first", to="gguf", quant="q8_0", output=tmp_path / "out.gguf", threads=1)
