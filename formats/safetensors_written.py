@@ -7,6 +7,7 @@ from qconvert.formats.safetensors_files import Stored, stored, stored_beside
 from qconvert.formats.safetensors_names import linears, stored_transposed, values
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
+from qconvert.passes.untie_head import HEAD, has_head, is_tied
 from qconvert.tensor_layouts import Tensors
 
 
@@ -28,10 +29,14 @@ def written(graph: Graph, wanted: Wanted) -> Written:
     """Of a graph of packed weights."""
     quantized, left = {}, []
     matrices = linears(graph, heads=True)
-    for name in graph.parameters():
+    for name in graph.apart():
         dtype = graph.nodes[name].type.dtype
         if "." in dtype:
             quantized[name] = dtype.partition(".")[2]
         elif name in matrices:
             left.append(name.removesuffix(".weight"))
+    if is_tied(graph):
+        left.append(HEAD.removesuffix(".weight"))  # a module of its own all the same
+    if not has_head(graph):
+        left.append("pooler.dense")  # which transformers makes, and no file has
     return Written(quantized, tuple(left), wanted)
