@@ -292,6 +292,8 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, 
         quant = quant_of(graph, name, options.quant, options.any_quant)
         held = gathered(options.quant) if name == embedding else options.quant
         keeps = kept(graph, name, held, options.group, options.any_quant, options.any_group)
+        if name in alike and len({graph.nodes[n].type.dtype for n in alike}) > 1:
+            keeps = None  # both weights of an expert get the same groups
         if keeps and (options.form.contrib or name == embedding or COLUMNS[f"{COLUMNS_PREFIX}.{keeps}"].fits(dims[0])):
             wanted = types[name] = keeps
         else:

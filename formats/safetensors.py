@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import ClassVar
 
 from qconvert.calibration import Calibration, calibration_of, ranges_of
-from qconvert.companions import carried, tokenizer_of
+from qconvert.companions import carried, sentence_files, tokenizer_of
 from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.formats.safetensors_config import config_of
 from qconvert.formats.safetensors_dialects import PLAIN, Dialect, FixedRanges, Wanted, dialect_of, passes_of
+from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices, expert_scheme, refuse_mixture
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
-from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, refuse_mixtures
+from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
 from qconvert.formats.safetensors_split import split_plans
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Attr, Graph
+from qconvert.layouts import layout_of
 from qconvert.passes.quantize_activations import QuantizeActivations
+from qconvert.passes.untie_head import has_head
 from qconvert.pipeline import Pass
 from qconvert.placement import placement_of
 from qconvert.provenance import names_of, provenance
@@ -38,6 +41,8 @@ from qconvert.weights import Weights
 
 BITS = {4: "w4a16", 8: "w8a16", 16: "bf16"}
 ASYMMETRIC = {"w4a16": "w4a16-asym", "gptq": "gptq-asym", "gptq-v2": "gptq-v2-asym"}
+NO_POOLER = "pooler.dense is not written: AutoModel.from_pretrained(folder, add_pooling_layer=False) makes no random one"
+READ_TOO = (".safetensors", ".safetensors.index.json", "adapter_config.json")  # names that end so
 # fields of a request that mean nothing here
 NOT_HERE = {
     "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
@@ -72,6 +77,7 @@ class Safetensors:
                 raise UnsupportedError(f"{flag}: --to safetensors has no such choice")
         if source.swap:
             raise UnsupportedError("--adapters swap: safetensors are written merged", hint="--to onnx, or PEFT loads adapters")
+        refuse_own_folder(request, source)
         dialect = chosen(request)
         dtype = PLAIN.get(dialect.name) or plain_dtype(graph)
         if dialect.name in PLAIN and request.group is not None:
@@ -86,24 +92,31 @@ class Safetensors:
             why = f"--calibrate {request.calibrate}: {dialect.name} has no fixed ranges of activations"
             raise UsageError(why, hint="--quant w8a8-static")
         return Options(
-            dialect, wanted, request.fallback, limit, tokenizer, carried(source), config_of(source, graph, dtype), metadata,
+            dialect, wanted, request.fallback, limit, tokenizer,
+            {**carried(source), **sentence_files(source.checkpoint.folder)}, config_of(source, graph, dtype), metadata,
             None if request.dry_run else calibration,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Schemes from shapes alone. UnsupportedError where one does not fit and --fallback error asked for it."""
-        refuse_mixtures(graph)
-        by = family_of(graph).norm_offset
+        refuse_mixture(graph, options.dialect, options.wanted)
+        by, split = family_of(graph).norm_offset, SplitExperts()
         first: tuple[Pass, ...] = (KeepOffset(by, options.wanted.dtype),) if by else ()
+        if (apart := split(graph)) != graph:
+            graph, first = apart, (*first, split)
         types, fallbacks = types_of(graph, options)
         if fallbacks and options.fallback == "error":
             first_left = fallbacks[0]
             raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
         name = options.dialect.name
+        if options.dialect.layouts and not any(map(scheme_of, types.values())):
+            why = f"first {fallbacks[0]['tensor']}: {fallbacks[0]['reason']}" if fallbacks else "there are no linear maps"
+            raise UnsupportedError(f"{name}: no weight can be quantized so; {why}", hint="--quant bf16, or --to gguf or onnx")
         own = passes_of(options.dialect, types, options.wanted, together(graph, types))
         ranges, told = fixed_ranges(graph, options, types)
         passes: tuple[Pass, ...] = (*first, *own, *([QuantizeActivations(name, ranges)] if ranges else []))
         shown = fallbacks if options.fallback == "warn" else []
+        told = (*told, *(() if has_head(graph) else (NO_POOLER,)))
         return Legal(passes, name, tuple(shown), (*notes(graph, types), *told))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
@@ -122,6 +135,7 @@ class Safetensors:
                 files[INDEX] = index(split)
             plans = [file_plan(path, shard, options.metadata) for shard in split]
         plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
+        refuse_others(path, {plan.path.name for plan in plans})
         return Plan(tuple(plans), path)
 
     def prove(
@@ -146,6 +160,20 @@ class Safetensors:
             return verify(path, source, merged, threads)
 
 
+def refuse_own_folder(request: Request, source: Source) -> None:
+    """An output in the place of an input is one that cannot be made again."""
+    mine = {root.resolve() for root in source.store.roots.values()}
+    if request.output is not None and Path(request.output).resolve() in mine:
+        raise UsageError(f"{request.output} is the folder that is read", hint="-o another one")
+
+
+def refuse_others(folder: Path, names: set[str]) -> None:
+    """Files that --force would leave there, and that loaders read instead of what is written or with it."""
+    found = sorted(p.name for p in folder.glob("*") if p.name.endswith(READ_TOO)) if folder.is_dir() else []
+    if left := [name for name in found if name not in names]:
+        raise UsageError(f"{folder / left[0]} would be read with the new files", hint="remove it, or -o another folder")
+
+
 def chosen(request: Request) -> Dialect:
     """4 bits in compressed-tensors by default."""
     if not request.quant and request.bits is not None and request.bits not in BITS:
@@ -161,10 +189,11 @@ def chosen(request: Request) -> Dialect:
 
 
 def plain_dtype(graph: Graph) -> str:
-    """What most weights came in."""
+    """What most matrices came in; a GGUF's quantized ones count by their scales, and its vectors are always f32."""
     counts: dict[str, int] = {}
-    for name in graph.parameters():
+    for name in (n for n in graph.parameters() if len(graph.nodes[n].type.shape) > 1):
         dtype = graph.root(name).type.dtype
+        dtype = layout_of(dtype).scheme.levels[0].dtype if "." in dtype else dtype
         if dtype in FLOATS:
             counts[dtype] = counts.get(dtype, 0) + 1
     most = max(counts, key=counts.__getitem__, default="bf16")
@@ -173,16 +202,22 @@ def plain_dtype(graph: Graph) -> str:
 
 def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Weight -> scheme or dtype, and what did not get what was asked for."""
-    types, fallbacks, matrices, norms = {}, [], linears(graph), offset_norms(graph)
-    for name in [n for n in graph.parameters() if n not in norms]:
+    types, fallbacks, norms, turned = {}, [], offset_norms(graph), stored_transposed(graph)
+    matrices = linears(graph) | turned
+    experts, one = expert_matrices(graph), expert_scheme(graph, options.dialect, options.wanted)
+    for name in [n for n in graph.apart() if n not in norms]:
         kind = graph.nodes[name].type
         types[name] = options.wanted.dtype
         if name not in matrices:
             continue
+        if name in turned and options.dialect.layouts:
+            why = f"stored as [in, out] (Conv1D), which {options.dialect.name} has no name for"
+            fallbacks.append({"tensor": name, "wanted": options.dialect.name, "got": options.wanted.dtype, "reason": why})
+            continue
         n, k = kind.dims
         stored = scheme_of(stored_dtype(graph, name))
         carried = stored and options.dialect.carrying(stored, n, k, options.wanted)
-        scheme = carried or options.dialect.scheme(n, k, options.wanted)
+        scheme = one if name in experts else carried or options.dialect.scheme(n, k, options.wanted)
         if scheme is None and options.dialect.layouts:
             why = f"{options.dialect.name} cannot hold [{kind.dims[0]}, {kind.dims[1]}]"
             fallbacks.append({"tensor": name, "wanted": options.dialect.name, "got": options.wanted.dtype, "reason": why})
@@ -214,9 +249,12 @@ def fixed_ranges(
 
 
 def together(graph: Graph, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Weights that read the same and share what a tensor shares: q, k and v; gate and up. A runtime multiplies them as one."""
+    """Weights that share what a tensor shares, since runtimes multiply them as one: q, k and v; gate and up, of experts too."""
     groups: dict[tuple[str, str], list[str]] = {}
     for node in graph.nodes.values():
         if node.op == "linear" and (found := scheme_of(types.get(node.inputs[1], ""))) and found.of_tensors:
             groups.setdefault((node.inputs[0], found.name), []).append(node.inputs[1])
+        for gate, up in zip(*(graph.nodes[w].inputs for w in node.inputs[2:4]), strict=True) if node.op == "experts" else ():
+            if (found := scheme_of(types.get(gate, ""))) and found.of_tensors:
+                groups[gate, found.name] = [gate, up]
     return {name: tuple(members) for members in groups.values() for name in members}

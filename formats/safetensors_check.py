@@ -6,7 +6,7 @@ file reader: the folder through the graph's own ops, after safetensors and the d
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from qconvert import check
 from qconvert.check import LIMITS, Tokens
 from qconvert.companions import n_vocab
 from qconvert.emit import encoded_rows, in_parallel
+from qconvert.formats import safetensors_encoder_check as encoders
 from qconvert.formats.safetensors_activations import rounding
 from qconvert.formats.safetensors_dialects import Dialect, Loading, RoundsActivations, Written
+from qconvert.formats.safetensors_experts import expert_matrices, expert_stacks, not_run
 from qconvert.formats.safetensors_files import Stored, opened_tensors
 from qconvert.formats.safetensors_kernels import Dequantized, kernel_rows, why_not_whole
 from qconvert.formats.safetensors_names import stored_transposed
@@ -26,6 +28,7 @@ from qconvert.formats.safetensors_transformers import Model, load, unavailable
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph, Node, Type, n_rows
 from qconvert.layouts import layout_of
+from qconvert.passes.untie_head import has_head
 from qconvert.report import Row, judged
 from qconvert.run import Reals, run
 from qconvert.scheme import Array
@@ -57,19 +60,9 @@ def prove(
         rows += options.dialect.byte_rows(folder, reals, written(graph, options.wanted))
         if any(row.verdict == "fail" for row in rows):
             return rows, None
-        encode = options.tokenizer and options.tokenizer.reference()
-        prompts = check.prompts_for(encode or (lambda _: []), hard_corpus(), n_vocab(graph), context(graph))
         with check.torch_threads(threads):
-            merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
-            (quantized,) = run(graph, reals, prompts).values()
-            rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
-            rows += stored_rows(graph, weights, reals)
-            rows += kernel_rows(folder, graph, reals)
-            facts = written(graph, options.wanted)
-            answers, runtime = in_transformers(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
-            if [row.verdict for row in answers] == ["pass"]:
-                answers += rounded_rows(folder, graph, options.dialect, facts, reals, prompts)
-        return rows + answers, runtime
+            judge = encoder_rows if not has_head(graph) else decoder_rows
+            return judge(folder, source, lowered, weights, reals, rows)
     finally:
         store.close()
 
@@ -169,21 +162,75 @@ class Rounded:
         return rounded_to(self.dtype, value) if name in self.names and self.dtype != "f32" else value
 
 
+Answer = Callable[[Model, Reals], list[Row]]  # the runtime's, against the graph with those weights
+
+
+def decoder_rows(
+    folder: Path, source: Source, lowered: Lowered, weights: Weights, reals: Weights, rows: list[Row]
+) -> tuple[list[Row], dict[str, str] | None]:
+    graph, options = lowered.graph, lowered.options
+    encode = options.tokenizer and options.tokenizer.reference()
+    prompts = check.prompts_for(encode or (lambda _: []), hard_corpus(), n_vocab(graph), context(graph))
+    merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
+    (quantized,) = run(graph, reals, prompts).values()
+    rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
+    rows += stored_rows(graph, weights, reals) + kernel_rows(folder, graph, reals)
+    facts = written(graph, options.wanted)
+    answers, runtime = in_transformers(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
+    if [row.verdict for row in answers] == ["pass"]:
+        answers += rounded_rows(folder, graph, options.dialect, facts, reals, prompts)
+    return rows + answers, runtime
+
+
+def encoder_rows(
+    folder: Path, source: Source, lowered: Lowered, weights: Weights, reals: Weights, rows: list[Row]
+) -> tuple[list[Row], dict[str, str] | None]:
+    graph, facts = lowered.graph, written(lowered.graph, lowered.options.wanted)
+    some = encoders.asked(folder, graph, context(graph))
+    rows += encoders.graph_rows(source, lowered, reals, some)
+    rows += stored_rows(graph, weights, reals) + kernel_rows(folder, graph, reals)
+    answer: Answer = lambda model, expected: encoders.runtime_rows(RUNTIME, model, graph, expected, some)  # noqa: E731
+    answers, runtime = answered(folder, graph, lowered.options.dialect.loading(facts), facts, reals, answer)
+    return rows + answers, runtime
+
+
 def in_transformers(
     folder: Path, graph: Graph, loading: Loading, facts: Written, reals: Reals, prompts: Tokens
 ) -> tuple[list[Row], dict[str, str] | None]:
     """Logits of the folder in transformers, in f32, against the graph with the weights that it has then."""
-    if why := loading.missing or unavailable(folder):
-        rows, about = interpreted(folder, graph, reals, prompts)
-        return [Row(RUNTIME, "not run", None, None, "skip", why), *rows], about
-    model: Model = load(folder, loading)
+
+    def answer(model: Model, expected: Reals) -> list[Row]:
+        (want,) = run(graph, expected, prompts).values()
+        limit, _ = LIMITS[loading.kind]
+        worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
+        return [judged(RUNTIME, "logits, relative", worst, limit)]
+
+    rows, about = answered(folder, graph, loading, facts, reals, answer)
+    if rows[0].verdict == "skip" and not expert_stacks(graph):
+        more, about = interpreted(folder, graph, reals, prompts)
+        rows += more
+    return rows, about
+
+
+def answered(
+    folder: Path, graph: Graph, loading: Loading, facts: Written, reals: Reals, answer: Answer
+) -> tuple[list[Row], dict[str, str] | None]:
+    """What transformers says, or why it does not."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    experts = expert_stacks(graph) | expert_matrices(graph)
+    mixture = not_run(config, not experts & facts.quantized.keys()) if experts else None
+    if why := mixture or loading.missing or unavailable(folder):
+        return [Row(RUNTIME, "not run", None, None, "skip", why)], None
+    try:
+        model = load(folder, loading, has_head(graph))
+    except Exception as e:  # whatever it is, transformers does not load what was written
+        told = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}"
+        return [judged(RUNTIME, "errors as it loads", 1.0, 0.0, told)], None
     if model.complaints:
         return [judged(RUNTIME, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
-    expected = Rounded(reals, frozenset(facts.quantized), loading.rounded) if loading.rounded else reals
-    (want,) = run(graph, expected, prompts).values()
-    limit, _ = LIMITS[loading.kind]
-    worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
-    return [judged(RUNTIME, "logits, relative", worst, limit)], model.about
+    rounded = {n for n, node in graph.nodes.items() if n in facts.quantized or facts.quantized.keys() & node.inputs}
+    expected = Rounded(reals, frozenset(rounded), loading.rounded) if loading.rounded else reals
+    return answer(model, expected), model.about
 
 
 def rounded_rows(folder: Path, graph: Graph, dialect: Dialect, facts: Written, reals: Reals, prompts: Tokens) -> list[Row]:

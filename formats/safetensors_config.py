@@ -11,14 +11,15 @@ from qconvert.passes.untie_head import is_tied
 from qconvert.target import Source
 
 TORCH: Mapping[str, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OF_THE_SOURCE = ("quantization_config", "quantization")  # says how the source's weights were stored
 
 
 def config_of(source: Source, graph: Graph, dtype: str) -> dict[str, object]:
     """dtype: of the weights that are not quantized. UnsupportedError where the model has what config.json cannot say."""
-    if source.checkpoint.gguf is not None:
-        raise UnsupportedError(f"{source.name}: a GGUF has no config.json", hint="--to onnx, or give the checkpoint")
     config = {k: v for k, v in source.checkpoint.config.items() if k not in OF_THE_SOURCE}
+    if source.checkpoint.gguf is not None:  # its special tokens stand apart
+        config |= {k: source.checkpoint.generation_config.get(k) for k in TOKENS}
     if new := new_biases(source, graph):
         raise UnsupportedError(
             f"{new[0]}: the adapter trained a bias where the model has none, which config.json cannot say",

@@ -7,7 +7,8 @@ Source: compressed_tensors/compressors of version 0.20 (pack_quantized).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +85,12 @@ class PackQuantized:
         return decompressed_rows(folder, reals, written, "pack-quantized")
 
     def loading(self, written: Written) -> Loading:
-        """With one scheme in all, transformers dequantizes as it loads; with several only at the first call."""
+        """Weights are dequantized at the first call; transformers loads zero points only where it does so as it loads."""
         schemes = set(written.quantized.values())
         asymmetric, several = any(name.startswith("uint") for name in schemes), len(schemes) > 1
         if asymmetric and several:
             return Loading({}, missing="transformers 5.23 loads zero points of one group size only")
-        return Loading({} if several else {"dequantize": DEQUANTIZE}, written.wanted.dtype)
+        return Loading({"dequantize": DEQUANTIZE} if asymmetric else {}, written.wanted.dtype)
 
 
 W4A16 = PackQuantized("w4a16", "int4", 4)
@@ -107,6 +108,15 @@ def weights_args(bits: int, kind: str, strategy: str, group: int | None, symmetr
     }  # fmt: skip
 
 
+EXPERTS = re.compile(r".*\.experts\.\d+\..*")
+
+
+def targets(modules: Sequence[str]) -> list[str]:
+    """Names, but for experts, all of which have one scheme: transformers finds theirs by this expression."""
+    names = [module for module in modules if not EXPERTS.fullmatch(module)]
+    return names if len(names) == len(modules) else [*names, f"re:{EXPERTS.pattern}"]
+
+
 def quantization_config(
     written: Written, form: str, weights: Callable[[Scheme], dict[str, object]], inputs: Mapping[str, object] | None = None
 ) -> dict[str, object]:
@@ -119,8 +129,8 @@ def quantization_config(
         found = scheme_of(name)
         assert found is not None
         groups[f"group_{i}"] = {
-            "targets": ["Linear"] if len(modules) == 1 else members, "weights": weights(found), "input_activations": inputs,
-            "output_activations": None, "format": form,
+            "targets": ["Linear"] if len(modules) == 1 else targets(members), "weights": weights(found),
+            "input_activations": inputs, "output_activations": None, "format": form,
         }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed", "config_groups": groups,

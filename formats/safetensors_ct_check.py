@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,18 +34,26 @@ def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str, d
     compressor = BaseCompressor.get_value_from_registry(form)
     wrong, seen = [], set[tuple[str, tuple[int, ...]]]()
     with opened_tensors(folder) as tensors:
+        of_module: dict[str, dict[str, str]] = {}
+        for tensor in tensors:
+            of_module.setdefault(tensor.rpartition(".")[0], {})[tensor.rpartition(".")[2]] = tensor
         for name, scheme in written.quantized.items():
             module = name.removesuffix(".weight")
-            parts = {key.rpartition(".")[2]: key for key in tensors if key.rpartition(".")[0] == module}
+            parts = of_module[module]
             key = (scheme, tuple(tensors.shape(parts.get("weight_packed") or parts["weight"])))
             if key in seen:
                 continue
             seen.add(key)
-            found = {part: tensors.tensor(key) for part, key in parts.items()}
-            settings = schemes.get("Linear") or schemes[module]
+            found = {part: tensors.tensor(tensor) for part, tensor in parts.items()}
+            settings = next(s for target, s in schemes.items() if matches(target, module))
             value = compressor.decompress(found, settings)["weight"].float().numpy()
             rounded = found["weight_scale"].dtype if dtype is None else getattr(torch, DTYPES[dtype].torch)
             want = torch.from_numpy(reals.real(name)).to(rounded).float().numpy()
             if scheme_of(scheme) is None or not np.array_equal(value, want):
                 wrong.append(name)
     return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]
+
+
+def matches(target: str, module: str) -> bool:
+    """Whether a target of a config group is a Linear called `module`."""
+    return target == "Linear" or target == module or (target.startswith("re:") and bool(re.match(target[3:], module)))

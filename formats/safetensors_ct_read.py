@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.safetensors_ct import LAYOUTS
+from qconvert.formats.safetensors_ct_check import matches
 from qconvert.formats.safetensors_ct_floats import RANGES, SMALL, number_layout
 from qconvert.graph import Attr, Node, Type
 from qconvert.scheme import affine_name
@@ -62,10 +62,6 @@ class CompressedTensors:
     def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
         """Ranges of activations belong to the quantized model alone."""
         return "the range of what a quantized linear reads" if info.ref.rpartition(".")[2] in RANGES else None
-
-
-def matches(target: str, module: str) -> bool:
-    return target == "Linear" or target == module or (target.startswith("re:") and bool(re.match(target[3:], module)))
 
 
 def read(settings: Mapping[str, object], where: str) -> CompressedTensors:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qconvert.errors import UnsupportedError
 from qconvert.families import Family
 from qconvert.graph import Graph, Node, Type
 from qconvert.passes.untie_head import has_head, head_of
@@ -23,6 +22,7 @@ def family_of(graph: Graph) -> Family:
 def linears(graph: Graph, heads: bool = False) -> set[str]:
     """Weights of linear maps that are modules of their own; the head's, and routers, only where `heads`."""
     found = {node.inputs[1] for node in graph.nodes.values() if node.op == "linear"}
+    found |= set(graph.apart()) - set(graph.parameters())  # matrices of experts
     if not heads:
         found -= {graph.nodes[head_of(graph)].inputs[1]} if has_head(graph) else set()
         found -= {name for name in found if str(graph.root(name).attrs.get("role")) == "ffn_gate_inp"}
@@ -40,17 +40,12 @@ def role_of(graph: Graph, name: str) -> str:
     return str(graph.root(name).attrs.get("role", ""))
 
 
-def refuse_mixtures(graph: Graph) -> None:
-    if any(node.op == "experts" for node in graph.nodes.values()):
-        raise UnsupportedError("mixtures of experts are not written as safetensors yet", hint="--to gguf, or --to onnx")
-
-
 KEPT = "~kept"  # what a file has of a parameter that the graph makes from it
 
 
 def values(graph: Graph) -> dict[str, str]:
     """Name in a checkpoint -> the graph's value that lies there."""
-    return {name: f"{name}{KEPT}" if f"{name}{KEPT}" in graph.nodes else name for name in graph.parameters()}
+    return {name: f"{name}{KEPT}" if f"{name}{KEPT}" in graph.nodes else name for name in graph.apart()}
 
 
 @dataclass(frozen=True)

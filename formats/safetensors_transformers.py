@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,33 @@ class Model:
             out: npt.NDArray[np.float32] = self.model(torch.tensor([list(tokens)])).logits[0].float().numpy()
         return out
 
+    def hidden(self, tokens: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """tokens i64[B,T] -> f32[B,T,D]"""
+        with torch.no_grad():
+            out: torch.Tensor = self.model(tokens, **inputs).last_hidden_state
+        return out
 
-def load(folder: Path, loading: Loading) -> Model:
-    """Weights are dequantized by transformers' own loader; then all computes in f32."""
-    from transformers import AutoModelForCausalLM
 
-    arguments = dict(loading.arguments)
+def load(folder: Path, loading: Loading, head: bool = True) -> Model:
+    """Weights are dequantized by transformers' own loader; then all computes in f32. head: it gives logits."""
+    import transformers
+
+    kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+    arguments = {**loading.arguments, **({} if head else {"add_pooling_layer": False})}
     if settings := arguments.pop("dequantize", None):
-        import transformers
-
         arguments["quantization_config"] = getattr(transformers, settings)(dequantize=True)
     with quiet():
-        model, told = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
+        model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
         model.eval()
+        model.set_experts_implementation("eager")  # others want rows of 16 bytes
         if loading.then:
             model = getattr(model, loading.then)(torch.float32).float()
         with torch.no_grad():
             model(torch.tensor([[0]]))  # some decompress at the first call
         torch.nn.Module.float(model)  # transformers' own refuses what was quantized, even where it is no more
+        for module in model.modules():
+            if hasattr(module, "scalar_embed_scale"):  # Gemma's, which bf16 has rounded
+                module.embed_scale.fill_(module.scalar_embed_scale)
     found = [(kind, key) for kind in KINDS for key in sorted(map(str, told.get(kind, ())))]
     left_out = {(kind, key) for kind, key in found if kind == "unexpected_keys" and key.rpartition(".")[2] in loading.unused}
     return Model(model, [f"{kind.removesuffix('_keys')}: {key}" for kind, key in found if (kind, key) not in left_out])
@@ -88,7 +98,7 @@ def quiet() -> Iterator[None]:
     loud.disable_progress_bar()
     loud.set_verbosity(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # compressed-tensors has bars that only this stops
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,7 +11,7 @@ from qconvert.formats.safetensors_names import linears, stored_transposed, value
 from qconvert.graph import Graph
 from qconvert.kernels import narrow_bf16
 from qconvert.layouts import layout_of
-from qconvert.passes.untie_head import is_tied
+from qconvert.passes.untie_head import HEAD, has_head, is_tied
 from qconvert.scheme import F32
 from qconvert.tensor_layouts import Tensors
 
@@ -50,12 +50,14 @@ def written(graph: Graph, wanted: Wanted) -> Written:
     """Of a graph of packed weights."""
     quantized, left = {}, []
     matrices = linears(graph, heads=True)
-    for name in graph.parameters():
+    for name in graph.apart():
         dtype = graph.nodes[name].type.dtype
         if "." in dtype:
             quantized[name] = dtype.partition(".")[2]
         elif name in matrices:
             left.append(name.removesuffix(".weight"))
-    if is_tied(graph):  # a module of its own, which loaders would give a quantized weight that no file has
-        left.append("lm_head")
+    if is_tied(graph):
+        left.append(HEAD.removesuffix(".weight"))  # a module of its own all the same
+    if not has_head(graph):
+        left.append("pooler.dense")  # which transformers makes, and no file has
     return Written(quantized, tuple(left), wanted)

@@ -13,7 +13,7 @@ from qconvert.scheme import scheme_of
 
 @dataclass(frozen=True)
 class Pack:
-    """Every quantized parameter gets the layout `format`.SCHEME beneath its name; the codes move to NAME~code.
+    """Every quantized parameter (or matrix) gets the layout `format`.SCHEME beneath its name; the codes move to NAME~code.
 
     others: weight -> the format that it gets instead.
     """
@@ -23,7 +23,7 @@ class Pack:
     others: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
-        parameters = set(graph.parameters())
+        parameters = set(graph.apart())
 
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
             if name not in parameters or scheme_of(node.type.dtype) is None:

@@ -209,8 +209,12 @@ class _Builder:
         if self.stored(whole) not in self.checkpoint.tensors:
             assert self.settings.experts is not None
             parts = [f"{module.format(e=e)}.weight" for e in range(self.settings.experts.n)]
+            n, k = (product(dim, self.sizes) for dim in SHAPES[role])
             for part in parts:
-                self.nodes[part] = self.load(part, SHAPES[role], attrs)
+                quantized = self.form and self.form.parameter(part, (n, k), attrs, self.tensors)
+                self.nodes |= quantized or {part: self.load(part, SHAPES[role], attrs)}
+                if (kind := self.nodes[part].type) != (first := self.nodes[parts[0]].type):
+                    raise InputError(f"{self.checkpoint.place}: {part} is {kind}, but {parts[0]} is {first}")
             return self.add(name, "stack", *parts)
         if half is None:
             self.nodes[name] = self.load(whole, shape, attrs)
@@ -268,10 +272,13 @@ class _Builder:
         self.used.add(stored)
         return tensors[stored]
 
+    def has(self, name: str) -> bool:
+        stored, tensors = self.stored(name), self.checkpoint.tensors
+        return any(n in tensors for n in (stored, *(stored.replace(old, new) for old, new in self.family.renamed)))
+
     @property
     def tensors(self) -> Tensors:
-        has = lambda name: self.stored(name) in self.checkpoint.tensors  # noqa: E731
-        return Tensors(has, self.find, lambda info: values_of(self.checkpoint, info))
+        return Tensors(self.has, self.find, lambda info: values_of(self.checkpoint, info))
 
     @property
     def head_name(self) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from qconvert.errors import UnsupportedError
 from qconvert.graph import Graph
 from qconvert.sources import inside
@@ -12,6 +15,8 @@ FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+
+SENTENCES = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
 
 
 def tokenizer_of(source: Source, graph: Graph) -> Tokenizer | None:
@@ -37,3 +42,12 @@ def carried(source: Source) -> dict[str, bytes]:
     if "generation_config.json" not in files and (source.checkpoint.folder / "generation_config.json").is_file():
         files["generation_config.json"] = inside(source.checkpoint.folder, "generation_config.json").read_bytes()
     return files
+
+
+def sentence_files(folder: Path) -> dict[str, bytes]:
+    """What sentence-transformers reads of an embedding model: its modules, and the settings of each."""
+    if not (folder / "modules.json").is_file():
+        return {}
+    paths = [str(module.get("path", "")) for module in json.loads(inside(folder, "modules.json").read_bytes())]
+    names = [*SENTENCES, *(f"{path}/config.json" for path in paths if path)]
+    return {name: inside(folder, name).read_bytes() for name in names if (folder / name).is_file()}

@@ -132,6 +132,11 @@ class Graph:
         read = {i for name, node in self.nodes.items() if name not in fixed and node.op != "input" for i in node.inputs}
         return [n for n in self.nodes if n in fixed and (n in read or n in self.outputs)]
 
+    def apart(self) -> list[str]:
+        """Parameters, but what a stack keeps apart in its place."""
+        whole = {n: self.nodes[n] for n in self.parameters()}
+        return [m for n, node in whole.items() for m in (node.inputs if node.attrs.get("apart") else (n,))]
+
     def root(self, name: str) -> Node:
         """The load (or constant) that a weight began as: follow first inputs. Its attrs name role and layer."""
         node = self.nodes[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
-from qconvert.dtypes import DTYPES
+from qconvert.dtypes import DTYPES, FLOATS
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
 from qconvert.scheme import AFFINE, SCHEMES, TABLES, scheme_of
@@ -94,11 +94,21 @@ def _dora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape, i[1].shape[1]))
 
 
-def _stack(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+def _stack(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    if attrs.get("apart") and {t.shape for t in i} == {i[0].shape}:
+        return Type("f32", (len(i), *i[0].shape))
     for other in i[1:]:
         if other != i[0]:
             raise GraphError(f"{i[0]} and {other} differ")
     return Type(i[0].dtype, (len(i), *i[0].shape))
+
+
+def _expert(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
+    (n, *matrix), e = i[0].dims, attrs["e"]
+    assert isinstance(e, int)
+    if not 0 <= e < n:
+        raise GraphError(f"{i[0]} has no matrix {e}")
+    return Type(i[0].dtype if i[0].dtype in FLOATS else "f32", tuple(matrix))
 
 
 def _part(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
@@ -113,7 +123,7 @@ def _interleave(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     (e, n, k), other = i[0].dims, i[1].dims
     if other != i[0].dims:
         raise GraphError(f"{i[0]} and {i[1]} differ")
-    return Type("f32", (e, 2 * n, k))
+    return Type(i[0].dtype if scheme_of(i[0].dtype) and i[0] == i[1] else "f32", (e, 2 * n, k))
 
 
 def _beside(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
@@ -188,7 +198,13 @@ OPS: dict[str, Op] = {
     ),
     "constant": Op(_declared, 'numbers small enough to print: {"values": [...]}', True),
     "transpose": Op(_transpose, "w.T", True),
-    "stack": Op(_stack, "(w, w, ...): matrices [N,K] of E experts as one weight [E,N,K]; it has E*N rows", True),
+    "stack": Op(
+        _stack,
+        "(w, w, ...) {apart?}: matrices [N,K] of E experts as one weight [E,N,K]; it has E*N rows; apart: files hold the "
+        "matrices, each with a type of its own, and the whole is f32",
+        True,
+    ),
+    "expert": Op(_expert, "(w[E,N,K]) {e}: matrix e, [N,K]", True),
     "part": Op(_part, "(w[E,N,K]) {begin, end}: rows begin..end of every expert", True),
     "interleave": Op(_interleave, "(w[E,N,K], u[E,N,K]): their rows in turn, [E,2N,K]", True),
     "flat": Op(lambda i, _: Type("f32", (i[0].rows, i[0].dims[-1])), "(w[E,N,K]): one below the other, [E*N,K]", True),
@@ -349,7 +365,7 @@ def _check_dtype(node: Node, line: str) -> None:
             raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
     elif node.op == "load" and "." in dtype:
         return  # as the source stores it
-    elif node.op in QUANTIZED or (node.op in ("unpermute_rope", "permute_rope") and dtype not in DTYPES):
+    elif node.op in QUANTIZED or (node.op in ("unpermute_rope", "permute_rope", "stack", "interleave") and dtype not in DTYPES):
         if scheme_of(dtype) is None:
             raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE, *TABLES])}")
     elif dtype not in DTYPES:

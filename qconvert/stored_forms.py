@@ -122,7 +122,8 @@ def read_gptq(found: Mapping[str, object], where: str) -> GPTQ:
         raise UnsupportedError(f"{where}: GPTQ of {bits} bits", hint=f"read are {', '.join(map(str, BITS))}")
     if form not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{where}: checkpoint_format {form!r}", hint="gptq and gptq_v2 are read")
-    if dynamic := found.get("dynamic"):
+    dynamic = found.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(str(rule).startswith("-:") for rule in dynamic):  # those leave modules plain
         raise UnsupportedError(f"{where}: quantization_config.dynamic = {str(dynamic)[:80]} is not read")
     if not isinstance(group, int) or group < -1 or group == 0:
         raise InputError(f"{where}: quantization_config.group_size = {group!r}; a whole number was wanted")

@@ -146,8 +146,17 @@ def _transpose(w: Weights, name: str, node: Node, begin: int, end: int) -> Array
     return np.ascontiguousarray(w.whole(node.inputs[0]).T[begin:end])
 
 
-def _stack(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    return _joined(w, node, [w.real(node.inputs[e], i, j) for e, i, j in _per_expert(node, begin, end)])
+def _stack(w: Weights, name: str, node: Node, begin: int, end: int) -> Array | QTensor:
+    if scheme_of(node.type.dtype) is None:
+        return _joined(w, node, [w.real(node.inputs[e], i, j) for e, i, j in _per_expert(node, begin, end)])
+    found = [cast(QTensor, w.rows(node.inputs[e], i, j)) for e, i, j in _per_expert(node, begin, end)]
+    levels = zip(*(q.levels for q in found), strict=True)
+    return QTensor(found[0].scheme, np.concatenate([q.codes for q in found]), tuple(map(np.concatenate, levels)))
+
+
+def _expert(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    first = int(_number(node, "e")) * node.type.dims[0]
+    return w.real(node.inputs[0], first + begin, first + end)
 
 
 def _part(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
@@ -167,8 +176,15 @@ def _joined(w: Weights, node: Node, parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, node.type.dims[2]), w.dtype), *parts])
 
 
-def _interleave(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def _interleave(w: Weights, name: str, node: Node, begin: int, end: int) -> Array | QTensor:
     low = begin // 2
+    if scheme_of(node.type.dtype):
+        a, b = (cast(QTensor, w.rows(i, low, -(-end // 2))) for i in node.inputs)
+
+        def turns(x: Array, y: Array) -> Array:
+            return np.stack([x, y], 1).reshape(-1, x.shape[1])[begin - 2 * low : end - 2 * low]
+
+        return QTensor(a.scheme, turns(a.codes, b.codes), tuple(turns(*pair) for pair in zip(a.levels, b.levels, strict=True)))
     pair = [w.real(i, low, -(-end // 2)) for i in node.inputs]
     return np.stack(pair, 1).reshape(-1, node.type.dims[2])[begin - 2 * low : end - 2 * low]
 
@@ -190,7 +206,7 @@ def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
         if not np.isfinite(half).all():
             peak = float(np.abs(value).max())
             raise InputError(
-                f"{name}: {peak:g} does not fit f16 (65504)", hint="keep this tensor as bf16 or f32: --tensor-type"
+                f"{name}: {peak:g} does not fit f16 (65504)", hint="bf16 and f32 hold it: --quant bf16, or --tensor-type"
             )
         return half.astype(w.dtype)
     if node.type.dtype == "bf16":
@@ -376,8 +392,8 @@ def _number(node: Node, attr: str) -> float:
 Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
 OPS: dict[str, Op] = {
     "load": _load, "constant": _constant, "transpose": _transpose,
-    "stack": _stack, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside, "cast": _cast,
-    "merge": _merge, "dora": _dora,
+    "stack": _stack, "expert": _expert, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside,
+    "cast": _cast, "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
     **stored_weights.OPS, **peer_weights.OPS, "amax": float_weights.amax,

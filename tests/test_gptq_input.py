@@ -252,7 +252,7 @@ def test_scattered_groups_that_config_json_denies_are_an_error(tmp_path: Path) -
 @pytest.mark.parametrize(("changes", "error", "match"), [
     ({"bits": 5}, UnsupportedError, "GPTQ of 5 bits"),
     ({"checkpoint_format": "marlin"}, UnsupportedError, "marlin"),
-    ({"dynamic": {"-:.*k_proj": {}}}, UnsupportedError, "dynamic"),
+    ({"dynamic": {"+:.*k_proj": {"bits": 8}}}, UnsupportedError, "dynamic"),
     ({"group_size": 0}, InputError, "group_size"),
     ({"sym": 1}, InputError, "sym"),
     ({"group_size": 16}, InputError, r"qzeros: i32\[2,64\]|qzeros: i32\[2, 8\], but config.json says i32\[4, 8\]"),
