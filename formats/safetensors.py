@@ -17,7 +17,16 @@ from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.formats.safetensors_config import config_of
-from qconvert.formats.safetensors_dialects import PLAIN, Dialect, FixedRanges, Wanted, dialect_of, passes_of
+from qconvert.formats.safetensors_dialects import (
+    PLAIN,
+    Describing,
+    Dialect,
+    FixedRanges,
+    OwnConfig,
+    Wanted,
+    dialect_of,
+    passes_of,
+)
 from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices, expert_scheme, refuse_mixture
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
@@ -83,7 +92,8 @@ class Safetensors:
         if dialect.name in PLAIN and request.group is not None:
             raise UsageError(f"--group {request.group}: {dialect.name} has no groups")
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else MAX_NBYTES
-        metadata = {"format": "pt", **provenance(source, graph, dialect.name)}
+        form = dialect.metadata if isinstance(dialect, OwnConfig) else "pt"
+        metadata = {"format": form, **provenance(source, graph, dialect.name)}
         wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant, request.bits)
         tokenizer, calibration = tokenizer_of(source, graph), None
         if fixes_ranges(dialect):
@@ -125,15 +135,19 @@ class Safetensors:
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """config.json, shards with their index, and what lies beside them."""
         config = {**options.config, **options.dialect.config(written(graph, options.wanted))}
+        config = options.dialect.restated(config) if isinstance(options.dialect, OwnConfig) else config
         files = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), **options.files}
-        placed = placement_of(graph)
+        placed, every, metadata = placement_of(graph), all_stored(graph), dict(options.metadata)
+        if isinstance(options.dialect, Describing):
+            shapes = {s.entry.name: s.entry.shape for s in every}
+            metadata |= options.dialect.described(shapes, written(graph, options.wanted))
         if placed.away:
-            plans, files[INDEX] = split_plans(path, all_stored(graph), placed, options.max_nbytes, options.metadata)
+            plans, files[INDEX] = split_plans(path, every, placed, options.max_nbytes, metadata)
         else:
-            split = shards(all_stored(graph), options.max_nbytes)
+            split = shards(every, options.max_nbytes)
             if len(split) > 1:
                 files[INDEX] = index(split)
-            plans = [file_plan(path, shard, options.metadata) for shard in split]
+            plans = [file_plan(path, shard, metadata) for shard in split]
         plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         refuse_others(path, {plan.path.name for plan in plans})
         return Plan(tuple(plans), path)

@@ -6,9 +6,10 @@ file reader: the folder through the graph's own ops, after safetensors and the d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,13 +19,15 @@ from qconvert.check import LIMITS, Tokens
 from qconvert.companions import n_vocab
 from qconvert.emit import encoded_rows, in_parallel
 from qconvert.formats import safetensors_encoder_check as encoders
+from qconvert.formats import safetensors_hqq_check as hqq
+from qconvert.formats import safetensors_mlx_check as mlx
+from qconvert.formats import safetensors_transformers as transformers
 from qconvert.formats.safetensors_activations import rounding
 from qconvert.formats.safetensors_dialects import Dialect, Loading, RoundsActivations, Written
 from qconvert.formats.safetensors_experts import expert_matrices, expert_stacks, not_run
 from qconvert.formats.safetensors_files import Stored, opened_tensors
 from qconvert.formats.safetensors_kernels import Dequantized, kernel_rows, why_not_whole
 from qconvert.formats.safetensors_names import stored_transposed
-from qconvert.formats.safetensors_transformers import Model, load, unavailable
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph, Node, Type, n_rows
 from qconvert.layouts import layout_of
@@ -92,13 +95,13 @@ def bytes_row(folder: Path, stored: Sequence[Stored], weights: Weights, threads:
                 for i, plane in enumerate(s.entry.planes):
                     pieces[i].append(rows[:, at : at + plane.nbytes].copy())
                     at += plane.nbytes
+            laid = iter(pieces)  # in the order of the tensors that have a plane
             for t in s.tensors:
                 found = tensors.tensor(t.name)
                 got = found.reshape(-1).contiguous().view(torch.uint8).numpy()
                 want = np.frombuffer(t.data, np.uint8)
                 if t.plane is not None:
-                    at = [p._replace(offset=0) for p in s.entry.planes].index(t.plane._replace(offset=0))
-                    want = t.plane.laid_out(np.concatenate(pieces[at]))
+                    want = t.plane.laid_out(np.concatenate(next(laid)))
                 if tuple(found.shape) != t.shape or not np.array_equal(got, want):
                     wrong.append(t.name)
 
@@ -146,7 +149,24 @@ def read_apart(graph: Graph, store: Store) -> dict[str, dict[str, Node]]:
     return new
 
 
-# transformers -------------------------------------------------------------------------------------
+# answers ------------------------------------------------------------------------------------------
+
+
+class Answering(Protocol):
+    """A model that is loaded; complaints: keys that were missing, unexpected or misshapen."""
+
+    complaints: Sequence[str]
+    about: dict[str, str]
+
+    def logits(self, tokens: Sequence[int]) -> Array: ...
+
+
+class Runtime(Protocol):
+    """A module that runs folders."""
+
+    def unavailable(self, folder: Path) -> str | None: ...
+
+    def load(self, folder: Path, loading: Loading) -> Answering: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,8 @@ class Rounded:
         return rounded_to(self.dtype, value) if name in self.names and self.dtype != "f32" else value
 
 
-Answer = Callable[[Model, Reals], list[Row]]  # the runtime's, against the graph with those weights
+RUNTIMES: Mapping[str, Runtime] = {"transformers": transformers, "mlx-lm": mlx, "hqq": hqq}
+Answer = Callable[[Answering, Reals], list[Row]]  # the runtime's, against the graph with those weights
 
 
 def decoder_rows(
@@ -176,7 +197,7 @@ def decoder_rows(
     rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
     rows += stored_rows(graph, weights, reals) + kernel_rows(folder, graph, reals)
     facts = written(graph, options.wanted)
-    answers, runtime = in_transformers(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
+    answers, runtime = in_runtime(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
     if [row.verdict for row in answers] == ["pass"]:
         answers += rounded_rows(folder, graph, options.dialect, facts, reals, prompts)
     return rows + answers, runtime
@@ -189,21 +210,25 @@ def encoder_rows(
     some = encoders.asked(folder, graph, context(graph))
     rows += encoders.graph_rows(source, lowered, reals, some)
     rows += stored_rows(graph, weights, reals) + kernel_rows(folder, graph, reals)
-    answer: Answer = lambda model, expected: encoders.runtime_rows(RUNTIME, model, graph, expected, some)  # noqa: E731
+
+    def answer(model: Answering, expected: Reals) -> list[Row]:
+        assert isinstance(model, transformers.Model)
+        return encoders.runtime_rows(RUNTIME, model, graph, expected, some)
+
     answers, runtime = answered(folder, graph, lowered.options.dialect.loading(facts), facts, reals, answer)
     return rows + answers, runtime
 
 
-def in_transformers(
+def in_runtime(
     folder: Path, graph: Graph, loading: Loading, facts: Written, reals: Reals, prompts: Tokens
 ) -> tuple[list[Row], dict[str, str] | None]:
-    """Logits of the folder in transformers, in f32, against the graph with the weights that it has then."""
+    """Logits of the folder in its runtime, in f32, against the graph with the weights that it has then."""
 
-    def answer(model: Model, expected: Reals) -> list[Row]:
-        (want,) = run(graph, expected, prompts).values()
+    def answer(model: Answering, expected: Reals) -> list[Row]:
+        (want,) = run(graph, expected, prompts, round_input=loading.round_input).values()
         limit, _ = LIMITS[loading.kind]
         worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
-        return [judged(RUNTIME, "logits, relative", worst, limit)]
+        return [judged(f"runtime {loading.runtime}", "logits, relative", worst, limit)]
 
     rows, about = answered(folder, graph, loading, facts, reals, answer)
     if rows[0].verdict == "skip" and not expert_stacks(graph):
@@ -215,19 +240,20 @@ def in_transformers(
 def answered(
     folder: Path, graph: Graph, loading: Loading, facts: Written, reals: Reals, answer: Answer
 ) -> tuple[list[Row], dict[str, str] | None]:
-    """What transformers says, or why it does not."""
+    """What the runtime says, or why it does not."""
+    what, by = f"runtime {loading.runtime}", RUNTIMES[loading.runtime]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     experts = expert_stacks(graph) | expert_matrices(graph)
     mixture = not_run(config, not experts & facts.quantized.keys()) if experts else None
-    if why := mixture or loading.missing or unavailable(folder):
-        return [Row(RUNTIME, "not run", None, None, "skip", why)], None
+    if why := mixture or loading.missing or by.unavailable(folder):
+        return [Row(what, "not run", None, None, "skip", why)], None
     try:
-        model = load(folder, loading, has_head(graph))
-    except Exception as e:  # whatever it is, transformers does not load what was written
+        model = by.load(folder, loading) if has_head(graph) else transformers.load(folder, loading, head=False)
+    except Exception as e:  # whatever it is, the runtime does not load what was written
         told = f"{type(e).__name__}: {str(e).partition(chr(10))[0][:200]}"
-        return [judged(RUNTIME, "errors as it loads", 1.0, 0.0, told)], None
+        return [judged(what, "errors as it loads", 1.0, 0.0, told)], None
     if model.complaints:
-        return [judged(RUNTIME, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
+        return [judged(what, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
     rounded = {n for n, node in graph.nodes.items() if n in facts.quantized or facts.quantized.keys() & node.inputs}
     expected = Rounded(reals, frozenset(rounded), loading.rounded) if loading.rounded else reals
     return answer(model, expected), model.about
@@ -241,7 +267,7 @@ def rounded_rows(folder: Path, graph: Graph, dialect: Dialect, facts: Written, r
     if not isinstance(dialect, RoundsActivations) or dialect.inputs is None:
         return []
     loading = dialect.rounding(facts)
-    what, model = f"{RUNTIME}, rounded activations", load(folder, loading)
+    what, model = f"{RUNTIME}, rounded activations", transformers.load(folder, loading)
     if model.complaints:
         return [judged(what, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])]
     expected = Rounded(reals, frozenset(facts.quantized), loading.rounded) if loading.rounded else reals

@@ -6,15 +6,15 @@ and the library that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
 from qconvert.errors import UsageError
-from qconvert.graph import Attr
+from qconvert.graph import Attr, Node
 from qconvert.moves import moves
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -109,6 +109,23 @@ class RoundsActivations(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnConfig(Protocol):
+    """A dialect whose reader wants other keys of config.json than transformers, and says so in the files' metadata."""
+
+    @property
+    def metadata(self) -> str: ...
+
+    def restated(self, config: Mapping[str, object]) -> dict[str, object]: ...
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A dialect whose reader finds in the files' metadata what the tensors are."""
+
+    def described(self, shapes: Mapping[str, tuple[int, ...]], written: Written) -> dict[str, str]: ...
+
+
 def passes_of(
     dialect: Dialect, types: Mapping[str, str], wanted: Wanted, together: Mapping[str, tuple[str, ...]]
 ) -> tuple[Pass, ...]:
@@ -121,8 +138,9 @@ def passes_of(
 class Loading:
     """arguments: of from_pretrained, made where transformers is there; missing: why it cannot be run.
 
-    rounded: dtype that dequantized weights are rounded to as they are loaded; then: the model's method that dequantizes it.
-    unused: last names of tensors that this way of loading leaves out.
+    rounded: dtype that dequantized weights are rounded to as they are loaded; then: the model's method that dequantizes it;
+    unused: last names of tensors that this way of loading leaves out; runtime: what runs it; round_input: what its linears
+    make of their activations; eager: nothing is compiled.
     """
 
     arguments: Mapping[str, Any]
@@ -131,6 +149,9 @@ class Loading:
     kind: str = "runtime transformers"
     then: str | None = None
     unused: tuple[str, ...] = ()
+    runtime: Literal["transformers", "mlx-lm", "hqq"] = "transformers"
+    round_input: Callable[[Node, Any], Any] | None = None
+    eager: bool = False
 
 
 def first_that_holds(stored: Scheme, names: Iterable[str]) -> str | None:

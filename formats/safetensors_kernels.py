@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from qconvert.formats.safetensors_apart_operands import apart_operand
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
@@ -62,10 +63,12 @@ def kernel_rows(folder: Path, graph: Graph, reals: Reals) -> list[Row]:
 
 def operand(folder: Path, name: str, layout: Tensors, n: int, k: int) -> Operand | None:
     """None where a layout keeps what no kernel takes."""
-    if layout.beside:
-        return None
     module, scheme = name.removesuffix(".weight"), layout.scheme
     with opened_tensors(folder) as tensors:
+        if layout.beside or scheme.name == "int8_scb":
+            keys = [key for key in tensors if key.startswith(f"{module}.")]
+            own = {key.removeprefix(f"{module}."): array(tensors.tensor(key)) for key in keys}
+            return apart_operand(name, layout, own, n, k)
         data = {part.name: array(tensors.tensor(f"{module}.{part.name}")) for part in layout.parts}
     from qconvert.kernels.gpu.operand import Operand
 
@@ -83,7 +86,8 @@ def operand(folder: Path, name: str, layout: Tensors, n: int, k: int) -> Operand
         of_scale = replace(of_scale, divisor=divisor)
     stored = parts[None]
     unsigned = stored.kind in ("low", "high") or scheme.bits < 8 or (stored.plus + scheme.centre) % 256 == 128
-    zero: Metadata | float = float((scheme.centre + stored.plus) % 256 if unsigned and not scheme.table else 0)
+    added = 0 if stored.kind == "low" else stored.plus  # which codes take off again
+    zero: Metadata | float = float((scheme.centre + added) % 256 if unsigned and not scheme.table else 0)
     if "zero" in by_role:
         zero = metadata(parts[by_role["zero"]], data, n, scheme.bits)
     if len(scheme.table) == 256:  # small floats, as they are
@@ -118,7 +122,7 @@ def codes(part: Part, data: Mapping[str, Array], layout: Tensors, n: int) -> Cod
     words, bits = data[part.name], layout.scheme.bits
     match part.kind, part.bits, part.word, bool(part.order):
         case "low", None, None, False:
-            return Codes(words, bits, "columns")
+            return Codes(words.view(np.uint8) if part.plus else words, bits, "columns", -part.plus)
         case "low", 32, None, False:
             return Codes(words.T, bits, "columns")
         case "high", None, None, False:

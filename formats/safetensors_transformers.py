@@ -24,6 +24,10 @@ def unavailable(folder: Path) -> str | None:
     """Why transformers cannot run the folder here, or None."""
     if find_spec("transformers") is None:
         return 'transformers is not installed: pip install "qconvert[safetensors]"'
+    return short_of_memory(folder)
+
+
+def short_of_memory(folder: Path) -> str | None:
     need = MEMORY_FACTOR * sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     free = available()
     if free is None or need <= free:
@@ -42,15 +46,15 @@ def available() -> int | None:
 class Model:
     """complaints: of the load: keys that were missing, unexpected or misshapen."""
 
-    def __init__(self, model: Any, complaints: Sequence[str]) -> None:
-        self.model, self.complaints = model, complaints
+    def __init__(self, model: Any, complaints: Sequence[str], eager: bool, about: dict[str, str] | None = None) -> None:
+        self.model, self.complaints, self.eager = model, complaints, eager
         import transformers
 
-        self.about = {"name": "transformers", "version": str(transformers.__version__)}
+        self.about = about or {"name": "transformers", "version": str(transformers.__version__)}
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """f32[T,V]"""
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager" if self.eager else "default"):
             out: npt.NDArray[np.float32] = self.model(torch.tensor([list(tokens)])).logits[0].float().numpy()
         return out
 
@@ -69,7 +73,7 @@ def load(folder: Path, loading: Loading, head: bool = True) -> Model:
     arguments = {**loading.arguments, **({} if head else {"add_pooling_layer": False})}
     if settings := arguments.pop("dequantize", None):
         arguments["quantization_config"] = getattr(transformers, settings)(dequantize=True)
-    with quiet():
+    with quiet(), torch.compiler.set_stance("force_eager" if loading.eager else "default"):
         model, told = kind.from_pretrained(folder, dtype="auto", output_loading_info=True, **arguments)
         model.eval()
         model.set_experts_implementation("eager")  # others want rows of 16 bytes
@@ -83,7 +87,8 @@ def load(folder: Path, loading: Loading, head: bool = True) -> Model:
                 module.embed_scale.fill_(module.scalar_embed_scale)
     found = [(kind, key) for kind in KINDS for key in sorted(map(str, told.get(kind, ())))]
     left_out = {(kind, key) for kind, key in found if kind == "unexpected_keys" and key.rpartition(".")[2] in loading.unused}
-    return Model(model, [f"{kind.removesuffix('_keys')}: {key}" for kind, key in found if (kind, key) not in left_out])
+    complaints = [f"{kind.removesuffix('_keys')}: {key}" for kind, key in found if (kind, key) not in left_out]
+    return Model(model, complaints, loading.eager)
 
 
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

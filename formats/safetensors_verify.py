@@ -14,7 +14,7 @@ from qconvert.formats.safetensors_dialects import Wanted, Written, dialect_of
 from qconvert.formats.safetensors_names import linears
 from qconvert.graph import Graph, Node, Type
 from qconvert.report import Report, Row, judged
-from qconvert.scheme import MINIFLOATS, SCHEMES, scheme_of
+from qconvert.scheme import MINIFLOATS, SCHEMES, TERNARY, scheme_of
 from qconvert.sources import Store, read_checkpoint
 from qconvert.stored_forms import method_of
 from qconvert.target import Contents, Item, Source
@@ -24,7 +24,7 @@ from qconvert.weights import Weights
 ROWS = 64  # of each weight that are compared
 FLOOR = 1e-6  # relative: rounding of f32 sums
 # quant_method -> the dialect that says how transformers loads it
-DIALECTS = {"gptq": "gptq", "awq": "awq", "bitsandbytes": "nf4"}
+DIALECTS = {"bitsandbytes": "nf4", "mlx": "mlx-4bit", "torchao": "torchao-int4"}  # others have the method's name
 
 
 def checkpoint_folder(path: Path) -> Path | None:
@@ -66,7 +66,7 @@ def verify(folder: Path, source: Source, merged: Graph, threads: int) -> Report:
     """Rows as at a conversion, but for the bytes. InputError where the folder is another architecture's."""
     from qconvert import check
     from qconvert.companions import n_vocab, tokenizer_of
-    from qconvert.formats.safetensors_check import context, in_transformers
+    from qconvert.formats.safetensors_check import context, in_runtime
     from qconvert.tokenizer import hard_corpus
 
     store = Store()
@@ -85,7 +85,7 @@ def verify(folder: Path, source: Source, merged: Graph, threads: int) -> Report:
             facts = written_in(graph, dense_dtype(checkpoint.config))
             method = method_of(checkpoint.config)
             dialect = dialect_of(name_of(method[0] if method else None, facts))
-            answers, runtime = in_transformers(folder, graph, dialect.loading(facts), facts, weights, prompts)
+            answers, runtime = in_runtime(folder, graph, dialect.loading(facts), facts, weights, prompts)
         return Report([], [*rows, *answers], runtime, provenance={"model": source.name, "file": folder.name})
     finally:
         store.close()
@@ -94,6 +94,8 @@ def verify(folder: Path, source: Source, merged: Graph, threads: int) -> Report:
 def name_of(method: str | None, facts: Written) -> str:
     if method is None:
         return "bf16"
+    if method == "bitsandbytes" and "int8_scb" in facts.quantized.values():
+        return "int8-bnb"
     if method != "compressed-tensors":
         return DIALECTS.get(method, method)
     small = any(name in MINIFLOATS or name.startswith("int8_row") for name in facts.quantized.values())
@@ -141,11 +143,15 @@ def own_error(graph: Graph, name: str, merged: Graph, wanted: Weights, end: int)
         name = graph.nodes[name].inputs[0]
         dtype = graph.nodes[name].type.dtype
     op = "cast" if dtype in FLOATS else "quantize"
-    solver = {} if op == "cast" else {"solver": "search" if dtype in SCHEMES else "rtn" if dtype in MINIFLOATS else "mse"}
+    solver = {} if op == "cast" else {"solver": solver_of(dtype)}
     target = "f32" if dtype == "f64" else dtype
     parameter = name.partition("~")[0]
-    node = Node(op, (parameter,), Type(target, merged.nodes[parameter].type.shape), solver)
-    nodes = {**{n: merged.nodes[n] for n in merged.nodes if n in merged.needed([parameter])}, f"{parameter}~ours": node}
+    below = {n: merged.nodes[n] for n in merged.nodes if n in merged.needed([parameter])}
+    if solver.get("solver") == "absmean":
+        below[f"{parameter}~mean"] = Node("mean_magnitude", (parameter,), Type("f32", (1,)), {"least": 1e-5})
+    inputs = (parameter, *(n for n in (f"{parameter}~mean",) if n in below))
+    node = Node(op, inputs, Type(target, merged.nodes[parameter].type.shape), solver)
+    nodes = {**below, f"{parameter}~ours": node}
     ours = Weights(Graph(nodes, (f"{parameter}~ours",)), wanted.store)
     try:
         difference = ours.real(f"{parameter}~ours", 0, end) - wanted.real(parameter, 0, end).astype(np.float64)
@@ -154,3 +160,12 @@ def own_error(graph: Graph, name: str, merged: Graph, wanted: Weights, end: int)
         return float(np.linalg.norm(wanted.real(parameter, 0, end))) / (1 << (scheme.bits if scheme else 8))
     return float(np.linalg.norm(difference))
 
+
+
+def solver_of(scheme: str) -> str:
+    """Of the codes that a conversion to it would have."""
+    if scheme in TERNARY:
+        return "absmean"
+    if scheme == "int8_scb":
+        return "absmax"
+    return "search" if scheme in SCHEMES else "rtn" if scheme in MINIFLOATS else "mse"

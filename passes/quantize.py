@@ -53,7 +53,11 @@ class Quantize:
                     f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {scheme.block}"
                 )
             new = {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
-            if scheme.of_tensors:
+            if self.solver == "absmean":
+                mean, f32 = f"{name}~mean", Type("f32", (1,))
+                new[mean] = Node("mean_magnitude", (real,), f32, {"least": 1e-5})
+                new[name] = replace(new[name], inputs=(real, mean))
+            elif scheme.of_tensors:
                 peak = f"{members[0]}~peak"
                 new[peak] = Node("amax", tuple(f"{m}~real" for m in members), Type("f32", (1,)))
                 new[name] = replace(new[name], inputs=(real, peak))

@@ -245,7 +245,7 @@ OPS: dict[str, Op] = {
     "amax": Op(lambda _, __: Type("f32", (1,)), "(w, ...): the greatest magnitude in all of them, f32[1]", True),
     "quantize": Op(_declared, "(w[, amax, scales or mean]) {solver}: to the scheme that is the node's dtype", True),
     "block_peaks": Op(_declared, "(w[N,K]) {group}: f32[N,K/group], the greatest magnitude of each group", True),
-    "mean_magnitude": Op(lambda i, _: Type("f32", (1,)), "(w[N,K]): the mean of |w|, f32[1]", True),
+    "mean_magnitude": Op(lambda i, _: Type("f32", (1,)), "(w[N,K]) {least?}: the mean of |w|, or least, f32[1]", True),
     "nest": Op(
         _declared,
         "(s[N,G], mean[1]): s less mean by bitsandbytes' 8-bit map, in blocks of 256 across rows: codes u8[N,G] or the blocks' "
@@ -254,6 +254,13 @@ OPS: dict[str, Op] = {
     ),
     "nested": Op(_declared, "(codes[N,G], scales[blocks], mean[1][, map[256]]): f32[N,G], what nest was given", True),
     "halves": Op(_declared, "(codes u8[N*K/2,1], scales[N,G]): codes of 4 bits, the first in the high half", True),
+    "fold": Op(
+        _declared,
+        "(q[N,K]) {parts, high_first}: u8[N/parts,K], a byte has a code of each part of the rows, the first's in its low or "
+        "its high bits",
+        True,
+    ),
+    "unfold": Op(_declared, "(codes, level, ...) {parts, high_first, inverse?}: what fold was given; inverse: 1 / level", True),
     "note": Op(_declared, "(v[1]) {json, key}: the object `json` with v under `key`, as text filled up with spaces, u8", True),
     "second_level": Op(_second_level, "(q) {kind}: its real scales and zero points as integers with a level above", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
@@ -320,7 +327,7 @@ OPS: dict[str, Op] = {
 
 
 # what gives codes and metadata
-QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "gptq")
+QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "gptq")
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

@@ -39,11 +39,10 @@ def mlx(scheme: Scheme, x: F32, others: Sequence[Array]) -> Solved:
 def absmean(scheme: Scheme, x: F32, others: Sequence[Array]) -> Solved:
     """others: the mean magnitude."""
     mean = np.float32(others[0][0])
-    codes = kernels.ternary_codes(x, float(np.float32(1) / max(mean, LEAST)))
-    return to_bits((codes + 1).view(np.uint8), 2), (np.full((len(x), 1), max(mean, LEAST), np.float32),)
+    codes = kernels.ternary_codes(x, float(np.float32(1) / mean))
+    return to_bits((codes + 1).view(np.uint8), 2), (np.full((len(x), 1), mean, np.float32),)
 
 
-LEAST = np.float32(1e-5)  # a weight of less has this mean
 SOLVERS: dict[str, Callable[[Scheme, F32, Sequence[Array]], Solved]] = {"absmax": absmax, "mlx": mlx, "absmean": absmean}
 
 
@@ -73,7 +72,7 @@ def _mean_magnitude(w: Values, name: str, node: Node, begin: int, end: int) -> A
         for row in kernels.magnitude_sums(np.ascontiguousarray(w.real(node.inputs[0], i, j), np.float32)):
             total += float(row)
     n, k = w.graph.nodes[node.inputs[0]].type.dims
-    return np.array([total / (n * k)], np.float32)
+    return np.array([max(total / (n * k), cast(float, node.attrs.get("least", 0.0)))], np.float32)
 
 
 def _nest(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
@@ -107,6 +106,47 @@ def _halves(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
     return QTensor(scheme, codes, (np.ascontiguousarray(w.real(node.inputs[1], begin, end), np.float32),))
 
 
+def _shifts(node: Node, bits: int) -> list[np.uint8]:
+    """Where in a byte the codes of a row lie, of the first part of rows, the second …"""
+    parts = cast(int, node.attrs["parts"])
+    order = range(parts)[::-1] if node.attrs["high_first"] else range(parts)
+    return [np.uint8(bits * i) for i in order]
+
+
+def _fold(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    n, out = node.type.dims[0], np.zeros((end - begin, node.type.dims[1]), np.uint8)
+    scheme = cast(Scheme, scheme_of(w.graph.nodes[node.inputs[0]].type.dtype))
+    for part, shift in enumerate(_shifts(node, scheme.bits)):
+        codes = cast(QTensor, w.rows(node.inputs[0], part * n + begin, part * n + end)).codes
+        out |= (codes.view(np.uint8) + np.uint8(scheme.centre)) << shift
+    return out
+
+
+def _unfold(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
+    scheme, (n, k) = cast(Scheme, scheme_of(node.type.dtype)), node.type.dims
+    codes, *levels = node.inputs
+    shifts = _shifts(node, scheme.bits)
+    per_part = n // len(shifts)
+    lines, pieces = w.graph.nodes[codes].type.dims[0] // per_part, []
+    for part, shift in enumerate(shifts):
+        low, high = max(begin, part * per_part) - part * per_part, min(end, (part + 1) * per_part) - part * per_part
+        if low < high:
+            found = cast(Array, w.rows(codes, low * lines, high * lines)).reshape(high - low, k)
+            pieces.append(found >> shift & np.uint8((1 << scheme.bits) - 1))
+    entries = [_entries_of(w, level, n, begin, end, bool(node.attrs.get("inverse"))) for level in levels]
+    return QTensor(scheme, np.concatenate(pieces), tuple(entries))
+
+
+def _entries_of(w: Values, name: str, n: int, begin: int, end: int, inverse: bool) -> F32:
+    """Of each row: of all rows one and the same (or its inverse), or as many as there are."""
+    dims = w.graph.nodes[name].type.dims
+    if np.prod(dims) == 1:
+        value = np.float32(w.whole(name).reshape(-1)[0])
+        return np.full((end - begin, 1), np.float32(1) / value if inverse else value)
+    per = dims[0] // n
+    return np.ascontiguousarray(w.real(name, begin * per, end * per), np.float32).reshape(end - begin, per)
+
+
 def _note(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     number = float(w.whole(node.inputs[0])[0])
     text = json.dumps({**cast(dict[str, object], node.attrs["json"]), str(node.attrs["key"]): number})
@@ -115,5 +155,6 @@ def _note(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
 
 OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
     "block_peaks": _block_peaks, "mean_magnitude": _mean_magnitude, "nest": _nest, "nested": _nested, "halves": _halves,
+    "fold": _fold, "unfold": _unfold,
     "note": _note,
 }  # fmt: skip

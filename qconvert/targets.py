@@ -80,6 +80,7 @@ _NEWER = "after 0.15.1"  # the newest whose table of hardware was seen with its 
 _FP8 = "fp8 fp8-tensor fp8-static fp8-block"
 _FINE = "finegrained-fp8 finegrained-mxfp8"
 _MX = "mxfp4 mxfp4a16 mxfp8 mxfp8a16"
+_HQQ, _MLX = "hqq hqq-2bit hqq-8bit", "mlx-2bit mlx-3bit mlx-4bit mlx-5bit mlx-6bit mlx-8bit"
 _OLD_TORCH, _DENSE = "torch 2.14 or older for CUDA 12.6", "expanding the weights to 16 bits"
 _ONNX = "fp32 fp16 int4 int8 uint4 uint8"
 
@@ -116,11 +117,11 @@ RULES: tuple[Rule, ...] = (
     Rule("safetensors", "int8-bnb", "transformers", "5.23 with bitsandbytes 0.50", _BNB, min_cc=75, others=f"{_AMD} apple cpu"),
     Rule("safetensors", "nf4 nf4-single fp4 fp4-single", "vLLM", "0.14.0", _VLLM, min_cc=70, never=f"{_AMD} cpu",
          why="reads bitsandbytes on NVIDIA GPUs alone", how="newer versions by a plugin"),
-    Rule("safetensors", "hqq", "hqq", "0.2.8", "run on a CPU; text-generation-webui#5665", others="cpu", never="sm_52 sm_61",
-         why="needs Triton kernels (GemLite) that fail there", how="by its own loader: transformers 5.23 has none"),
-    Rule("safetensors", "torchao", "transformers", "5.23 with torchao 0.18", "run: int4 needs mslk, CUDA or XPU", never="cpu",
-         why="has no 4-bit kernel for CPUs"),
-    Rule("safetensors", "mlx", "mlx", "0.32", "its documentation, build and install; run on a CPU", min_cc=75,
+    Rule("safetensors", _HQQ, "hqq", "0.2.8", "run on a CPU; text-generation-webui#5665", others="cpu", never="sm_52 sm_61",
+         why="needs Triton kernels (GemLite) that fail there", how="linear by linear; transformers 5.23 has none"),
+    Rule("safetensors", "torchao-int4", "transformers", "5.23 with torchao 0.18", "run: int4 needs mslk, CUDA or XPU",
+         never="cpu", why="has no 4-bit kernel for CPUs"),
+    Rule("safetensors", _MLX, "mlx", "0.32", "its documentation, build and install; run on a CPU", min_cc=75,
          others="apple cpu", never=_AMD, why="has backends for Metal, CUDA and CPUs alone"),
     Rule("safetensors", "bitnet", "transformers", "5.23", "run on a CPU", others="cpu"),
     Rule("safetensors", "fp16", "vLLM", "0.14.0", _VLLM_MIN, min_cc=70, max_cc=74, how="0.21.0 needs 7.5"),
@@ -144,10 +145,14 @@ ADVICE = (
     ("sm_61", "safetensors", "fp16", "arithmetic in fp16 runs at 1/64 there: let the runtime compute in float32"),
 )
 BITS: Mapping[str, int] = {
-    **dict.fromkeys(f"w4a16 nf4 nf4-single w4a16-asym {_GPTQ} awq mlx fp4 fp4-single hqq torchao".split(), 4),
+    **dict.fromkeys(f"w4a16 nf4 nf4-single w4a16-asym {_GPTQ} awq fp4 fp4-single torchao-int4".split(), 4),
     **dict.fromkeys(("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16"), 4),
     **dict.fromkeys(f"w8a16 w8a8 w8a8-static {_FP8} {_FINE} mxfp8 mxfp8a16 int8-bnb".split(), 8),
     **dict.fromkeys(("fp16", "bf16"), 16),
+    **{f"mlx-{bits}bit": bits for bits in (2, 3, 4, 5, 6, 8)},
+    "hqq": 4,
+    "hqq-2bit": 2,
+    "hqq-8bit": 8,
     "bitnet": 2,
     "fp32": 32,
 }

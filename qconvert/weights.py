@@ -309,7 +309,9 @@ def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
     x = np.ascontiguousarray(value, np.float32)
-    if solver == "mse":
+    if solver == "mse" and any(level.role == "offset" for level in scheme.levels):
+        return scheme, *_line(scheme, x)
+    if solver == "mse" and len(scheme.table) in (0, 16):
         found = _least_squares(scheme, x)
         return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
     if solver not in peer_weights.SOLVERS:
@@ -318,7 +320,7 @@ def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes
     others = [w.whole(i) if one else w.real(i, begin, end) for i, one in zip(node.inputs[1:], whole, strict=True)]
     packed, levels = peer_weights.SOLVERS[solver](scheme, x, others)
     kept = zip(scheme.levels, levels, strict=True)
-    return scheme, packed, tuple(v if level.dtype == "f32" else rounded_to(level.dtype, v) for level, v in kept)
+    return scheme, packed, tuple(rounded_to(level.dtype, v) for level, v in kept)
 
 
 def _small_floats(
@@ -331,6 +333,15 @@ def _small_floats(
     _must_be_finite(w, node.inputs[0], value)
     packed, levels = float_weights.codes_of(scheme, np.ascontiguousarray(value, np.float32), peak, solver == "mse")
     return scheme, packed[begin - low : end - low], tuple(v[begin - low : end - low] for v in levels)
+
+
+def _line(scheme: Scheme, x: F32) -> tuple[Bytes, tuple[F32, ...]]:
+    """Scales and offsets of least squared error, as the scheme keeps them, and the codes that suit those."""
+    group, shift = scheme.levels[0].group or x.shape[1], np.float32(scheme.centre)
+    found = kernels.affine(x, group, scheme.bits, "float")
+    scales = rounded_to(scheme.levels[0].dtype, found.scales)
+    offsets = rounded_to(scheme.levels[1].dtype, found.scales * (shift - found.zeros))
+    return kernels.line_codes(x, group, scheme.bits, scales, offsets - shift * scales), (scales, offsets)
 
 
 def _least_squares(scheme: Scheme, x: F32) -> Affine:
@@ -353,9 +364,11 @@ def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: s
 
 
 def rounded_to(dtype: str, v: F32) -> F32:
-    """As f16 or bf16 keeps it; an f16 that would be infinite is its largest number."""
+    """As f32, f16 or bf16 keeps it; an f16 that would be infinite is its largest number."""
     if dtype == "bf16":
         return kernels.widen_bf16(kernels.narrow_bf16(np.ascontiguousarray(v)))
+    if dtype == "f32":
+        return v
     return np.clip(v, -65504, 65504).astype(np.float16).astype(np.float32)
 
 

@@ -91,6 +91,7 @@ def test_folder_gives_the_weights_and_logits_of_the_graph(quant: str, tmp_path: 
     rows = {row.what.partition(":")[0]: row for row in result.report.checks}
     wanted = ("runtime transformers", "bytes by safetensors", "bitsandbytes' dequantization")
     assert [rows[what].verdict for what in wanted] == ["pass"] * 3
+    assert {row.verdict for what, row in rows.items() if what.startswith("kernel ")} <= {"pass"}
 
 
 @pytest.mark.parametrize("quant", ["nf4-single", "fp4-single", "int8-bnb"])
