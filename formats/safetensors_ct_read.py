@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.formats.safetensors_ct import LAYOUTS
+from qconvert.formats.safetensors_ct import LAYOUTS, SHAPE
 from qconvert.formats.safetensors_ct_check import matches
 from qconvert.formats.safetensors_ct_floats import RANGES, SMALL, number_layout
 from qconvert.graph import Attr, Node, Type
@@ -61,6 +61,8 @@ class CompressedTensors:
 
     def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
         """Ranges of activations belong to the quantized model alone."""
+        if info.ref.endswith(".weight_shape"):
+            return "says the weight's shape"
         return "the range of what a quantized linear reads" if info.ref.rpartition(".")[2] in RANGES else None
 
 
@@ -94,11 +96,10 @@ def assembled(
         info, want = tensors.find(f"{module}.{part.name}"), part.shape(layout.scheme, n, k)
         check_part(info, part.dtype, want)
         nodes[f"{name}~{part.name}"] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
-    inputs = tuple(nodes)
     for constant in layout.constants:
-        if tensors.has(f"{module}.{constant.name}"):
+        if constant is not SHAPE and tensors.has(f"{module}.{constant.name}"):
             tensors.find(f"{module}.{constant.name}")
-    return {**nodes, name: Node("assemble", inputs, Type(layout.scheme.name, shape), {"layout": layout.name})}
+    return {**nodes, name: Node("assemble", tuple(nodes), Type(layout.scheme.name, shape), {"layout": layout.name})}
 
 
 def check_part(info: TensorInfo, dtype: str, shape: Sequence[int]) -> None:

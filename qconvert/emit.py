@@ -92,7 +92,9 @@ COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 a
 
 
 def default_threads() -> int:
-    """The cores that this process may use."""
+    """QCONVERT_THREADS, else the cores that this process may use."""
+    if (wanted := os.environ.get("QCONVERT_THREADS", "")).isdigit() and int(wanted):
+        return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

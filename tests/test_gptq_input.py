@@ -220,7 +220,8 @@ def test_settings_in_the_older_file_are_read(tmp_path: Path) -> None:
 
 def test_inspect_lists_the_words(tmp_path: Path) -> None:
     found = inspect_file(str(made(tmp_path, Kind()).folder))
-    assert found["types"]["i32"] == 3 * 14
+    assert found["types"]["int4_g32_f16"] == 14
+    assert sum(t["dtype"] == "i32" for t in found["tensors"]) == 28  # zero points and orders; words of codes are the weights
 
 
 def test_biases_of_zeros_that_gptqs_tools_add_are_dropped_and_others_refused(tmp_path: Path) -> None:
