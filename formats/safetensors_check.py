@@ -35,12 +35,13 @@ from qconvert.passes.untie_head import has_head
 from qconvert.report import Row, judged
 from qconvert.run import Reals, run
 from qconvert.scheme import Array
+from qconvert.solvers import rounded_to
 from qconvert.sources import Store
 from qconvert.stored_forms import Tensors, stored_form
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import hard_corpus
 from qconvert.transcoded import stored_rows
-from qconvert.weights import Weights, rounded_to
+from qconvert.weights import Weights
 
 RUNTIME = "runtime transformers"
 KERNELS = "runtime Triton, interpreted"

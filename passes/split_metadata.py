@@ -44,7 +44,7 @@ class SplitMetadata:
         joint = next((n for n in graph.parameters() if not apart(graph.nodes[n])), None)
         if joint is not None:
             raise UnsupportedError(
-                f"{self.name}: {joint} is {graph.nodes[joint].type.dtype}, whose blocks hold codes and scales together",
+                f"{self.name}: {joint} is {graph.nodes[joint].type.dtype}, which has no scales that lie apart from its codes",
                 hint="a format that keeps them apart: --to onnx, --to safetensors",
             )
         before = placement_of(graph)._replace(ahead=self.prefetch)

@@ -18,7 +18,7 @@ from qconvert.errors import ResourceError
 from qconvert.graph import Graph, Node, n_rows
 from qconvert.layouts import layout_of
 from qconvert.report import nbytes_text
-from qconvert.scheme import Scheme
+from qconvert.scheme import FOLDED, Scheme
 
 Class = Literal["codes", "meta1", "meta2", "tables", "adapter", "dense"]
 Device = Literal["gpu", "cpu-pinned", "cpu-mmap", "disk"]
@@ -178,7 +178,10 @@ def buffers_of(graph: Graph) -> Iterator[Buffer]:
 def beside(name: str, node: Node) -> list[tuple[str, Class]]:
     """Other values of the graph that hold a weight's metadata, and their class."""
     layout = layout_of(node.type.dtype) if "." in node.type.dtype else None
-    return [(f"{name}~{suffix}", "meta1" if finest else "meta2") for suffix, finest in layout.others] if layout else []
+    found: list[tuple[str, Class]] = []
+    for suffix, finest in layout.others if layout else ():
+        found.append((f"{name}~{suffix}", "codes" if suffix == FOLDED else "meta1" if finest else "meta2"))
+    return found
 
 
 def adapters_of(graph: Graph) -> set[str]:
@@ -210,6 +213,8 @@ def pieces_of(dtype: str, dims: tuple[int, ...]) -> list[tuple[Class, int]]:
     if "." not in dtype:
         return [("dense", math.prod(dims) * DTYPES[dtype].nbytes)]
     layout, rows = layout_of(dtype), n_rows(dims)
+    if not layout.row_nbytes(dims[-1]):
+        return []  # all of it lies in values of their own
     if pieces := layout.pieces(rows, dims[-1]):
         return [(class_of(layout.scheme, piece.level), piece.nbytes) for piece in pieces]
     codes = math.prod(dims) * layout.scheme.bits // 8

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from qconvert.emit import Entry, Plan
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
+from qconvert.scheme import FOLDED
 
 Verdict = Literal["pass", "fail", "skip", "info"]
 
@@ -54,6 +55,8 @@ class Bpw(NamedTuple):
 
 def size_of(plan: Plan) -> Size:
     codes, others = sum(code_nbytes(e) for e in plan.entries), metadata_beside(plan)
+    whole = {e.value for e in plan.entries if "." in e.dtype}
+    codes += sum(e.nbytes for e in plan.entries if e.value.endswith(f"~{FOLDED}") and e.value.partition("~")[0] not in whole)
     quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype or e.value in others)
     dense = sum(e.nbytes for e in plan.entries) - quantized
     header = sum(f.known_nbytes for f in plan.files)
@@ -63,6 +66,7 @@ def size_of(plan: Plan) -> Size:
 def metadata_beside(plan: Plan) -> set[str]:
     """Values NAME~what that lie beside the packed rows of NAME."""
     packed = {e.value for e in plan.entries if "." in e.dtype}
+    packed |= {e.value.partition("~")[0] for e in plan.entries if e.value.endswith(f"~{FOLDED}")}
     return {e.value for e in plan.entries if e.value not in packed and e.value.partition("~")[0] in packed}
 
 

@@ -19,6 +19,7 @@ Real = npt.NDArray[np.floating[Any]]
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 ZeroPoint = Literal["none", "int", "float"]
+FOLDED = "folded"  # NAME~folded: codes that rows of a weight share bytes for, beside its packed rows
 
 
 @dataclass(frozen=True)
@@ -232,10 +233,8 @@ TABLES: dict[str, Scheme] = {
 
 # One scale for all weights of an output: what integer matrix products take; bitsandbytes' is the greatest magnitude itself
 INT8_TABLE = tuple(code / 127 for code in range(-128, 128))
-PER_ROW: dict[str, Scheme] = {
-    "int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),)),
-    "int8_scb": Scheme("int8_scb", 8, (Level("scale", "f32", None),), INT8_TABLE),
-}
+PER_ROW: dict[str, Scheme] = {"int8_row": Scheme("int8_row", 8, (Level("scale", "f32", None),))}
+SCB: dict[str, Scheme] = {"int8_scb": Scheme("int8_scb", 8, (Level("scale", "f32", None),), INT8_TABLE)}
 # One scale for the whole weight
 TERNARY: dict[str, Scheme] = {
     f"ternary_{dtype}": Scheme(f"ternary_{dtype}", 2, (Level("scale", dtype, None, None),), (-1.0, 0.0, 1.0, 0.0))
@@ -282,7 +281,7 @@ def scheme_of(name: str) -> Scheme | None:
             return None  # it has one
         levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
         return replace(base, name=name, levels=tuple(levels))
-    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, TERNARY, MINIFLOATS)
+    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS)
     return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
 
 

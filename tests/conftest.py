@@ -32,10 +32,17 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """visible("hqq"): that library, to be found for the rest of a test; skips where it is not installed."""
 
     def found(name: str) -> ModuleType:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        return pytest.importorskip(name)
+        if name in SEEN:
+            monkeypatch.setitem(sys.modules, name, SEEN[name])
+        else:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+            SEEN[name] = pytest.importorskip(name)
+        return SEEN[name]
 
     return found
+
+
+SEEN: dict[str, ModuleType] = {}  # imported once: their submodules stay
 
 
 @pytest.fixture(scope="session")

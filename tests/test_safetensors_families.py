@@ -156,12 +156,12 @@ def left(folder: Path) -> list[str]:
 
 
 def test_an_interrupt_in_the_proof_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qconvert.formats import safetensors_check
+    from qconvert.formats import safetensors_transformers
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors_check, "load", interrupted)
+    monkeypatch.setattr(safetensors_transformers, "load", interrupted)
     source = save_random(tmp_path / "model", *CASES["llama tied"])
     with pytest.raises(KeyboardInterrupt):
         convert(source, to="safetensors", quant="bf16", output=tmp_path / "out")

@@ -30,7 +30,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qconvert.kernels.affine_codes import affine_codes as affine_codes
+    from qconvert.kernels.affine_nearest import affine_codes as affine_codes
     from qconvert.kernels.affine_quants import affine as affine
     from qconvert.kernels.bnb_quants import block_codes as block_codes
     from qconvert.kernels.bnb_quants import block_peaks as block_peaks
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_check", "widen_bf16")
 _FLOATS = ("e4m3_codes", "group_peaks", "int8_codes", "mx_exponents", "mxfp4", "nvfp4", "scales_of")
 _WHERE = dict.fromkeys(_REAL, "real") | dict.fromkeys(_FLOATS, "float_quants") | {
-    "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_codes", "table_codes": "table_quants",
+    "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_nearest", "table_codes": "table_quants",
 }  # fmt: skip
 _BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes")
 _WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")

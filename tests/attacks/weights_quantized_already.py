@@ -1,4 +1,4 @@
-"""An AWQ checkpoint: its weights are no longer what was trained."""
+"""A checkpoint of EETQ: its weights are no longer what was trained."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from safetensors_writer import write_model
 
 from qconvert.errors import UnsupportedError
 
-ERROR, SAYS = UnsupportedError, "already quantized (awq)"
+ERROR, SAYS = UnsupportedError, "already quantized (eetq)"
 
 
 def make(folder: Path) -> None:
     write_model(folder)
-    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "awq", "bits": 4}}')
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "eetq"}}')

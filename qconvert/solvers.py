@@ -1,0 +1,50 @@
+"""Codes and metadata of least squared error for f32[N,K], as a scheme keeps them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qconvert import kernels
+from qconvert.scheme import F32, Bytes, Scheme
+
+if TYPE_CHECKING:
+    from qconvert.kernels.affine_quants import Affine
+
+
+def line(scheme: Scheme, x: F32) -> tuple[Bytes, tuple[F32, ...]]:
+    """Scales and offsets of least squared error, as the scheme keeps them, and the codes that suit those."""
+    group, shift = scheme.levels[0].group or x.shape[1], np.float32(scheme.centre)
+    found = kernels.affine(x, group, scheme.bits, "float")
+    scales = rounded_to(scheme.levels[0].dtype, found.scales)
+    offsets = rounded_to(scheme.levels[1].dtype, found.scales * (shift - found.zeros))
+    return kernels.line_codes(x, group, scheme.bits, scales, offsets - shift * scales), (scales, offsets)
+
+
+def least_squares(scheme: Scheme, x: F32) -> Affine:
+    """Codes, scales and zero points of least squared error."""
+    group = scheme.levels[0].group or x.shape[1]
+    if scheme.table:
+        return kernels.table_codes(x, group, scheme.table)
+    found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
+    kept = scheme.levels[0].dtype
+    return found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
+
+
+def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: str) -> Affine:
+    """Scales as f16 or bf16 has them, and codes of 8 bits that suit those; of 4 bits no weight moves by 1/64 of a code."""
+    scales = rounded_to(kept, found.scales)
+    zeros = rounded_to(kept, found.zeros) if scheme.zero_point == "float" else found.zeros
+    if scheme.bits < 8:
+        return found._replace(scales=scales, zeros=zeros)
+    return found._replace(packed=kernels.affine_codes(x, group, scheme.bits, scales, zeros), scales=scales, zeros=zeros)
+
+
+def rounded_to(dtype: str, v: F32) -> F32:
+    """As f32, f16 or bf16 keeps it; an f16 that would be infinite is its largest number."""
+    if dtype == "bf16":
+        return kernels.widen_bf16(kernels.narrow_bf16(np.ascontiguousarray(v)))
+    if dtype == "f32":
+        return v
+    return np.clip(v, -65504, 65504).astype(np.float16).astype(np.float32)
