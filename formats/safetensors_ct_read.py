@@ -88,7 +88,7 @@ def read(settings: Mapping[str, object], where: str) -> CompressedTensors:
 
 
 def assembled(
-    name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors, layout: Layout, rename: str = ""
+    name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors, layout: Layout
 ) -> Nodes:
     """The tensors of a layout, and the weight that they are. InputError for shapes or dtypes that are not those of `shape`."""
     module, (n, k), nodes = name.removesuffix(".weight"), shape, dict[str, Node]()

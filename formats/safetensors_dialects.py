@@ -37,10 +37,7 @@ class Wanted(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What is in a folder. quantized: weight -> scheme; left: modules of linear maps whose weights are plain.
-
-    others: names of weights -> their dtype.
-    """
+    """What is in a folder. quantized: weight -> scheme; left: modules of linear maps whose weights are plain."""
 
     quantized: Mapping[str, str]
     left: tuple[str, ...]

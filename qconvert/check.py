@@ -134,6 +134,8 @@ def stage_rows(stages: Sequence[Stage], store: Store, prompts: Tokens) -> tuple[
     """A row for each step from what was trained to what will be quantized, and the last one's log-probabilities."""
     rows: list[Row] = []
     before = log_probs(stages[0].graph, Weights(stages[0].graph, store), prompts)
+    if not bool((before != before[:, :, :1]).any()):  # what says nothing is equal to whatever else says nothing
+        rows.append(judged("the model as it was trained", "all logits are alike", 1.0, 0.0, "are its weights zeros?"))
     for old, new in pairwise(stages):
         after = log_probs(new.graph, Weights(new.graph, store), prompts)
         d = distance(before, after, prompts)

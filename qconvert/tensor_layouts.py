@@ -6,7 +6,6 @@ A packed row is its codes and its entries of each level, part by part; emit lays
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -266,13 +265,6 @@ def rows_of(layout: Tensors, store: Reader, refs: Sequence[str], n: int, k: int,
         lines = np.ascontiguousarray(store.read_columns(ref, low, high)).view(np.uint8)
         pieces.append(pieces_of(plane, lines[:, first - low * size : last - low * size], begin, end))
     return np.concatenate(pieces, axis=1)
-
-
-def n_values(layout: Tensors, n: int, k: int) -> int:
-    """Bytes that a weight [n,k] takes in all its tensors."""
-    return sum(part.plane(layout.scheme, k).file_nbytes(n) for part in layout.parts) + sum(
-        ITEMSIZE[c.dtype] * math.prod(c.dims(n, k)) for c in layout.constants
-    )
 
 
 class Made(Mapping[str, Layout]):

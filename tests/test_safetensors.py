@@ -193,6 +193,15 @@ def test_a_wrong_scale_is_found_before_the_folder_has_its_name(tmp_path: Path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_says_nothing_proves_nothing(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "zeros")
+    tensors = load_file(TINY / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file(tensors, tmp_path / "zeros" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match="all logits are alike"):
+        convert(tmp_path / "zeros", to="safetensors", quant="bf16", output=tmp_path / "out")
+
+
 # as input -------------------------------------------------------------------------------------------
 
 
