@@ -22,6 +22,7 @@ from qconvert.formats.safetensors_dialects import (
     Describing,
     Dialect,
     FixedRanges,
+    OfBits,
     OwnConfig,
     Wanted,
     dialect_of,
@@ -199,7 +200,10 @@ def chosen(request: Request) -> Dialect:
         name = ASYMMETRIC.get(name, name)
     elif request.zero_point == "float":
         raise UnsupportedError("--zero-point float: compressed-tensors has integer ones", hint="--quant hqq, or --to onnx")
-    return dialect_of(name)
+    dialect = dialect_of(name)
+    if request.quant and request.bits is not None and not isinstance(dialect, OfBits) and BITS.get(request.bits) != name:
+        raise UsageError(f"--quant {request.quant} and --bits {request.bits}: the type says its bits", hint="say the type once")
+    return dialect
 
 
 def plain_dtype(graph: Graph) -> str:

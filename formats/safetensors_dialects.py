@@ -83,6 +83,14 @@ class OwnPasses(Protocol):
 
 
 @runtime_checkable
+class OfBits(Protocol):
+    """A dialect whose codes have the bits that the user says, of these."""
+
+    @property
+    def allowed(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
 class FixedRanges(Protocol):
     """A dialect that has activations of ranges taken beforehand from a text, where `fixed` says of what kind."""
 

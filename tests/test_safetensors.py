@@ -160,6 +160,8 @@ def test_bits_and_zero_points_choose_the_type(tmp_path: Path) -> None:
         assert result.report.quant == quant
     with pytest.raises(UsageError, match="--bits 5"):
         convert(TINY, to="safetensors", bits=5, dry_run=True)
+    with pytest.raises(UsageError, match="--quant nf4 and --bits 8"):
+        convert(TINY, to="safetensors", quant="nf4", bits=8, dry_run=True)
     with pytest.raises(UsageError, match="no such type") as caught:
         convert(TINY, to="safetensors", quant="w4a61", dry_run=True)
     assert caught.value.hint == "did you mean w4a16?"
