@@ -38,13 +38,34 @@ def keeps(source: Scheme, dtype: str) -> bool:
 
 
 def nearly_moves(source: Scheme, target: Scheme) -> bool:
-    """Whether codes and scales of `source` are those of `target`, its offsets or minima zero points as f32 has them."""
+    """Whether codes and scales of `source` are those of `target`, its offsets or minima zero points as f32 has them, or its
+    zero points offsets as `target` keeps them.
+    """
+    if offsets_for_zeros(source, target):
+        return True
     scales = [level for level in target.levels if level.role == "scale"]
     group = scales[0].group
     shifted = {"offset", "min"} & {level.role for level in source.levels}
     fits = group is not None and not any(level.group is None or level.group % group for level in source.levels)
     plain = len(scales) == 1 and not (target.table or source.table)
     return bool(shifted) and has_float_zeros(target) and fits and plain and source.bits <= target.bits
+
+
+def offsets_for_zeros(source: Scheme, target: Scheme) -> bool:
+    """Whether `target` says scale * code + offset of `source`'s scale * (code - zero), but for the offset's rounding."""
+    if target.table or [level.role for level in target.levels] != ["scale", "offset"] or target.bits < source.bits:
+        return False
+    scale, group = target.levels[0], target.block
+    whole = {level.role for level in source.levels} == {"scale", "zero"} and not has_float_zeros(source) and not source.table
+    fits = not any(level.group is None or level.group % group or level.rows != 1 for level in source.levels)
+    return whole and fits and scale.dtype == target.levels[1].dtype == "f16" and keeps(source, "f16")
+
+
+def _with_offsets(q: QTensor, target: Scheme) -> QTensor:
+    """An offset is -scale * zero, rounded once."""
+    scale, zero = (at_group([(v, level.group or 1) for v, level in _levels(q, r)], target.block) for r in ("scale", "zero"))
+    offset = np.clip(-scale * zero, -65504, 65504).astype(np.float16).astype(np.float32)
+    return QTensor(target, q.codes, (scale, offset))
 
 
 def _shifted(q: QTensor, target: Scheme) -> QTensor:
@@ -61,6 +82,8 @@ def _shifted(q: QTensor, target: Scheme) -> QTensor:
 def moved(q: QTensor, target: Scheme) -> QTensor:
     """The same weights as `target` has them; `moves` or `nearly_moves` must have said that it has."""
     source, group = q.scheme, target.block
+    if offsets_for_zeros(source, target):
+        return _with_offsets(q, target)
     if has_float_zeros(target):
         return _shifted(q, target)
     codes: Array = np.asarray(source.table, np.int16)[q.codes] if source.table else q.codes.astype(np.int16)

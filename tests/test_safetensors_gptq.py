@@ -141,6 +141,19 @@ def test_scales_that_do_not_fit_are_rounded_a_second_time_and_the_report_says_so
     assert "21 weights are rounded a second time, int4_g128_f16 -> int4_g128_bf16" in result.report.notes
 
 
+def test_codes_move_to_ggufs_blocks(tmp_path: Path) -> None:
+    """Q4_0 has a symmetric grid's values, Q4_1 an offset for each zero point, which f16 rounds."""
+    for quant, kind, what in (
+        ("gptq", "Q4_0", "codes moved: 21 tensors, exact"),
+        ("awq", "Q4_1", "codes moved, zero points rounded: uint4_g128_f16 -> q4_1"),
+    ):
+        convert(TINY, to="safetensors", quant=quant, output=tmp_path / quant, check=False)
+        result = convert(tmp_path / quant, to="gguf", quant=kind, output=tmp_path / f"{quant}.gguf")
+        row = next(row for row in result.report.checks if row.what.startswith("codes moved"))
+        assert (row.what, row.verdict) == (what, "pass") and row.value is not None and row.value < 1e-3
+        assert not result.report.failed
+
+
 def test_bits_of_gptq_are_the_users(tmp_path: Path) -> None:
     result = convert(TINY, to="safetensors", quant="gptq", bits=8, output=tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
