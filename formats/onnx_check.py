@@ -35,8 +35,9 @@ from qconvert.formats.onnx_safetensors import safetensors_rows
 from qconvert.formats.onnx_swap_check import swap_rows
 from qconvert.graph import Graph, Node, n_rows
 from qconvert.layouts import layout_of
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals, run
+from qconvert.run import run
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source
 from qconvert.tokenizer import hard_corpus

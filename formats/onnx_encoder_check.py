@@ -26,8 +26,9 @@ from qconvert.formats.onnx_lowering import INPUTS
 from qconvert.formats.onnx_reference import interpreted
 from qconvert.formats.onnx_runtime import OnnxRuntime, session
 from qconvert.graph import Graph
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals, RoundInput, run
+from qconvert.run import RoundInput, run
 from qconvert.target import Lowered, Source
 from qconvert.weights import Weights
 

@@ -15,8 +15,9 @@ from qconvert.formats.onnx_genai_check import adapter_row
 from qconvert.formats.onnx_runtime import OnnxRuntime
 from qconvert.formats.onnx_swap import file_names, read
 from qconvert.passes.adapter_slots import alone, filling
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals, run
+from qconvert.run import run
 from qconvert.target import Lowered
 from qconvert.weights import Weights
 

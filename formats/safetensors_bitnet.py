@@ -24,8 +24,8 @@ from qconvert.passes.fold_rows import FoldRows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import Scheme
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors

@@ -25,8 +25,8 @@ from qconvert.passes.nest_scales import NOTE_NBYTES, NestScales
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme
 from qconvert.tensor_layouts import Beside, Constant, Made, Part, Tensors, tensors
 

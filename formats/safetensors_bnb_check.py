@@ -10,8 +10,8 @@ import numpy as np
 
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import Opened, opened_tensors
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 
 WHAT = "bitsandbytes' dequantization"
 

@@ -32,8 +32,9 @@ from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph, Node, Type, n_rows
 from qconvert.layouts import layout_of
 from qconvert.passes.untie_head import has_head
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals, run
+from qconvert.run import run
 from qconvert.scheme import Array
 from qconvert.solvers import rounded_to
 from qconvert.sources import Store

@@ -17,8 +17,8 @@ import numpy as np
 from qconvert.errors import UsageError
 from qconvert.formats.safetensors_ct_check import decompressed_rows
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written, first_that_holds
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme, affine_name, scheme_of
 from qconvert.tensor_layouts import Constant, Kind, Made, Part, Tensors, tensors
 

@@ -12,8 +12,8 @@ import numpy as np
 from qconvert.dtypes import DTYPES
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import opened_tensors
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import scheme_of
 
 CHECKED = 1 << 24  # weights that are decompressed of one layout and shape; the others are held by their bytes

@@ -23,8 +23,8 @@ from qconvert.formats.safetensors_ct_check import decompressed_rows
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.graph import Attr
 from qconvert.kernels import scales_of
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import MINIFLOATS, Scheme, scheme_of
 from qconvert.tensor_layouts import Made, Part, Tensors, tensors
 

@@ -19,8 +19,8 @@ from qconvert.moves import moves
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme, scheme_of
 
 

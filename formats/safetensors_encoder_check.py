@@ -8,8 +8,8 @@ from qconvert.check import LIMITS
 from qconvert.encoder_check import Answers, Texts, answers, encoder_of, judged_rows, kept, price_rows, stage_rows, texts
 from qconvert.formats.safetensors_transformers import Model
 from qconvert.graph import Graph
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.target import Lowered, Source
 
 INPUTS = {"token_types": "token_type_ids"}  # where transformers calls an input otherwise

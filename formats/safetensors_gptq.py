@@ -18,8 +18,8 @@ import numpy as np
 from qconvert.errors import UsageError
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written, first_that_holds
 from qconvert.formats.safetensors_gptq_check import awq_rows, gptq_rows
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme, affine_name, scheme_of
 from qconvert.tensor_layouts import Constant, Made, Part, Tensors, tensors
 

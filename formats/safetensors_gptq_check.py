@@ -12,8 +12,8 @@ import numpy as np
 
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import opened_tensors
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import Array, scheme_of
 
 Dequantize = Callable[[Mapping[str, Any], str], Array]  # a module's tensors, its scheme -> f32[N,K]

@@ -18,14 +18,13 @@ from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.safetensors_config import TORCH
 from qconvert.formats.safetensors_ct_read import check_part
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
-from qconvert.formats.safetensors_hqq_check import dequantized_rows
 from qconvert.graph import Attr, Node, Type
 from qconvert.passes.fold_rows import FoldRows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme, affine_name
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors
@@ -99,6 +98,8 @@ class HQQ:
         return {"quantization_config": {"quant_method": "hqq", "quant_config": settings, "skip_modules": left}}
 
     def byte_rows(self, folder: Path, reals: Reals, written: Written) -> list[Row]:
+        from qconvert.formats.safetensors_hqq_check import dequantized_rows  # loads torch
+
         return dequantized_rows(folder, reals, written)
 
     def loading(self, written: Written) -> Loading:

@@ -12,8 +12,8 @@ import numpy as np
 from qconvert.formats.safetensors_dialects import Loading, Written
 from qconvert.formats.safetensors_files import Opened, opened_tensors
 from qconvert.formats.safetensors_transformers import Model, quiet, short_of_memory
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 
 WHAT = "hqq's dequantization"
 

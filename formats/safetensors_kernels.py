@@ -17,8 +17,8 @@ from qconvert.formats.safetensors_apart_operands import apart_operand
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import Array
 from qconvert.tensor_layouts import Part, Tensors
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from qconvert.errors import UsageError
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_mlx_check import dequantized_rows
+from qconvert.reals import Reals
 from qconvert.report import Row
-from qconvert.run import Reals
 from qconvert.scheme import Scheme, affine_name, scheme_of
 from qconvert.tensor_layouts import Kind, Made, Part, Tensors, tensors
 

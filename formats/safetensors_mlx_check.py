@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qconvert.formats.safetensors_dialects import Loading, Written
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import scheme_of
 
 WHAT = "mx.dequantize"

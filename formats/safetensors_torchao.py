@@ -21,8 +21,8 @@ from qconvert.formats.safetensors_ct_read import assembled
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.graph import Attr
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals
 from qconvert.scheme import Array, Scheme, affine_name
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors

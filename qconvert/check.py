@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 
 from qconvert.graph import Graph
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals, RoundInput, run
+from qconvert.run import RoundInput, run
 from qconvert.sources import Store
 from qconvert.target import Stage
 from qconvert.weights import Weights

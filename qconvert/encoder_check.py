@@ -13,8 +13,9 @@ from qconvert import check
 from qconvert.check import LIMITS
 from qconvert.companions import n_vocab
 from qconvert.graph import Graph
+from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import Reals, run
+from qconvert.run import run
 from qconvert.sources import Store
 from qconvert.target import Stage
 from qconvert.tokenizer import hard_corpus

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,12 @@ from torch import Tensor
 
 from qconvert.errors import GraphError
 from qconvert.graph import Graph, Node
+from qconvert.reals import Reals
 from qconvert.rope import Scaling, frequencies
 
 BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
 Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
 RoundInput = Callable[[Node, Tensor], Tensor]
-
-
-class Reals(Protocol):
-    """Where weights come from: weights.Weights, or anything that gives rows begin..end as real numbers."""
-
-    def real(self, name: str, begin: int = 0, end: int | None = None) -> npt.NDArray[Any]: ...
 
 
 def run(
