@@ -13,9 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qconvert.errors import InputError, UnsupportedError, UsageError
+from qconvert.formats.safetensors_compared import exact_rows
 from qconvert.formats.safetensors_ct_read import check_part
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_files import opened_tensors
@@ -25,8 +24,8 @@ from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.pipeline import Pass
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
-from qconvert.scheme import Scheme
+from qconvert.report import Row
+from qconvert.scheme import Array, Scheme
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors
 from qconvert.tensor_layouts import Beside, Made, tensors
@@ -79,16 +78,14 @@ class BitNet:
         import torch
         from transformers.integrations.bitnet import unpack_weights
 
-        wrong, seen = [], set[tuple[int, ...]]()
         with opened_tensors(folder) as tensors, torch.compiler.set_stance("force_eager"):
-            for name in written.quantized:
-                if (shape := tensors.shape(name)) in seen:
-                    continue
-                seen.add(shape)
+
+            def theirs(name: str, _: str) -> Array:
                 value = unpack_weights(tensors.tensor(name), torch.float32) * tensors.tensor(f"{name}_scale").float()
-                if not np.array_equal(value.numpy(), reals.real(name)):
-                    wrong.append(name)
-        return [judged(f"{what}: {len(seen)} shapes", "weights with another value", len(wrong), 0.0, min(wrong, default=""))]
+                out: Array = value.numpy()
+                return out
+
+            return exact_rows(what, written, tensors.shape, theirs, reals.real)
 
     def loading(self, written: Written) -> Loading:
         rounding = Rounding(frozenset(written.quantized))

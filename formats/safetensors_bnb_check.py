@@ -6,12 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from qconvert.formats.safetensors_compared import close_rows
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import Opened, opened_tensors
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
+from qconvert.report import Row
 
 WHAT = "bitsandbytes' dequantization"
 
@@ -20,19 +19,9 @@ def dequantized_rows(folder: Path, reals: Reals, written: Written, exact: bool) 
     """Every weight whose scheme and shape are new. exact: the products are the graph's; else of 8 bits, in another order."""
     if find_spec("bitsandbytes") is None:
         return [Row(WHAT, "not run", None, None, "skip", "bitsandbytes is not installed: pip install bitsandbytes")]
-    worst, where, seen = 0.0, "", set[tuple[str, tuple[int, ...]]]()
     with opened_tensors(folder) as tensors:
-        for name, scheme in written.quantized.items():
-            key = (scheme, tensors.shape(name))
-            if key in seen:
-                continue
-            seen.add(key)
-            want = reals.real(name)
-            far = float(np.max(np.abs(value(tensors, name) - want)) / max(float(np.abs(want).max()), 1e-30))
-            if far > worst:
-                worst, where = far, name
-    what = f"{WHAT}: {len(seen)} shapes"
-    return [judged(what, "greatest error, of the greatest weight", worst, 0.0 if exact else 3e-7, where)]
+        theirs = lambda name, _: value(tensors, name)  # noqa: E731
+        return close_rows(WHAT, written, tensors.shape, theirs, reals, 0.0 if exact else 3e-7)
 
 
 def value(tensors: Opened, name: str) -> Any:

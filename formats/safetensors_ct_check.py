@@ -7,16 +7,13 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 from qconvert.dtypes import DTYPES
+from qconvert.formats.safetensors_compared import exact_rows
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
-from qconvert.scheme import scheme_of
-
-CHECKED = 1 << 24  # weights that are decompressed of one layout and shape; the others are held by their bytes
+from qconvert.report import Row
+from qconvert.scheme import Array
 
 
 def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str, dtype: str | None = None) -> list[Row]:
@@ -32,26 +29,29 @@ def decompressed_rows(folder: Path, reals: Reals, written: Written, form: str, d
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     schemes = {m: QuantizationScheme.model_validate(g) for g in config["config_groups"].values() for m in g["targets"]}
     compressor = BaseCompressor.get_value_from_registry(form)
-    wrong, seen = [], set[tuple[str, tuple[int, ...]]]()
     with opened_tensors(folder) as tensors:
         of_module: dict[str, dict[str, str]] = {}
         for tensor in tensors:
             of_module.setdefault(tensor.rpartition(".")[0], {})[tensor.rpartition(".")[2]] = tensor
-        for name, scheme in written.quantized.items():
+
+        def shape(name: str) -> tuple[int, ...]:
+            parts = of_module[name.removesuffix(".weight")]
+            return tensors.shape(parts.get("weight_packed") or parts["weight"])
+
+        def theirs(name: str, _: str) -> Array:
             module = name.removesuffix(".weight")
-            parts = of_module[module]
-            key = (scheme, tuple(tensors.shape(parts.get("weight_packed") or parts["weight"])))
-            if key in seen:
-                continue
-            seen.add(key)
-            found = {part: tensors.tensor(tensor) for part, tensor in parts.items()}
+            found = {part: tensors.tensor(tensor) for part, tensor in of_module[module].items()}
             settings = next(s for target, s in schemes.items() if matches(target, module))
-            value = compressor.decompress(found, settings)["weight"].float().numpy()
-            rounded = found["weight_scale"].dtype if dtype is None else getattr(torch, DTYPES[dtype].torch)
-            want = torch.from_numpy(reals.real(name)).to(rounded).float().numpy()
-            if scheme_of(scheme) is None or not np.array_equal(value, want):
-                wrong.append(name)
-    return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]
+            value: Array = compressor.decompress(found, settings)["weight"].float().numpy()
+            return value
+
+        def wanted(name: str) -> Array:
+            scales = of_module[name.removesuffix(".weight")]["weight_scale"]
+            rounded = tensors.tensor(scales).dtype if dtype is None else getattr(torch, DTYPES[dtype].torch)
+            out: Array = torch.from_numpy(reals.real(name)).to(rounded).float().numpy()
+            return out
+
+        return exact_rows(what, written, shape, theirs, wanted)
 
 
 def matches(target: str, module: str) -> bool:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 from qconvert.errors import UnsupportedError, UsageError
+from qconvert.formats.safetensors_compared import exact_rows
 from qconvert.formats.safetensors_ct import KINDS, SAFETENSORS
 from qconvert.formats.safetensors_ct_floats import SUFFIX
 from qconvert.formats.safetensors_ct_read import assembled
@@ -21,8 +20,8 @@ from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.graph import Attr
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
-from qconvert.scheme import MINIFLOATS, Scheme
+from qconvert.report import Row
+from qconvert.scheme import MINIFLOATS, Array, Scheme
 from qconvert.sources import TensorInfo
 from qconvert.stored_forms import Nodes, Tensors
 from qconvert.tensor_layouts import Made, Part, tensors
@@ -95,16 +94,15 @@ def dequantized_rows(folder: Path, reals: Reals, written: Written) -> list[Row]:
     import torch
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    theirs, wrong, seen = Fp8Dequantize(None), [], set[tuple[int, ...]]()
     with opened_tensors(folder) as found:
-        for name in written.quantized:
-            if (shape := found.shape(name)) in seen:
-                continue
-            seen.add(shape)
-            value = theirs._dequantize_one(found.tensor(name), found.tensor(f"{name}_scale_inv"), torch.float32)
-            if not np.array_equal(value.numpy(), reals.real(name)):
-                wrong.append(name)
-    return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]
+
+        def theirs(name: str, _: str) -> Array:
+            value: Array = Fp8Dequantize(None)._dequantize_one(
+                found.tensor(name), found.tensor(f"{name}_scale_inv"), torch.float32
+            ).numpy()
+            return value
+
+        return exact_rows(what, written, found.shape, theirs, reals.real)
 
 
 # as input -----------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from qconvert.formats.safetensors_compared import exact_rows
 from qconvert.formats.safetensors_dialects import Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
+from qconvert.report import Row
 from qconvert.scheme import Array, scheme_of
 
 Dequantize = Callable[[Mapping[str, Any], str], Array]  # a module's tensors, its scheme -> f32[N,K]
@@ -21,18 +22,15 @@ Dequantize = Callable[[Mapping[str, Any], str], Array]  # a module's tensors, it
 
 def compared(what: str, folder: Path, reals: Reals, written: Written, dequantize: Dequantize) -> list[Row]:
     """Every weight whose scheme and shape are new, exactly."""
-    wrong, seen = [], set[tuple[str, tuple[int, ...]]]()
     with opened_tensors(folder) as tensors:
-        for name, scheme in written.quantized.items():
-            module = name.removesuffix(".weight")
-            key = (scheme, tensors.shape(f"{module}.qweight"))
-            if key in seen:
-                continue
-            seen.add(key)
-            parts = {t.removeprefix(f"{module}."): tensors.tensor(t) for t in tensors if t.startswith(f"{module}.")}
-            if not np.array_equal(dequantize(parts, scheme), reals.real(name)):
-                wrong.append(name)
-    return [judged(f"{what}: {len(seen)} shapes", "weights with another value", float(len(wrong)), 0.0, min(wrong, default=""))]
+
+        def theirs(name: str, scheme: str) -> Array:
+            module = name.removesuffix("weight")
+            parts = {t.removeprefix(module): tensors.tensor(t) for t in tensors if t.startswith(module)}
+            return dequantize(parts, scheme)
+
+        shape = lambda name: tensors.shape(f"{name.removesuffix('weight')}qweight")  # noqa: E731
+        return exact_rows(what, written, shape, theirs, reals.real)
 
 
 def awq_rows(folder: Path, reals: Reals, written: Written) -> list[Row]:

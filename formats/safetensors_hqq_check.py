@@ -7,13 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from qconvert.formats.safetensors_compared import exact_rows
 from qconvert.formats.safetensors_dialects import Loading, Written
 from qconvert.formats.safetensors_files import Opened, opened_tensors
 from qconvert.formats.safetensors_transformers import Model, quiet, short_of_memory
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
+from qconvert.report import Row
+from qconvert.scheme import Array
 
 WHAT = "hqq's dequantization"
 
@@ -22,17 +22,16 @@ def dequantized_rows(folder: Path, reals: Reals, written: Written) -> list[Row]:
     """Every weight whose scheme and shape are new, exactly, as hqq computes in f32."""
     if find_spec("hqq") is None:
         return [Row(WHAT, "not run", None, None, "skip", "hqq is not installed: pip install hqq")]
-    wrong, seen = [], set[tuple[str, tuple[int, ...]]]()
     with opened_tensors(folder) as tensors:
-        for name, scheme in written.quantized.items():
-            module = name.removesuffix(".weight")
-            key = (scheme, tuple(tensors.tensor(f"{module}.shape").tolist()))
-            if key in seen:
-                continue
-            seen.add(key)
-            if not np.array_equal(linear(tensors, module).dequantize().detach().numpy(), reals.real(name)):
-                wrong.append(name)
-    return [judged(f"{WHAT}: {len(seen)} shapes", "weights with another value", len(wrong), 0.0, min(wrong, default=""))]
+
+        def shape(name: str) -> tuple[int, ...]:
+            return tuple(tensors.tensor(f"{name.removesuffix('weight')}shape").tolist())
+
+        def theirs(name: str, _: str) -> Array:
+            out: Array = linear(tensors, name.removesuffix(".weight")).dequantize().detach().numpy()
+            return out
+
+        return exact_rows(WHAT, written, shape, theirs, reals.real)
 
 
 def linear(tensors: Opened, module: str) -> Any:

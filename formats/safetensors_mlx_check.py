@@ -10,10 +10,11 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from qconvert.formats.safetensors_compared import close_rows
 from qconvert.formats.safetensors_dialects import Loading, Written
 from qconvert.reals import Reals
-from qconvert.report import Row, judged
-from qconvert.scheme import scheme_of
+from qconvert.report import Row
+from qconvert.scheme import Array, scheme_of
 
 WHAT = "mx.dequantize"
 
@@ -27,20 +28,14 @@ def dequantized_rows(folder: Path, reals: Reals, written: Written) -> list[Row]:
     tensors: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= cast(dict[str, Any], mx.load(str(path)))
-    worst, where, seen = 0.0, "", set[tuple[str, tuple[int, ...]]]()
-    for name, scheme in written.quantized.items():
+
+    def theirs(name: str, scheme: str) -> Array:
         found, module = scheme_of(scheme), name.removesuffix(".weight")
-        key = (scheme, tuple(tensors[name].shape))
-        if found is None or key in seen:
-            continue
-        seen.add(key)
+        assert found is not None
         scales, biases = (tensors[f"{module}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
-        value = np.array(mx.dequantize(tensors[name], scales, biases, found.block, found.bits))
-        want = reals.real(name)
-        far = float(np.max(np.abs(value - want)) / max(float(np.abs(want).max()), 1e-30))
-        if far > worst:
-            worst, where = far, name
-    return [judged(f"{WHAT}: {len(seen)} shapes", "greatest error, of the greatest weight", worst, 3e-7, where)]
+        return np.array(mx.dequantize(tensors[name], scales, biases, found.block, found.bits))
+
+    return close_rows(WHAT, written, lambda name: tensors[name].shape, theirs, reals, 3e-7)
 
 
 def unavailable(folder: Path) -> str | None:
