@@ -262,6 +262,14 @@ OPS: dict[str, Op] = {
     ),
     "unfold": Op(_declared, "(codes, level, ...) {parts, high_first, inverse?}: what fold was given; inverse: 1 / level", True),
     "note": Op(_declared, "(v[1]) {json, key}: the object `json` with v under `key`, as text filled up with spaces, u8", True),
+    "awq_scales": Op(
+        _declared, "(moments, w, ...) {dtypes, solver, times?, head_dim?}: for least error of the quantized w", True
+    ),
+    "smooth_scales": Op(_declared, "(peaks, w, ...) {alpha, times?, head_dim?}: peaks**alpha / max|w|**(1-alpha)", True),
+    "held_scales": Op(_same, "(s, w[K]) {dtype}: near s, such that w / s is a number of dtype", True),
+    "scale_columns": Op(_real, "(w[N,K], s) {times?, head_dim?}: w * s, each head's s for that many heads of w", True),
+    "divide_rows": Op(_real, "(w[N,K] or [N], s[N]): w / s", True),
+    "folded_statistic": Op(_same, "(v, s) {of, times?, head_dim?}: moments, a hessian or peaks of x / s from that of x", True),
     "second_level": Op(_second_level, "(q) {kind}: its real scales and zero points as integers with a level above", True),
     "pack": Op(_declared, "(q): to the bytes of the layout that is the node's dtype; the shape stays that of the weight", True),
     # activations ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import float_weights, kernels, peer_weights, stored_weights
+from qconvert import float_weights, fold_weights, kernels, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -373,5 +373,5 @@ OPS: dict[str, Op] = {
     "cast": _cast, "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
-    **stored_weights.OPS, **peer_weights.OPS, "amax": float_weights.amax,
+    **stored_weights.OPS, **peer_weights.OPS, **fold_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip
