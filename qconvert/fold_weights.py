@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -15,15 +15,23 @@ from qconvert import kernels
 from qconvert.graph import Graph, Node, Type
 from qconvert.scheme import F32, Array
 
-if TYPE_CHECKING:
-    from qconvert.weights import Weights
-
 ROWS = 512  # of each weight that the search tries, spread over it
 POWERS = 20
 LEAST = 1e-4  # of a scale
 
 
-def awq_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+class Values(Protocol):
+    """What an op reads: weights.Weights."""
+
+    graph: Graph
+    dtype: type[np.floating]
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
+
+    def whole(self, name: str) -> Array: ...
+
+
+def awq_scales(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     """rms(x) ** p for the p of 0, 1/20 … 1 with which the quantized weights change what they make least: f32[K/times]."""
     moments, *weights = node.inputs
     m = w.whole(moments).astype(np.float64)
@@ -41,7 +49,7 @@ def awq_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Array
     return found[begin:end]
 
 
-def smooth_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def smooth_scales(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     """max|x| ** alpha / max|w| ** (1 - alpha) of each channel: f32[K/times]."""
     peaks, *weights = node.inputs
     alpha = float(cast(float, node.attrs["alpha"]))
@@ -50,7 +58,7 @@ def smooth_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Ar
     return _centred(np.clip(x**alpha / y ** (1 - alpha), LEAST, None))[begin:end]
 
 
-def held_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def held_scales(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     """The scales next to `scales` by which a norm's weights divide without a rounding in dtype."""
     scales, norm = (w.whole(i).astype(np.float32) for i in node.inputs)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -61,18 +69,18 @@ def held_scales(w: Weights, name: str, node: Node, begin: int, end: int) -> Arra
     return np.where(usable, held, np.float32(1))[begin:end]
 
 
-def scale_columns(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def scale_columns(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     value, scales = node.inputs
     return (w.real(value, begin, end) * _wide(node, w.whole(scales))).astype(w.dtype)
 
 
-def divide_rows(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def divide_rows(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     value, scales = node.inputs
     x, s = w.real(value, begin, end), w.whole(scales)[begin:end]
     return (x / (s if x.ndim == 1 else s[:, None])).astype(w.dtype)
 
 
-def folded_statistic(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+def folded_statistic(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     """Of x / s from that of x: moments and Hessians are of products, peaks of single values."""
     value, scales = node.inputs
     x, s = w.real(value, begin, end), _wide(node, w.whole(scales))
@@ -104,7 +112,7 @@ def _centred(s: Array) -> F32:
     return cast(F32, (s / np.sqrt(s.max() * s.min())).astype(np.float32))
 
 
-def _some_rows(w: Weights, name: str) -> F32:
+def _some_rows(w: Values, name: str) -> F32:
     n = w.graph.nodes[name].type.rows
     if n <= ROWS:
         return w.real(name).astype(np.float32)
@@ -112,14 +120,14 @@ def _some_rows(w: Weights, name: str) -> F32:
     return np.concatenate([w.real(name, int(i), int(i) + 16) for i in at]).astype(np.float32)
 
 
-def _column_peaks(w: Weights, name: str) -> F32:
+def _column_peaks(w: Values, name: str) -> F32:
     n, k = w.graph.nodes[name].type.dims
     step = max(1, (1 << 19) // k)
     peaks = np.maximum.reduce([np.abs(w.real(name, i, min(n, i + step))).max(0) for i in range(0, n, step)])
     return cast(F32, peaks)
 
 
-def _error(w: Weights, dtype: str, solver: str, x: F32, s: F32, m: Array) -> float:
+def _error(w: Values, dtype: str, solver: str, x: F32, s: F32, m: Array) -> float:
     """Mean square of what the quantized rows make wrong, for channels whose mean squares are m."""
     scaled = np.ascontiguousarray(x * s)
     trial = Graph(
@@ -129,7 +137,8 @@ def _error(w: Weights, dtype: str, solver: str, x: F32, s: F32, m: Array) -> flo
         },
         ("q",),
     )
-    got = replace(w, graph=trial, dtype=np.float32, _whole={}).real("q")
+    weights: Any = w
+    got = replace(weights, graph=trial, dtype=np.float32, _whole={}).real("q")
     return float((np.square((got / s - x).astype(np.float64)) * m).sum())
 
 

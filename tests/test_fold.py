@@ -30,7 +30,8 @@ def seen(folder: Path, graph: Graph, store: Store, tokens: torch.Tensor) -> Grap
     inputs: dict[str, torch.Tensor] = {}
 
     def note(node: Node, x: torch.Tensor) -> torch.Tensor:
-        inputs[node.inputs[1]] = x.flatten(0, 1).double()
+        if node.op == "linear":
+            inputs[node.inputs[1]] = x.flatten(0, 1).double()
         return x
 
     run(graph, Weights(graph, store), tokens, round_input=note)

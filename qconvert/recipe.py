@@ -1,0 +1,195 @@
+"""Recipes: all that flags can say, and several outputs of one model, in a YAML file that can be kept beside it.
+
+text -> nodes with their lines -> checked against the options of a conversion -> one set of options for each output
+
+    model: ./model
+    adapters: [./adapter, {path: ./other, weight: 0.5}]
+    to: [gguf:Q4_K_M, {format: onnx, quant: int4, output: onnx-folder}]
+    tensor-types: {ffn_down: q6_k}
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+
+from qconvert.errors import UsageError
+from qconvert.request import AdapterSpec, Request, parse_adapter
+
+Options = dict[str, Any]
+SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
+HINTS = get_type_hints(Request)
+
+
+class Place(NamedTuple):
+    """Where a value was said."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there."""
+
+    outputs: tuple[Options, ...]
+
+    def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
+        """What the command line says wins. UsageError where it names one output file for several."""
+        if len(self.outputs) > 1 and "output" in flags:
+            raise UsageError(f"--output: the recipe has {len(self.outputs)} outputs", hint="say `output` beside each of them")
+        return tuple({**options, **flags} for options in self.outputs)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """UsageError that names file, line and the nearest key for what is not understood."""
+    try:
+        root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
+    except OSError as e:
+        raise UsageError(f"--recipe {path}: {e.strerror}") from e
+    except (yaml.MarkedYAMLError, UnicodeDecodeError) as e:
+        line = e.problem_mark.line + 1 if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else 1
+        raise UsageError(f"{path}:{line}: not YAML: {getattr(e, 'problem', e)}") from e
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{path}: a recipe is a mapping: model, to, …", hint="model: FOLDER")
+    common: Options = {}
+    outputs: list[Options] = [{}]
+    for key, node, place in _items(root, path, set(), (*HINTS, "format")):
+        if key == "to" and isinstance(node, yaml.SequenceNode):
+            outputs = [_output(each, path) for each in node.value]
+            if not outputs:
+                raise UsageError(f"{place}: to: no output is named", hint="to: [gguf:Q4_K_M]")
+        else:
+            common["to" if key == "format" else key] = _value(key, node, place)
+    return Recipe(tuple({**common, **options} for options in outputs))
+
+
+def _output(node: yaml.Node, path: Path) -> Options:
+    """`gguf:Q4_K_M`, or a mapping with `format` and other options of this output alone."""
+    if isinstance(node, yaml.ScalarNode):
+        return {"to": str(node.value)}
+    place = Place(path, node.start_mark.line + 1)
+    if not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"{place}: an output is gguf:TYPE, or a mapping with format, quant …")
+    known = ("format", *(name for name in HINTS if name not in (*SHARED, "to")))
+    found = {("to" if k == "format" else k): _value(k, v, p) for k, v, p in _items(node, path, set(), known)}
+    if "to" not in found:
+        raise UsageError(f"{place}: the output says no format", hint="format: gguf")
+    return found
+
+
+def _items(
+    node: yaml.MappingNode, path: Path, seen: set[str], known: tuple[str, ...]
+) -> Iterator[tuple[str, yaml.Node, Place]]:
+    """(field, value, place) of each key; keys may be spelt with - or _."""
+    for key, value in node.value:
+        place = Place(path, key.start_mark.line + 1)
+        name = str(key.value).replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            spelt = ", ".join(sorted(k.replace("_", "-") for k in known))
+            hint = f"did you mean {near[0].replace('_', '-')}?" if near else f"there are {spelt}"
+            raise UsageError(f"{place}: no option is called {key.value!r}", hint=hint)
+        if name in seen:
+            raise UsageError(f"{place}: {key.value} is said twice")
+        seen.add(name)
+        yield name, value, place
+
+
+def _value(name: str, node: yaml.Node, place: Place) -> Any:
+    value = yaml.SafeLoader("").construct_document(node)
+    if name == "format":
+        return str(value)
+    if name == "adapters":
+        return _adapters(value, place)
+    if name == "tensor_types" and isinstance(value, Mapping):
+        return tuple(f"{pattern}={kind}" for pattern, kind in value.items())
+    if name == "passes":
+        from qconvert.pipeline import split_passes
+
+        return tuple(... if p == "..." else p for p in split_passes(str(value)))
+    return _fitting(HINTS[name], value, f"{place}: {name.replace('_', '-')}")
+
+
+def _adapters(value: object, place: Place) -> tuple[AdapterSpec, ...]:
+    out = []
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Mapping) and each.keys() <= {"path", "weight"} and "path" in each:
+            try:
+                out.append(AdapterSpec(str(each["path"]), float(each.get("weight", 1.0))))
+            except (TypeError, ValueError):
+                raise UsageError(f"{place}: adapters: the weight {each['weight']!r} is no number") from None
+        elif isinstance(each, str):
+            out.append(parse_adapter(each))
+        else:
+            raise UsageError(f"{place}: adapters: {each!r}", hint="PATH, PATH:WEIGHT or {path: PATH, weight: 0.5}")
+    return tuple(out)
+
+
+def _fitting(hint: Any, value: object, what: str) -> Any:
+    """The value as the option's type has it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        hint = next(a for a in arguments if a is not type(None))
+        return _fitting(hint, value, what)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{what}: {value!r}", hint=f"one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        return tuple(_fitting(arguments[0], each, what) for each in (value if isinstance(value, list) else [value]))
+    made: Any = hint
+    if hint is Path:
+        hint = str
+    right = isinstance(value, (int, float) if hint is float else hint) and not (isinstance(value, bool) and hint is not bool)
+    if not right and not (hint is str and isinstance(value, int | float) and not isinstance(value, bool)):
+        named = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+        raise UsageError(f"{what}: {named.get(hint.__name__, hint.__name__)} was wanted, not {value!r}")
+    return made(str(value) if hint is str else value)
+
+
+# and back -----------------------------------------------------------------------------------------
+
+
+def recipe_text(requests: tuple[Request, ...]) -> str:
+    """The recipe that says these requests, which are of one model; defaults are left out."""
+    told = [_told(request) for request in requests]
+    common = {k: v for k, v in told[0].items() if all(t.get(k, MISSING) == v for t in told[1:])}
+    apart = [{k: v for k, v in t.items() if k not in common} for t in told]
+    if len(told) > 1:
+        common.pop("to", None)
+        outputs = [{"format": r.to, **{k: v for k, v in t.items() if k != "to"}} for r, t in zip(requests, apart, strict=True)]
+        common["to"] = outputs
+    return str(yaml.safe_dump(common, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _told(request: Request) -> Options:
+    out: Options = {}
+    for field in fields(Request):
+        value = getattr(request, field.name)
+        if value == field.default and field.name != "to":
+            continue
+        key = field.name.replace("_", "-")
+        match field.name, value:
+            case "adapters", _:
+                out[key] = [a.path if a.weight == 1 else {"path": a.path, "weight": a.weight} for a in value]
+            case "passes", _:
+                out[key] = ", ".join("..." if p is ... else str(p) for p in value)
+            case _, Path():
+                out[key] = str(value)
+            case _, tuple():
+                out[key] = list(value)
+            case _:
+                out[key] = value
+    return out
