@@ -31,7 +31,7 @@ def seen(folder: Path, graph: Graph, store: Store, tokens: torch.Tensor) -> Grap
 
     def note(node: Node, x: torch.Tensor) -> torch.Tensor:
         if node.op == "linear":
-            inputs[node.inputs[1]] = x.flatten(0, 1).double()
+            inputs[node.inputs[1]] = x.reshape(-1, x.shape[-1]).double()
         return x
 
     run(graph, Weights(graph, store), tokens, round_input=note)
