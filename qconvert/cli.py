@@ -282,7 +282,7 @@ def main() -> None:
     except QConvertError as e:
         sys.exit(fail(e, args))
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("\ninterrupted; nothing was left behind", err=True)
+        click.echo("\ninterrupted", err=True)
         sys.stdout.flush()
         os._exit(INTERRUPTED)  # an interpreter that was interrupted within an extension would end by the signal instead
     except click.ClickException as e:

@@ -5,22 +5,29 @@ plan -> preflight (disk, permissions) -> workers: rows -> bytes -> pwrite at the
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
+from qconvert.journal import Digests, Journal, journal_at, sync_all
+from qconvert.parallel import default_threads as default_threads
+from qconvert.parallel import in_parallel as in_parallel
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
 from qconvert.weights import Weights, rows_per_block
+
+log = logging.getLogger("qconvert")
 
 
 class Entry(NamedTuple):
@@ -79,23 +86,19 @@ class Plan(NamedTuple):
         return [e for f in self.files for e in f.entries]
 
 
+Key = tuple[Path, str]  # a file and the name of an entry
+
+
 class Block(NamedTuple):
     fds: tuple[int, ...]  # of each piece
     entry: Entry
     begin: int
     end: int
+    key: Key
 
 
 Progress = Callable[[int], None]  # told the bytes written since the last call
-T = TypeVar("T")
 COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
-
-
-def default_threads() -> int:
-    """QCONVERT_THREADS, else the cores that this process may use."""
-    if (wanted := os.environ.get("QCONVERT_THREADS", "")).isdigit() and int(wanted):
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preflight(plan: Plan, force: bool) -> None:
@@ -127,42 +130,120 @@ def preflight(plan: Plan, force: bool) -> None:
 def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
     """Write every file beside its final name and yield those paths, to be checked; then rename them all.
 
-    An error, inside the body too, leaves nothing behind. ResourceError where the disk refuses.
+    An error, inside the body too, leaves nothing behind but what the next run can go on from: where the disk is full
+    (ResourceError) or the run is interrupted. Tensors that such a run finished are not made again.
     """
-    staging = plan.folder and plan.folder.with_name(f".{plan.folder.name}.{os.getpid()}.part")
-    parts = {file.path: part_of(file.path, plan, staging) for file in plan.files}
-    try:
+    parts = Parts.of(plan)
+    with journal_at(parts.journal) as journal:
         try:
-            if staging:
-                staging.mkdir()
-                make_folders(parts.values())
-            with open_parts(plan, parts) as fds:
-                in_parallel(blocks(plan, fds), lambda b: write_block(b, weights, progress), threads)
-                for fd in fds.values():
-                    os.fsync(fd)
-        except OSError as e:
-            raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="nothing was left behind") from e
-        yield tuple(parts.values())
-        if staging and plan.folder and not plan.folder.exists():
-            staging.rename(plan.folder)
-        else:
-            make_folders(parts)
-            for path, part in parts.items():
-                part.replace(path)
-        sync_folder(plan.place)
-    finally:
-        for part in parts.values():
+            write_parts(plan, parts, weights, threads, progress, journal)
+            yield tuple(parts.paths.values())
+            if parts.staging and plan.folder and not plan.folder.exists():
+                parts.staging.rename(plan.folder)
+            else:
+                make_folders(parts.paths)
+                for path, part in parts.paths.items():
+                    part.replace(path)
+            sync_folder(plan.place)
+        except (KeyboardInterrupt, ResourceError):
+            journal.keep = bool(journal.done)
+            if journal.keep:
+                where = parts.staging or next(iter(parts.paths.values()))
+                log.warning("what is done is kept as %s: the same command goes on from there", where)
+            raise
+        finally:
+            if not journal.keep:
+                parts.remove()
+
+
+class Parts(NamedTuple):
+    """Where files lie until they have their names. staging: the folder that they lie in, where they are one output."""
+
+    paths: dict[Path, Path]
+    staging: Path | None
+    journal: Path
+
+    @classmethod
+    def of(cls, plan: Plan) -> Parts:
+        target = plan.folder or plan.files[0].path
+        name = f".{target.name}.part"
+        if plan.folder is None:
+            paths = {file.path: file.path.with_name(f".{file.path.name}.part") for file in plan.files}
+            return cls(paths, None, target.with_name(f"{name}.journal"))
+        staging = target.with_name(name)
+        paths = {file.path: staging / file.path.relative_to(plan.folder) for file in plan.files}
+        return cls(paths, staging, target.with_name(f"{name}.journal"))
+
+    def are_whole(self, plan: Plan) -> bool:
+        """All are there, with the room that they need."""
+        found = ((self.paths[file.path], file.nbytes) for file in plan.files)
+        return all(part.exists() and part.stat().st_size == nbytes for part, nbytes in found)
+
+    def remove(self) -> None:
+        for part in self.paths.values():
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)
+        if self.staging:
+            shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def part_of(path: Path, plan: Plan, staging: Path | None) -> Path:
-    """Where a file lies until it has its name."""
-    if staging and plan.folder:
-        return staging / path.relative_to(plan.folder)
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progress: Progress, journal: Journal) -> None:
+    """Every file of the plan, but for tensors of which the journal says that they are there."""
+    try:
+        if not parts.are_whole(plan):
+            parts.remove()
+            journal.forget()
+        if parts.staging:
+            parts.staging.mkdir(exist_ok=True)
+            make_folders(parts.paths.values())
+        with open_parts(plan, parts.paths) as fds:
+            todo = Todo(plan, weights, journal, partial(sync_all, fds.values()))
+            progress(todo.done_nbytes)
+            try:
+                in_parallel(todo.blocks(fds), lambda b: todo.write(b, weights, progress), threads)
+            finally:
+                todo.flush()
+            for fd in fds.values():
+                os.fsync(fd)
+    except OSError as e:
+        raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="-o on another disk") from e
+
+
+class Todo:
+    """Which tensors are to be written, and of each how many blocks are left."""
+
+    def __init__(self, plan: Plan, weights: Weights, journal: Journal, sync: Callable[[], None]) -> None:
+        digests = Digests(weights)
+        self.plan, self.journal, self.sync = plan, journal, sync
+        self.digests = {(f.path, e.name): digests.of(e.value, f.path.name, e) for f in plan.files for e in f.entries}
+        self.done = {key for key, digest in self.digests.items() if digest in journal.done}
+        self.done_nbytes = sum(e.nbytes for f in plan.files for e in f.entries if (f.path, e.name) in self.done)
+        self._left: dict[Key, int] = {}
+        self._lock = threading.Lock()
+
+    def blocks(self, fds: dict[Path, int]) -> Iterator[Block]:
+        for file in self.plan.files:
+            for entry in file.entries:
+                key = file.path, entry.name
+                if key in self.done:
+                    continue
+                names = entry.files or (file.path.name,) * len(entry.pieces)
+                places = tuple(fds[file.path.with_name(name)] for name in names)
+                ranges = list(entry_ranges(entry))
+                self._left[key] = len(ranges)
+                for begin, end in ranges:
+                    yield Block(places, entry, begin, end, key)
+
+    def write(self, block: Block, weights: Weights, progress: Progress) -> None:
+        write_block(block, weights, progress)
+        with self._lock:
+            self._left[block.key] -= 1
+            whole = not self._left[block.key]
+        if whole:
+            self.journal.finished(self.digests[block.key], self.sync)
+
+    def flush(self) -> None:
+        self.journal.flush(self.sync)
 
 
 def make_folders(paths: Iterable[Path]) -> None:
@@ -175,7 +256,7 @@ def open_parts(plan: Plan, parts: dict[Path, Path]) -> Iterator[dict[Path, int]]
     fds: dict[Path, int] = {}
     try:
         for file in plan.files:
-            fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o644)
+            fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR, 0o644)
             reserve(fd, file.nbytes)
             for offset, data in ((0, file.header), *file.between):
                 write_all(fd, memoryview(data), offset)
@@ -198,15 +279,6 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
-
-
-def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
-    for file in plan.files:
-        for entry in file.entries:
-            names = entry.files or (file.path.name,) * len(entry.pieces)
-            places = tuple(fds[file.path.with_name(name)] for name in names)
-            for begin, end in entry_ranges(entry):
-                yield Block(places, entry, begin, end)
 
 
 def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
@@ -232,7 +304,7 @@ def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -
 
 
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
-    fds, entry, begin, end = block
+    fds, entry, begin, end, _ = block
     rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
     for fd, plane in zip(fds, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
@@ -286,37 +358,6 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-def in_parallel(items: Iterable[T], work: Callable[[T], None], threads: int) -> None:
-    """Call work(item) for each item from `threads` threads; the first error stops all and is raised here."""
-    source, lock, errors = iter(items), threading.Lock(), list[BaseException]()
-
-    def loop() -> None:
-        try:
-            while not errors:
-                with lock:
-                    item = next(source, None)
-                if item is None:
-                    return
-                work(item)
-        except BaseException as e:
-            errors.append(e)
-
-    workers = [threading.Thread(target=loop, daemon=True) for _ in range(threads)]
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.2)  # wakes up for Ctrl-C
-    except BaseException as e:
-        errors.append(e)
-        for worker in workers:
-            if worker.ident is not None:  # Ctrl-C can come before all are started
-                worker.join()
-    if errors:
-        raise errors[0]
 
 
 def sync_folder(folder: Path) -> None:

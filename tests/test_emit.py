@@ -39,11 +39,10 @@ def test_header_rows_and_padding_land_where_the_plan_says(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["out.bin"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("check"), KeyboardInterrupt()])
-def test_an_error_before_the_rename_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_an_error_before_the_rename_leaves_nothing(tmp_path: Path) -> None:
     plan, weights = subject(tmp_path)
-    with pytest.raises(type(error)), written(plan, weights, 2):
-        raise error
+    with pytest.raises(RuntimeError), written(plan, weights, 2):
+        raise RuntimeError("check")
     assert os.listdir(tmp_path) == []
 
 
