@@ -15,7 +15,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, cast
 
-from qconvert import offloading, registry
+from qconvert import accountant, offloading, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
@@ -30,6 +30,7 @@ from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
+from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.target import Format, Lowered, Rewriter, Source, Stage
 from qconvert.targets import target_notes
@@ -146,7 +147,9 @@ def write(
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
     path = find_model(request.model)
-    checkpoint = read_checkpoint(path, store) if path.is_dir() else read_gguf(path, store)
+    unread = request.dry_run and path.is_dir() and shapes_alone(path)
+    reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
+    checkpoint = reader(path, store)
     base = build(checkpoint)
     adapters = []
     for i, spec in enumerate(request.adapters):
@@ -240,11 +243,15 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
 
 def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate) -> Report:
     """Files and bytes."""
-    bpw, size = bpw_of(plan, graph), size_of(plan)
+    (bpw, ways), size = bpw_of(plan, graph), size_of(plan)
     placement, notes = offloading.facts(graph, plan, request)
     facts = {"format": request.to, "quant": quant}
     outputs = [{"path": str(f.path), **facts, "nbytes": f.nbytes, "bpw": bpw._asdict()} for f in plan.files]
+    files = accountant.files(plan, graph)
     accounting = {
+        "files": files,
+        "parts": accountant.totals(files),
+        "three_ways": ways._asdict(),
         "size": {**size._asdict(), "total": size.total},
         "tensors": {
             "used": fate.used,

@@ -38,6 +38,9 @@ def size_text(report: Report) -> str:
         f"size    {nbytes_text(size.get('total', 0))} = {parts}",
         f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)",
     ]
+    if ways := report.accounting.get("three_ways"):
+        codes, linear, file = (nbytes_text(ways[way]) for way in ("codes", "linear", "file"))
+        lines.append(f"bytes   {codes} codes, {linear} with metadata, {file} the whole file")
     lines += device_lines(report.accounting.get("placement", {}))
     if tensors:
         fate = f"inputs  {tensors['used']} tensors written, {tensors['folded']} folded in, {len(tensors['dropped'])} dropped"
