@@ -128,6 +128,7 @@ class Report:
     checks: list[Row] = field(default_factory=list)
     runtime: dict[str, str] | None = None
     accounting: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)  # what quality.quality measured, or why nothing was
     quant: str = ""
     fallbacks: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -155,6 +156,7 @@ class Report:
             "runtime": self.runtime,
             "checks": [r._asdict() for r in self.checks],
             "accounting": self.accounting,
+            "quality": self.quality,
             "quant": self.quant,
             "fallbacks": self.fallbacks,
             "notes": self.notes,
