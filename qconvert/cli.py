@@ -84,6 +84,11 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--operators", type=click.Choice(["qdq", "qoperator"]),
               help="ONNX w8a8: MatMul of dequantized codes (default), or QLinearMatMul.")  # fmt: skip
 @click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Fixed ranges of activations: their text.")
+@click.option("--eval", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text that quality is measured on. Default: one that ships with qconvert.")  # fmt: skip
+@click.option("--eval-tokens", type=click.IntRange(min=0), help="Of that text; 0: none. Default: 512 to 4096, by model size.")
+@click.option("--max-kl", type=float, help="Exit 7 where the mean KL to the model as it was trained is more, in nats.")
+@click.option("--min-top1", type=float, help="Exit 7 where the top token is the same in fewer positions than this share.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
               help="In place of the model's own, which a GGUF may hold in a form that is not read.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here.")

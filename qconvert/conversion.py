@@ -9,18 +9,28 @@ prove:  unmerged, merged, quantized, file, runtime: each against the one before 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from qconvert import offloading, registry
+from qconvert import accountant, offloading, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
+from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
-from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, UsageError, VerificationError
+from qconvert.errors import (
+    GateError,
+    NotVerifiedError,
+    ResourceError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+    uninterrupted,
+)
+from qconvert.evaluation import affordable, evaluation_text, read_text
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
@@ -30,6 +40,7 @@ from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
+from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.target import Format, Lowered, Rewriter, Source, Stage
 from qconvert.targets import target_notes
@@ -84,6 +95,8 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
     offload(request)  # flags that go together, before anything is read
+    if request.eval is not None:
+        read_text(request.eval, "--eval")
     target = cast(type[Format], registry.find("formats", request.to))()
     if request.model.endswith(REWRITTEN):
         return _rewrite(request, store, progress, target)
@@ -93,7 +106,8 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        return [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime
+        found = measured(request, source, lowered, weights, threads)
+        return Proof([*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime, found)
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
 
@@ -112,12 +126,38 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     )  # fmt: skip
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
-        return rewriter.prove_rewritten(job, weights, parts, threads)
+        return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
     return write(request, job.graph, job.plan, report, store, progress, prove)
 
 
-Proof = tuple[list[Row], dict[str, str] | None]
+class Proof(NamedTuple):
+    """Rows of all checks, what ran the file, and what quality.quality measured; {"skipped": why} where nothing was."""
+
+    rows: list[Row]
+    runtime: dict[str, str] | None
+    quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
+
+
+def measured(request: Request, source: Source, lowered: Lowered, weights: Weights, threads: int) -> dict[str, Any]:
+    """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
+    reference, final = lowered.stages[0].graph, lowered.graph
+    tokenizer = tokenizer_of(source, final)
+    if len(final.outputs) > 1 or final.nodes[final.outputs[0]].type.shape[-1] != n_vocab(final):
+        return {"skipped": "the model gives no logits"}
+    if tokenizer is None:
+        return {"skipped": "the model has no tokenizer that could cut a text"}
+    if request.eval_tokens == 0:
+        return {"skipped": "--eval-tokens 0"}
+    with uninterrupted():
+        from qconvert.check import torch_threads  # loads torch
+        from qconvert.quality import Model, quality
+    tuned = bool(source.adapters) and not source.swap
+    n = request.eval_tokens or affordable(final, 3 if tuned else 2)
+    text = evaluation_text(request.eval, tokenizer, final, n)
+    base = Model(source.base, Weights(source.base, source.store)) if tuned else None
+    with torch_threads(threads):
+        return quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
 
 
 def write(
@@ -135,10 +175,10 @@ def write(
     threads = request.threads or default_threads()
     with written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
-            rows, runtime = prove(weights, parts, threads)
+            proof = prove(weights, parts, threads)
         else:
-            rows, runtime = [Row("runtime", "not verified", None, None, "skip", "--no-check")], None
-        report = replace(report, checks=rows, runtime=runtime)
+            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
+        report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
         judge(report, request)
     return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
 
@@ -146,7 +186,9 @@ def write(
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
     path = find_model(request.model)
-    checkpoint = read_checkpoint(path, store) if path.is_dir() else read_gguf(path, store)
+    unread = request.dry_run and path.is_dir() and shapes_alone(path)
+    reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
+    checkpoint = reader(path, store)
     base = build(checkpoint)
     adapters = []
     for i, spec in enumerate(request.adapters):
@@ -240,11 +282,15 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
 
 def described(request: Request, graph: Graph, plan: Plan, quant: str, fate: Fate) -> Report:
     """Files and bytes."""
-    bpw, size = bpw_of(plan, graph), size_of(plan)
+    (bpw, ways), size = bpw_of(plan, graph), size_of(plan)
     placement, notes = offloading.facts(graph, plan, request)
     facts = {"format": request.to, "quant": quant}
     outputs = [{"path": str(f.path), **facts, "nbytes": f.nbytes, "bpw": bpw._asdict()} for f in plan.files]
+    files = accountant.files(plan, graph)
     accounting = {
+        "files": files,
+        "parts": accountant.totals(files),
+        "three_ways": ways._asdict(),
         "size": {**size._asdict(), "total": size.total},
         "tensors": {
             "used": fate.used,
@@ -276,8 +322,26 @@ def judge(report: Report, request: Request) -> None:
         )
         error.report = report
         raise error
+    gate(report, request)
     if request.require_verified and not report.verified:
         skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
         unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
         unverified.report = report
         raise unverified
+
+
+def gate(report: Report, request: Request) -> None:
+    """GateError where quality is not what was asked for, or was not measured."""
+    for flag, wanted, key, sign in (("--max-kl", request.max_kl, "mean_kl", 1), ("--min-top1", request.min_top1, "top1", -1)):
+        if wanted is None:
+            continue
+        found = report.quality.get(key)
+        if found is None:
+            why = f"not measured: {report.quality.get('skipped')}"
+        elif sign * found <= sign * wanted:
+            continue
+        else:
+            why = f"{key} is {found:.4g} on {report.quality['n_tokens']} tokens of {report.quality['text']}"
+        error = GateError(f"{flag} {wanted:g}: {why}", hint="no file was left; more bits are nearer to what was trained")
+        error.report = report
+        raise error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from qconvert.errors import GraphError
@@ -104,15 +104,15 @@ class Graph:
                     nodes.setdefault(last, self.nodes[last])
         return replace(self, nodes=nodes)
 
-    def needed(self, wanted: Iterable[str]) -> set[str]:
-        """All values that `wanted` reach, themselves included."""
+    def needed(self, wanted: Iterable[str], known: Container[str] = ()) -> set[str]:
+        """All values that `wanted` reach, themselves included, but nothing that only `known` ones reach."""
         live: set[str] = set()
         todo = list(wanted)
         while todo:
             name = todo.pop()
             if name not in live:
                 live.add(name)
-                todo += self.nodes[name].inputs
+                todo += () if name in known else self.nodes[name].inputs
         return live
 
     def constants(self) -> set[str]:

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qconvert.accountant import accounts, accounts_text
+from qconvert.build import build
 from qconvert.errors import UsageError
 from qconvert.report import nbytes_text, table
 from qconvert.scheme import scheme_of
+from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.sources import Store, find_model
 from qconvert.target import Contents, Item, reader_of
 from qconvert.text import format
@@ -20,6 +23,8 @@ from qconvert.text import format
 def inspect_file(text: str) -> dict[str, Any]:
     """Facts about a file of a known format, a .safetensors or .bin file, or a checkpoint or adapter folder."""
     path = Path(text) if Path(text).exists() else find_model(text)
+    if shapes_alone(path):
+        return storages(path)
     if known := reader_of(path):
         reader, found = known
         return facts(str(path), reader.inspect(found))
@@ -36,6 +41,14 @@ def inspect_file(text: str) -> dict[str, Any]:
     return facts(str(path), Contents(kind, items, sum(f.stat().st_size for f in files), {}))
 
 
+def storages(folder: Path) -> dict[str, Any]:
+    """Of a model of which only config.json is there: what ways of storing it would take."""
+    graph = build(shape_checkpoint(folder, Store()))
+    rows = accounts(graph)
+    weights = sum(math.prod(graph.nodes[name].type.dims) for name in graph.parameters())
+    return {"path": str(folder), "format": "config.json alone", "weights": weights, "storages": rows}
+
+
 def _nbytes(dtype: str) -> int:
     bits = "".join(c for c in dtype.split("_")[0] if c.isdigit())
     return int(bits or 8) // 8
@@ -49,11 +62,23 @@ def facts(path: str, found: Contents) -> dict[str, Any]:
         "nbytes": found.nbytes,
         "weights": sum(math.prod(i.shape) for i in found.items if not i.of),
         "bpw": bits_per_weight(found.items, found.nbytes),
+        "parts": parts(found.items, found.nbytes),
         "types": dict(Counter(i.dtype for i in found.items if not i.of)),
         "metadata": {k: v for k, v in kv.items() if not isinstance(v, list)}
         | {k: f"[{len(v)} entries]" for k, v in kv.items() if isinstance(v, list)},
         "tensors": [i._asdict() for i in found.items],
     }
+
+
+def parts(items: Sequence[Item], file_nbytes: int) -> dict[str, int]:
+    """Bytes by what they are; what no tensor takes is header, padding and what lies beside the weights."""
+    out = dict.fromkeys(("codes", "metadata", "dense"), 0)
+    for i in items:
+        scheme = scheme_of(i.dtype.rpartition(".")[2])
+        codes = math.prod(i.shape) * scheme.bits // 8 if scheme and not i.of else 0
+        out["codes"] += codes
+        out["metadata" if scheme or i.of else "dense"] += i.nbytes - codes
+    return {**out, "header and padding": file_nbytes - sum(i.nbytes for i in items)}
 
 
 def bits_per_weight(items: Sequence[Item], file_nbytes: int) -> dict[str, float]:
@@ -69,6 +94,9 @@ def bits_per_weight(items: Sequence[Item], file_nbytes: int) -> dict[str, float]
 
 
 def inspection_text(found: dict[str, Any]) -> str:
+    if "storages" in found:
+        head = f"{found['path']}: {found['format']}, {found['weights']:,} weights; bits are per weight"
+        return f"{head}\n{accounts_text(found['storages'])}"
     rows = [("tensor", "shape", "type", "bytes")]
     for t in found["tensors"]:
         kind = f"{t['dtype']} of {t['of']}" if t["of"] else t["dtype"]
@@ -77,8 +105,9 @@ def inspection_text(found: dict[str, Any]) -> str:
     lines += [f"  {k} = {short(v)}" for k, v in found["metadata"].items()]
     bpw = found["bpw"]
     types = ", ".join(f"{n} {t}" for t, n in found["types"].items())
+    sizes = " + ".join(f"{nbytes_text(n)} {what}" for what, n in found["parts"].items() if n)
     return "\n".join(
-        [*lines, table(rows, ""), f"types   {types}",
+        [*lines, table(rows, ""), f"types   {types}", f"size    {nbytes_text(found['nbytes'])} = {sizes}",
          f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)"]
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ def report_text(report: Report) -> str:
     parts += [f"note: {n}" for n in report.notes]
     if report.checks:
         parts.append("checks\n" + check_table(report.checks))
+    if "mean_kl" in report.quality:
+        parts.append(quality_text(report.quality))
     if report.outputs:
         parts.append(size_text(report))
     parts.append(verdict(report))
@@ -28,6 +30,27 @@ def fallback_text(report: Report) -> str:
     return f"warning: {len(rows)} tensors did not get the type that {report.quant} wants\n" + table(shown)
 
 
+def quality_text(q: dict[str, Any], worst: int = 3) -> str:
+    """What the bits cost on the evaluation text."""
+    kl = f"KL mean {q['mean_kl']:.3g}, p99 {q['p99_kl']:.3g}, p99.9 {q['p999_kl']:.3g}"
+    perplexity = f"perplexity {q['perplexity_reference']:.4g} -> {q['perplexity']:.4g} (x {q['perplexity_ratio']:.4f})"
+    lines = [
+        f"quality {kl}; top-1 {100 * q['top1']:.2f} %; {perplexity}",
+        f"        {q['n_tokens']} tokens of {q['text']}, {q['sequence']} at a time; against the model as trained, f32",
+    ]
+    if tune := q.get("fine_tune"):
+        left = "it changed nothing here" if tune["share"] is None else f"{100 * tune['share']:.1f} % of the fine-tune survives"
+        lines.append(f"        {left}: KL to it {tune['kl_quantized']:.3g}, of the base without it {tune['kl_base']:.3g}")
+    if q["layers"]:
+        first, last = q["layers"][0]["relative_error"], q["layers"][-1]["relative_error"]
+        lines.append(f"        error of the residual stream {first:.2g} after the first layer, {last:.2g} after the last")
+    tensors = sorted(q["tensors"], key=lambda t: -(t["weighted"] or t["error"]))[:worst]
+    if tensors:
+        told = ", ".join(f"{t['tensor']} {t['type']} {t['weighted'] or t['error']:.2g}" for t in tensors)
+        lines.append(f"        largest errors of weights (squared, relative, by inputs): {told}")
+    return "\n".join(lines)
+
+
 def size_text(report: Report) -> str:
     bpw = report.outputs[0]["bpw"]
     size = report.accounting.get("size", {})
@@ -38,6 +61,9 @@ def size_text(report: Report) -> str:
         f"size    {nbytes_text(size.get('total', 0))} = {parts}",
         f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)",
     ]
+    if ways := report.accounting.get("three_ways"):
+        codes, linear, file = (nbytes_text(ways[way]) for way in ("codes", "linear", "file"))
+        lines.append(f"bytes   {codes} codes, {linear} with metadata, {file} the whole file")
     lines += device_lines(report.accounting.get("placement", {}))
     if tensors:
         fate = f"inputs  {tensors['used']} tensors written, {tensors['folded']} folded in, {len(tensors['dropped'])} dropped"

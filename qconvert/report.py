@@ -74,16 +74,24 @@ def code_nbytes(entry: Entry) -> int:
     return math.prod(entry.shape) * layout_of(entry.dtype).scheme.bits // 8 if "." in entry.dtype else 0
 
 
-def bpw_of(plan: Plan, graph: Graph) -> Bpw:
+class Nbytes(NamedTuple):
+    """Sizes three ways: codes and linear of the linears (embeddings and adapters apart), file of all files."""
+
+    codes: int
+    linear: int
+    file: int
+
+
+def bpw_of(plan: Plan, graph: Graph) -> tuple[Bpw, Nbytes]:
     written = set(graph.parameters())
     linears = [e for e in plan.entries if len(e.shape) > 1 and e.value in written and not _embeds(graph, e)]
     others = metadata_beside(plan)
     names = {e.value for e in linears} | {v for v in others if v.partition("~")[0] in {e.value for e in linears}}
     n = max(1, sum(math.prod(e.shape) for e in linears))
     everything = max(1, sum(math.prod(e.shape) for e in plan.entries if e.value not in others))
-    code_bits = sum(8 * (code_nbytes(e) or e.nbytes) for e in linears)
+    codes = sum(code_nbytes(e) or e.nbytes for e in linears)
     nbytes = sum(e.nbytes for e in plan.entries if e.value in names)
-    return Bpw(code_bits / n, 8 * nbytes / n, 8 * plan.nbytes / everything)
+    return Bpw(8 * codes / n, 8 * nbytes / n, 8 * plan.nbytes / everything), Nbytes(codes, nbytes, plan.nbytes)
 
 
 def _embeds(graph: Graph, entry: Entry) -> bool:
@@ -120,6 +128,7 @@ class Report:
     checks: list[Row] = field(default_factory=list)
     runtime: dict[str, str] | None = None
     accounting: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)  # what quality.quality measured, or why nothing was
     quant: str = ""
     fallbacks: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -147,6 +156,7 @@ class Report:
             "runtime": self.runtime,
             "checks": [r._asdict() for r in self.checks],
             "accounting": self.accounting,
+            "quality": self.quality,
             "quant": self.quant,
             "fallbacks": self.fallbacks,
             "notes": self.notes,

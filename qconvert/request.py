@@ -37,6 +37,10 @@ class Request:
     adapters_as: Literal["merge", "swap"] = "merge"
     operators: str | None = None
     calibrate: Path | None = None
+    eval: Path | None = None
+    eval_tokens: int | None = None  # 0: quality is not measured
+    max_kl: float | None = None
+    min_top1: float | None = None
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
     target: str | None = None  # a name of qconvert.targets.TARGETS

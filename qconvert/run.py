@@ -37,12 +37,14 @@ def run(
     round_input: RoundInput | None = None,
     round_output: RoundInput | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    known: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Values by name for token ids i64[B,T]: those in `want`, by default the graph's outputs.
 
     observe(name, node, inputs): called before each op with its activations (weights left out).
     inputs: i64[B,T] of the graph's other inputs, what is not there is its default everywhere; factors for slots.
+    known: values that were computed before; what only they need is not computed again.
     round_input(node, x): what a linear gets in place of its activations x, as a runtime rounds them.
     round_output(node, y): what it gives in place of its product y, before the bias.
     For a full f64 reference give weights of np.float64 too. GraphError where `want` names nothing.
@@ -52,8 +54,8 @@ def run(
         if name not in graph.nodes:
             raise GraphError(f"no value is called %{name}")
     values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input, round_output)
-    values.given = inputs or {}
-    need = graph.needed(wanted) - values.fixed
+    values.given, values.live = inputs or {}, dict(known or {})
+    need = graph.needed(wanted, values.live) - values.fixed - values.live.keys()
     order = [name for name in graph.nodes if name in need]
     last = {i: name for name in order for i in graph.nodes[name].inputs}
     with torch.no_grad():

@@ -56,10 +56,12 @@ class Store:
             if path.is_file():
                 self._single[alias] = path.name
 
-    def adopt(self, alias: str, filename: str, file: TensorFile) -> None:
-        """Read a file of `alias` by a reader that is open already."""
+    def adopt(self, alias: str, filename: str, file: TensorFile, alone: bool = False) -> None:
+        """Read a file of `alias` by a reader that is open already. alone: `alias` has no other."""
         with self._lock:
             self._files[alias, filename] = file
+            if alone:
+                self._single[alias] = filename
 
     def tensors(self, alias: str) -> dict[str, TensorInfo]:
         """Every tensor under `alias` by its name, from the headers. InputError for a missing or damaged file."""
@@ -276,6 +278,12 @@ def inside(folder: Path, name: str, what: str | None = None) -> Path:
             hint="put the file itself there, or give the folder that it lies in",
         )
     return path
+
+
+def weights_files(folder: Path) -> list[str]:
+    """Whatever lies in a folder that may hold weights, links that lead nowhere too."""
+    endings = (".safetensors", ".bin", ".gguf", ".pth", ".pt", ".index.json")
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith(endings)) if folder.is_dir() else []
 
 
 def _weights_file(folder: Path, adapter: bool) -> str:

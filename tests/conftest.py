@@ -20,6 +20,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 BAR = "// ----\n"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models, and as many workers as cores
 os.environ.setdefault("QCONVERT_THREADS", "1")
+os.environ.setdefault("QCONVERT_EVAL_TOKENS", "256")  # tests of quality ask for more
 
 # peft imports these wherever they are installed, and with them torch's compiler: 8 CPU seconds in each worker
 HIDDEN = ("hqq", "torchao")

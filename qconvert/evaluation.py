@@ -1,0 +1,82 @@
+"""Which text a conversion's quality is measured on, cut into sequences; and whether another text shares it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from qconvert.companions import n_vocab
+from qconvert.errors import InputError, UsageError
+from qconvert.graph import Graph
+from qconvert.tokenizer import Tokenizer
+
+LENGTH = 256  # tokens of a sequence, at most
+MOST, LEAST = 4096, 512  # tokens of a text
+OPERATIONS = 1e12  # of one evaluation: a quarter of a minute of two cores
+RUN = 16  # tokens in a row that two texts have in common, not by chance
+SHIPPED = "the text that ships with qconvert"
+
+
+class Text(NamedTuple):
+    """Token ids in sequences of one length; name: of the file, or that it is ours."""
+
+    name: str
+    sequences: list[list[int]]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+def evaluation_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tokens: int) -> Text:
+    """About n_tokens of a file, or of the text that ships with the package."""
+    name, vocab, context = str(path) if path else SHIPPED, n_vocab(graph), context_of(graph)
+    text = read_text(path, "--eval") if path else (Path(__file__).parent / "evaluation.txt").read_text("utf-8")
+    ids = [i for i in tokenizer.reference()(text) if i < vocab]
+    return Text(name, cut(ids, tokenizer.around, min(LENGTH, context), n_tokens, name))
+
+
+def read_text(path: Path, flag: str) -> str:
+    """UsageError, InputError for a file that is no text."""
+    try:
+        return path.read_text("utf-8")
+    except OSError as e:
+        raise UsageError(f"{flag} {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{flag} {path}: not a text in UTF-8: {e}") from e
+
+
+def cut(
+    ids: Sequence[int], around: Callable[[Sequence[int]], list[int]], length: int, n_tokens: int, name: str
+) -> list[list[int]]:
+    """Whole sequences from the beginning on, each with what the tokenizer puts around a text; a short text is one."""
+    step = max(1, min(length, len(ids)) - len(around([])))
+    n = max(1, min(n_tokens // length, len(ids) // step))
+    found = [around(ids[i * step : (i + 1) * step]) for i in range(n)]
+    if len(found[0]) < 2:
+        raise InputError(f"{name}: {len(ids)} tokens are no text to measure on")
+    return found
+
+
+def context_of(graph: Graph) -> int:
+    config = graph.meta["config"]
+    assert isinstance(config, dict) and isinstance(config["context"], int)
+    return config["context"]
+
+
+def affordable(graph: Graph, n_runs: int) -> int:
+    """Tokens of an evaluation: QCONVERT_EVAL_TOKENS, else many for a small model, fewer for a large one."""
+    if (wanted := os.environ.get("QCONVERT_EVAL_TOKENS", "")).isdigit() and int(wanted):
+        return int(wanted)
+    n = sum(math.prod(graph.nodes[p].type.dims) for p in graph.parameters())
+    return max(LEAST, min(MOST, int(OPERATIONS / (2 * n * n_runs))))
+
+
+def overlap(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], run: int = RUN) -> float:
+    """The share of b's runs of tokens that are in a too."""
+    seen = {tuple(s[i : i + run]) for s in a for i in range(len(s) - run + 1)}
+    runs = [tuple(s[i : i + run]) for s in b for i in range(len(s) - run + 1)]
+    return sum(r in seen for r in runs) / max(1, len(runs))
