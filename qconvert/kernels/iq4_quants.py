@@ -44,7 +44,8 @@ def _search_tree(thresholds: list[np.float32]) -> F32:
     return tree
 
 
-TREE = _search_tree([_threshold(a, b) for a, b in zip(IQ4_TABLE, IQ4_TABLE[1:], strict=False)])
+THRESHOLDS = [_threshold(a, b) for a, b in zip(IQ4_TABLE, IQ4_TABLE[1:], strict=False)]
+TREE = _search_tree(THRESHOLDS)
 ROOT = TREE[1]
 LEVELS = np.array([*IQ4_TABLE[0::2], *IQ4_TABLE[1::2]], F)  # even levels, then odd
 

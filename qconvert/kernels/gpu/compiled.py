@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from qconvert.errors import UnsupportedError, require
-from qconvert.kernels.gpu.launch import TRITON, Launch, Scales, Tiles, expansion, multiplication
+from qconvert.kernels.gpu.launch import Launch, Scales, Tiles, expansion, multiplication
+from qconvert.kernels.gpu.loading import TRITON
 from qconvert.kernels.gpu.operand import Operand
 from qconvert.kernels.gpu.records import place
 
@@ -82,6 +83,13 @@ def compiled_product(
 
 def compiled_dequantize(w: Operand, target: str) -> Binary:
     return compiled(expansion(place(w, "cpu"), torch.float32, interpreted=False)[1], target)
+
+
+def assembly(launch: Launch, target: str) -> str:
+    """PTX, or AMD's instructions."""
+    with TRITON, compiling_for(target):
+        text: str = launch.compile().asm["ptx" if target.startswith("sm") else "amdgcn"]
+    return text
 
 
 def compiled(launch: Launch, target: str) -> Binary:

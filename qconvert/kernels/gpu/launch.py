@@ -13,11 +13,6 @@ Each takes a `part` of w, and does no more. Metadata that is not finite is an In
 from __future__ import annotations
 
 import math
-import sys
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from threading import RLock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -25,30 +20,15 @@ import numpy as np
 import torch
 
 from qconvert.errors import UnsupportedError, require
+from qconvert.kernels.gpu.loading import TRITON, loaded
 from qconvert.kernels.gpu.operand import Operand, Part
 from qconvert.kernels.gpu.records import LowRankRecord, NumberRecord, Placed, constant, numbers_at, place, tensor
 from qconvert.scheme import F32, Array
 
-SOURCE = Path(__file__).with_name("triton_kernels.py")
-TRITON = RLock()  # the interpreter changes Triton's language while it runs, the compiler asks for the one active driver
 
-
-@cache
 def kernels(interpreted: bool) -> ModuleType:
-    """triton_kernels.py for Triton's interpreter, or for its compiler: @triton.jit decides when it is applied."""
-    triton = require("triton", "multiplying by packed weights")
-    name = f"qconvert.kernels.gpu.triton_kernels_{'interpreted' if interpreted else 'compiled'}"
-    spec = spec_from_file_location(name, SOURCE)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = interpreted
-        spec.loader.exec_module(module)
-    if interpreted:
-        # each call of a helper would patch Triton's language again, 1 ms: their kernel's call has done it
-        for name in module.HELPERS:
-            setattr(module, name, getattr(module, name).rewrite())
-    return module
+    """triton_kernels.py for Triton's interpreter, or for its compiler."""
+    return loaded(interpreted, "triton_kernels")[0]
 
 
 class Tiles(NamedTuple):
@@ -80,7 +60,7 @@ class Launch(NamedTuple):
     switches: dict[str, object]
 
     def run(self) -> None:
-        with TRITON, np.errstate(over="ignore", invalid="ignore"):  # the interpreter computes what is masked, too
+        with TRITON, np.errstate(all="ignore"):  # the interpreter computes what is masked or not selected, too
             self.kernel[self.grid](*self.args, **self.switches)
 
     def compile(self) -> Any:

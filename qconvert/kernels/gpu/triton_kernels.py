@@ -1,7 +1,7 @@
 """The kernels, in Triton: dequantize, and x [M,K] by a packed weight, its codes never written out.
 
-launch.py loads this file twice, once for the interpreter and once for the compiler, and describes the arguments w, m and low:
-records of pointers, strides and what is known when a kernel is compiled. Sums are in f32, or in i32 of integers.
+loading.py loads this file twice, once for the interpreter and once for the compiler; launch.py describes the arguments w, m and
+low: records of pointers, strides and what is known when a kernel is compiled. Sums are in f32, or in i32 of integers.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -10,11 +10,7 @@ import triton.language as tl
 
 add = tl.standard._sum_combine  # the interpreter sums by numpy only where it meets this one
 larger = tl.standard._elementwise_max
-# All but those that are launched
-HELPERS = (
-    *("sums", "real", "quotient", "codes", "within", "tile", "place", "level", "number", "block_of", "weights", "scaled"),
-    "nearest",
-)
+KERNELS = ("dequantize", "gemv", "gemm", "quantize_rows")
 
 
 @triton.jit
