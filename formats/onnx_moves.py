@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qconvert.graph import Graph
-from qconvert.moves import moves, nearly_moves
+from qconvert.moves import moved_offsets, moves, nearly_moves
 from qconvert.passes.order_columns import OrderColumns
 from qconvert.scheme import GROUPS, scheme_of
 
@@ -17,7 +17,8 @@ def kept(graph: Graph, name: str, quant: str, group: int | None, any_quant: bool
     stored = scheme_of(graph.nodes[node.inputs[0]].type.dtype if node.op == "unsort" else node.type.dtype)
     if stored is None or group is None:
         return None
-    for each in (quant, *((f"u{quant}",) if any_quant else ())):
+    offsets = moved_offsets(stored, f"{(real := 'u' * (quant[0] == 'i') + quant + 'f')}_g{stored.block}") and any_quant
+    for each in (quant, *((f"u{quant}",) if any_quant else ()), *((real,) if offsets else ())):
         for g in sorted(GROUPS, reverse=True) if any_group else (group,):
             scheme = scheme_of(f"{each}_g{g}")
             if scheme is None or node.type.dims[-1] % g:

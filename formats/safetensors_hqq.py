@@ -19,6 +19,7 @@ from qconvert.formats.safetensors_config import TORCH
 from qconvert.formats.safetensors_ct_read import check_part
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.graph import Attr, Node, Type
+from qconvert.moves import moved_offsets
 from qconvert.passes.fold_rows import FoldRows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -88,7 +89,8 @@ class HQQ:
 
     def carrying(self, stored: Scheme, n: int, k: int, wanted: Wanted) -> str | None:
         same = stored.zero_point == "float" and stored.bits == self.bits and stored.levels[0].dtype == wanted.dtype
-        return stored.name if same and wanted.group in (None, stored.block) and n % (8 // self.bits) == 0 else None
+        name = stored.name if same else moved_offsets(stored, affine_name(f"uint{self.bits}f", stored.block, wanted.dtype))
+        return name if wanted.group in (None, stored.block) and n % (8 // self.bits) == 0 else None
 
     def config(self, written: Written) -> Mapping[str, object]:
         weights = {"nbits": self.bits, "group_size": written.wanted.group or GROUP, "axis": 1, "channel_wise": True,

@@ -14,6 +14,7 @@ from pathlib import Path
 from qconvert.errors import UsageError
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_mlx_check import dequantized_rows
+from qconvert.moves import moved_offsets
 from qconvert.reals import Reals
 from qconvert.report import Row
 from qconvert.scheme import Scheme, affine_name, scheme_of
@@ -59,7 +60,8 @@ class MLX:
 
     def carrying(self, stored: Scheme, n: int, k: int, wanted: Wanted) -> str | None:
         same = stored.unsigned and stored.bits == self.bits and stored.levels[0].dtype == wanted.dtype
-        return stored.name if same and wanted.group in (None, stored.block) else None
+        name = stored.name if same else moved_offsets(stored, affine_name(f"uint{self.bits}o", stored.block, wanted.dtype))
+        return name if wanted.group in (None, stored.block) and (same or stored.block in GROUPS) else None
 
     def config(self, written: Written) -> Mapping[str, object]:
         """Modules whose groups are others than most are named, beside what is said of all."""

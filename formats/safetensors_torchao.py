@@ -21,6 +21,7 @@ from qconvert.formats.safetensors_ct_read import assembled
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.formats.safetensors_files import opened_tensors
 from qconvert.graph import Attr
+from qconvert.moves import moved_offsets
 from qconvert.reals import Reals
 from qconvert.report import Row, judged
 from qconvert.scheme import Array, Scheme, affine_name
@@ -65,7 +66,8 @@ class Int4:
 
     def carrying(self, stored: Scheme, n: int, k: int, wanted: Wanted) -> str | None:
         same = plain(stored) is not None and stored.levels[0].dtype == wanted.dtype
-        return stored.name if same and wanted.group in (None, stored.block) else None
+        name = stored.name if same else moved_offsets(stored, affine_name("int4o", stored.block, wanted.dtype))
+        return name if wanted.group in (None, stored.block) and (same or stored.block % 32 == 0) else None
 
     def config(self, written: Written) -> Mapping[str, object]:
         kind = {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {

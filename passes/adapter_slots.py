@@ -7,7 +7,7 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qconvert.errors import UnsupportedError
@@ -69,8 +69,13 @@ def _slot(graph: Graph, weight: str, site: Site, paths: list[str]) -> dict[str, 
         _, *factors = graph.nodes[path].inputs
         how: tuple[tuple[str, dict[str, Attr]], ...] = ("cast", {}), ("scaled", {"scale": graph.nodes[path].attrs["scale"]})
         made.append([f"{slot}~{owner(graph, path)}" for slot in slots])
+        sums = graph.nodes[graph.nodes[path].inputs[0]]
+        if sums.op == "group_sums":  # a group's sum times a column is each of its inputs times that column
+            how = ("spread_columns", {"times": sums.attrs["group"]}), how[1]
         for name, factor, (op, attrs) in zip(made[-1], factors, how, strict=True):
             nodes[name] = Node(op, (factor,), Type("f32", graph.nodes[factor].type.shape), attrs)
+            if op == "spread_columns":
+                nodes[name] = replace(nodes[name], type=infer(op, (graph.nodes[factor].type,), **attrs))
     for axis, (slot, names) in enumerate(zip(slots, zip(*made, strict=True), strict=True)):
         attrs = {"slot": axis}
         nodes[slot] = Node("input", names, infer("input", tuple(nodes[n].type for n in names), **attrs), attrs)

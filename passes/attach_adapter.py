@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from qconvert.adapter_config import CONFIG
+from qconvert.adapter_pooling import FACTORS
 from qconvert.adapters import Adapter, Factors, Replacement, TokenRows, is_head
 from qconvert.errors import AdapterError, GraphError
 from qconvert.graph import Attr, Graph, Node, Type
@@ -152,7 +154,8 @@ class _Attaching:
                 continue
             if len(found) > 1:
                 raise GraphError(f"{name} is read by {len(found)} {op}s; which of them {f.module} is cannot be told")
-            self._claim(f.module, found[0].result, changes, *(t for t in f[1:] if isinstance(t, TensorInfo)))
+            tensors = (*f[1:], *(f.pooled.elastic if f.pooled else ()))
+            self._claim(f.module, found[0].result, changes, *(t for t in tensors if isinstance(t, TensorInfo)))
             self._check_factors(f, name)
             changes[found[0].result] = self._path(f, name, found[0])
         self._apply(changes)
@@ -167,6 +170,12 @@ class _Attaching:
                 extra.append(f"{f.module}.{part}~{alias}")
                 loads[extra[-1]] = _load(info)
         x, scale = base.inputs[0], f.scale
+        if f.pooled is not None and (group := self._pooled_group(f, weight)) > 1:
+            x, k = f"{x}~sums{group}", self.graph.nodes[weight].type.dims[1]
+            loads[x] = Node("group_sums", (base.inputs[0],), Type("f32", (*base.type.shape[:-1], k // group)), {"group": group})
+            scale *= FACTORS[f.pooled.convention](group, k)
+            more, (a, b) = self._elastic(f, (a, b), group)
+            loads |= more
         if f.magnitude is None:
             op, inputs = ("lora_embed" if f.embedding else "lora"), (x, a, b, *extra)
             attrs: dict[str, Attr] = {"scale": self.adapter.weight * scale}
@@ -207,12 +216,46 @@ class _Attaching:
         names = f"{f.module}.{kind}A~{alias}", f"{f.module}.{kind}B~{alias}"
         return {names[0]: _load(f.a), names[1]: _load(f.b)}, names
 
+    def _pooled_group(self, f: Factors, weight: str) -> int:
+        """How many inputs are one of A's. AdapterError where the shapes do not say so."""
+        assert f.pooled is not None
+        k, columns = self.graph.nodes[weight].type.dims[1], f.a.shape[1]
+        group = k // columns if columns and k % columns == 0 else 0
+        if group != 1 and (group == 0 or f.pooled.group not in (None, group)):  # PEFT pools inputs of GPTQ's layers alone
+            raise self._misfit(f.a, weight)
+        return group
+
+    def _elastic(self, f: Factors, factors: tuple[str, str], group: int) -> tuple[dict[str, Node], tuple[str, str]]:
+        """IR-QLoRA: A also has the means of K/r inputs for each rank, B each rank again for N/r outputs, times a number each."""
+        assert f.pooled is not None
+        out, names = dict[str, Node](), list(factors)
+        for i, (info, tensor) in enumerate(zip(f.pooled.elastic, (f.a, f.b), strict=False)):
+            (p, q), r = tensor.shape, f.a.shape[0]
+            if p % r or q % r:
+                raise AdapterError(
+                    f"{info.ref}: {tensor.shape} has no {r} blocks", hint="r must divide the outputs and the groups of inputs"
+                )
+            scale, value = f"{names[i]}.elastic", r / (q * group) if i == 0 else 1.0
+            out[scale] = _load(info)
+            out[f"{names[i]}~elastic"] = Node("add_blocks", (names[i], scale), Type("f32", (p, q)), {"value": value})
+            names[i] = f"{names[i]}~elastic"
+        return out, (names[0], names[1])
+
     def _check_factors(self, f: Factors, name: str) -> None:
         n, k = self.graph.nodes[name].type.dims
         if f.embedding:
             n, k = k, n
-        if f.a.shape[1] != k or f.b.shape[0] != n:
-            raise self._misfit(f.a if f.a.shape[1] != k else f.b, name)
+        columns = f.a.shape[1]
+        if f.pooled is None and not f.embedding and 1 < columns < k and k % columns == 0 and f.b.shape[0] == n:
+            raise AdapterError(
+                f"{f.a.ref}: {columns} columns for {k} inputs, {k // columns} each: this is QA-LoRA, and {CONFIG} does not say "
+                "how inputs were pooled",
+                hint=f"--pooling {' or '.join(FACTORS)}: whose program trained it?",
+            )
+        if f.pooled is not None and f.a.shape[0] == f.b.shape[1] and f.b.shape[0] == n:
+            k = k // self._pooled_group(f, name)
+        if columns != k or f.b.shape[0] != n:
+            raise self._misfit(f.a if columns != k else f.b, name)
         for info in (f.magnitude, f.bias):
             if info is not None and info.shape != (n,):
                 raise self._misfit(info, name)

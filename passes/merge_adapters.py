@@ -9,7 +9,9 @@ from typing import ClassVar, NamedTuple
 
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
+from qconvert.ops import infer
 from qconvert.passes.untie_head import PATHS, Site, UntieHead, embedding_of, is_tied, sites
+from qconvert.pooled_merges import why_not_shifted
 
 log = logging.getLogger("qconvert")
 Attrs = tuple[tuple[str, Attr], ...]
@@ -86,16 +88,24 @@ def _updates(graph: Graph, site: Site, reasons: list[str]) -> Iterator[Update]:
         paths.append(path)
     for path in reversed(paths):
         node = graph.nodes[path]
-        if node.inputs[0] != graph.nodes[site.base].inputs[0]:
+        if node.inputs[0] != (x := graph.nodes[site.base].inputs[0]) and _sums(graph, node) != x:
             reasons.append(f"left %{path} alone: it reads %{node.inputs[0]}, the weight beside it does not")
             return
-    yield from (_update(graph.nodes[path]) for path in reversed(paths))
+    yield from (_update(graph, graph.nodes[path]) for path in reversed(paths))
 
 
-def _update(node: Node) -> Update:
+def _sums(graph: Graph, path: Node) -> str | None:
+    """What a path reads sums of groups of; None where it reads no such sums."""
+    x = graph.nodes[path.inputs[0]]
+    return x.inputs[0] if x.op == "group_sums" else None
+
+
+def _update(graph: Graph, node: Node) -> Update:
     scale, weight = _number(node, "scale"), node.attrs.get("weight", 1.0)
     if node.op == "lora":
         a, b, *bias = node.inputs[1:]
+        if _sums(graph, node) is not None:
+            return Update("merge_pooled", (a, b), (("scale", scale), ("group", graph.nodes[node.inputs[0]].attrs["group"])))
         return Update("merge", (a, b), (("scale", scale),), (bias[0], scale) if bias else None)
     if node.op == "lora_embed":
         a, b = node.inputs[1:]
@@ -134,7 +144,8 @@ class _Merging:
         self.edits[first.result] = {**chain, **self.edits[first.result]}
 
     def _chain(self, weight: str, below: str, names: Iterator[str], updates: tuple[Update, ...]) -> dict[str, Node]:
-        shape = self.graph.nodes[weight].type.shape
+        base = self.graph.nodes[weight]
+        shape = base.type.shape
         out: dict[str, Node] = {}
         current = below
         for i, u in enumerate(updates):
@@ -146,8 +157,12 @@ class _Merging:
                 norm = f"{weight}~norm{i}"
                 out[norm] = Node("column_norm", inputs[:3], Type("f32", shape[1:]), dict(u.attrs[:1]))
                 inputs = (*inputs, norm)
-            name = weight if i == len(updates) - 1 else next(names)
-            out[name] = Node(u.op, (current, *inputs), Type("f32", shape), dict(u.attrs))
+            name, attrs, lower = weight if i == len(updates) - 1 else next(names), dict(u.attrs), out.get(current, base)
+            kind = Type("f32", shape)
+            if u.op == "merge_pooled":
+                attrs |= {"why": why} if (why := why_not_shifted(lower, int(str(attrs["group"])))) else {}
+                kind = infer(u.op, (lower.type, *(self.graph.nodes[n].type for n in inputs)), **attrs)
+            out[name] = Node(u.op, (current, *inputs), kind, attrs)
             current = name
         return out
 

@@ -16,7 +16,7 @@ CONFIG = "adapter_config.json"
 CONSUMED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias",
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "target_modules",
-    "layers_to_transform", "exclude_modules", "base_model_name_or_path", "revision",
+    "layers_to_transform", "exclude_modules", "base_model_name_or_path", "revision", "use_qalora", "qalora_group_size",
 }  # fmt: skip
 # Keys that do not change what a saved adapter computes.
 HARMLESS = {
@@ -32,7 +32,6 @@ HARMLESS = {
     "lora_ga_config": "only read with init_lora_weights",
     "megatron_core": "only read with megatron_config",
     "peft_version": "who wrote it",
-    "qalora_group_size": "only read with use_qalora",
     "runtime_config": "how it is executed",
     "task_type": "a head for another task has tensors of its own",
     "velora_config": "changes the backward pass only",
@@ -49,15 +48,19 @@ MUTATING_INITS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, object]:
-    """adapter_config.json, refused where something in it would change the result and is not understood."""
+def read_config(folder: Path, own_base: bool = False) -> dict[str, object]:
+    """adapter_config.json, refused where something in it would change the result and is not understood.
+
+    own_base: the model that it is read for is the one that it was trained on.
+    """
     if not (folder / CONFIG).is_file():
         whole = (folder / "config.json").is_file()
         hint = "this is a whole model, not an adapter" if whole else "PEFT's save_pretrained writes such a folder"
         raise AdapterError(f"{folder}: has no {CONFIG}", hint=hint)
     config = read_json(folder / CONFIG)
     _check_keys(folder, config)
-    _check_init(folder, config.get("init_lora_weights", True))
+    if not own_base:
+        _check_init(folder, config.get("init_lora_weights", True))
     return config
 
 
@@ -83,14 +86,14 @@ def _check_init(folder: Path, init: object) -> None:
     reason = next((why for key, why in MUTATING_INITS.items() if name.startswith(key)), "unknown: its base may differ")
     raise AdapterError(
         f"{folder}: init_lora_weights is {init!r}: {reason}; on the unmodified base it would be silently wrong",
-        hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it; "
-        f"if its base was the unmodified one, say so: init_lora_weights = true in {CONFIG}",
+        hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it; where MODEL is the "
+        f"base that it left, --trained-on model; where that was unmodified, init_lora_weights = true in {CONFIG}",
     )
 
 
 def kind_of(config: Mapping[str, object]) -> str:
-    names = [name for name, key in (("dora", "use_dora"), ("rslora", "use_rslora")) if config.get(key)]
-    return "+".join(names) or "lora"
+    flags = (("qalora", "use_qalora"), ("dora", "use_dora"), ("rslora", "use_rslora"))
+    return "+".join(name for name, key in flags if config.get(key)) or "lora"
 
 
 def text_of(config: Mapping[str, object], key: str) -> str | None:

@@ -24,6 +24,7 @@ from qconvert.adapter_config import (
     read_config,
     text_of,
 )
+from qconvert.adapter_pooling import ELASTIC, Pooled, pooled_of
 from qconvert.dtypes import FLOATS
 from qconvert.errors import AdapterError, UnsupportedError, UsageError
 from qconvert.sources import Store, TensorInfo
@@ -47,6 +48,7 @@ class Factors(NamedTuple):
     embedding: bool
     magnitude: TensorInfo | None  # DoRA: [N] of a linear, [D] of an embedding
     bias: TensorInfo | None  # lora_bias: [N]
+    pooled: Pooled | None = None  # QA-LoRA: A[r,K/g] reads what its inputs were pooled to
 
 
 class Replacement(NamedTuple):
@@ -92,22 +94,26 @@ class Adapter:
 
     def tensors(self) -> Iterator[TensorInfo]:
         for f in self.factors:
-            yield from (t for t in (f.a, f.b, f.magnitude, f.bias) if t is not None)
+            yield from (t for t in (f.a, f.b, f.magnitude, f.bias, *(f.pooled.elastic if f.pooled else ())) if t is not None)
         yield from (r.tensor for r in self.replacements)
         yield from (r.tensor for r in self.rows)
 
 
-def read_adapter(folder: Path, store: Store, alias: str, weight: float = 1.0) -> Adapter:
+def read_adapter(
+    folder: Path, store: Store, alias: str, weight: float = 1.0, pooling: str | None = None, own_base: bool = False
+) -> Adapter:
     """Read the config and the headers of a PEFT folder, which `store` will then know as `alias`.
 
+    pooling: of a QA-LoRA adapter that does not say how its inputs were pooled, a name of adapter_pooling.FACTORS.
+    own_base: the model is the very one that it was trained on, whatever the initialisation did to it.
     AdapterError where the two do not fit each other, or its base is not the plain one; UnsupportedError for another
     kind of adapter or a setting that is not understood; UsageError for a weight of 0, inf or nan.
     """
     if not math.isfinite(weight) or weight == 0:
         raise UsageError(f"{folder}: an adapter's weight is a number other than 0, not {weight:g}")
-    config = read_config(folder)
+    config = read_config(folder, own_base)
     store.add(alias, folder)
-    found = _Found(folder, config)
+    found = _Found(folder, config, pooling)
     for key, info in store.tensors(alias).items():
         found.take(key, info)
     factors = tuple(found.factors_of(module) for module in found.parts)
@@ -137,6 +143,7 @@ class _Found:
 
     folder: Path
     config: Mapping[str, object]
+    pooling: str | None = None
     parts: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)  # module -> part -> tensor
     rows: dict[str, TensorInfo] = field(default_factory=dict)
     base: dict[str, TensorInfo] = field(default_factory=dict)  # parameter -> tensor
@@ -157,7 +164,7 @@ class _Found:
         tail = rest.rpartition(".")[2]
         if part in ("lora_A", "lora_B"):
             self._put(self.parts.setdefault(module, {}), part + (".bias" if tail == "bias" else ""), info)
-        elif part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+        elif part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *ELASTIC):
             self._put(self.parts.setdefault(module, {}), part, info)
         elif part.endswith("trainable_tokens_delta"):
             self._put(self.rows, module, info)
@@ -195,10 +202,11 @@ class _Found:
             if want not in parts:
                 there = next(iter(parts.values())).ref
                 raise AdapterError(f"{there}: its partner {want} of {module} is missing", hint="the file is incomplete")
-        self._check_extra(module, parts, {a, b})
+        pooled = pooled_of(self.folder, self.config, module, parts, self.pooling)
+        self._check_extra(module, parts, {a, b, *(ELASTIC if pooled else ())})
         scale = self._scale(module, parts[a], parts[b])
         magnitude, bias = parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
-        return Factors(module, parts[a], parts[b], scale, embedding, magnitude, bias)
+        return Factors(module, parts[a], parts[b], scale, embedding, magnitude, bias, pooled)
 
     def _check_extra(self, module: str, parts: Mapping[str, TensorInfo], wanted: set[str]) -> None:
         for part, key in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias")):

@@ -117,6 +117,9 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of the GPU. Default 1000.")
 @click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
+@click.option("--pooling", type=click.Choice(["peft", "repo", "paper", "sum"]),
+              help="QA-LoRA: what its inputs were pooled to, where adapter_config.json does not say.")  # fmt: skip
+@click.option("--allow-lossy", is_flag=True, help="Go on where rounding may undo an adapter, which is refused.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass.")
 @click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes", "targets"]))

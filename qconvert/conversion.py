@@ -38,6 +38,7 @@ from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
+from qconvert.pooled_merges import refuse_rounding
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
@@ -193,7 +194,7 @@ def read_source(request: Request, store: Store) -> Source:
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
-        adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight))
+        adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight, request.pooling))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
@@ -210,6 +211,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = target.legalize(merged, options)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
+    legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
     return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))

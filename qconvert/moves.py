@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconvert.scheme import F32, Array, Level, QTensor, Scheme
+from qconvert.scheme import F32, Array, Level, QTensor, Scheme, scheme_of
 
 
 def moves(source: Scheme, target: Scheme) -> bool:
@@ -37,11 +37,67 @@ def keeps(source: Scheme, dtype: str) -> bool:
     return dtype == "f32" or [level.dtype for level in source.levels if level.role == "scale"] == [dtype]
 
 
+def first_code(scheme: Scheme) -> int:
+    """The least that a code can be."""
+    return 0 if scheme.unsigned or has_zeros(scheme) or scheme.name in ("q4_1", "q5_1") else -(1 << (scheme.bits - 1))
+
+
+def shifted(scheme: Scheme) -> Scheme | None:
+    """The same codes and scales with an offset f32 for each group, so that any number can be added to a group; None where
+    there is not one scale a group along the row, with no zero point, one of its own or an offset.
+    """
+    (scale, *shift), group = scheme.levels, scheme.levels[0].group
+    plain = scale.role == "scale" and scale.dtype in ("f32", "f16", "bf16") and not scheme.table and group is not None
+    one = len(shift) < 2 and all(s.role in ("zero", "offset") and s.group == group and s.rows == 1 for s in shift)
+    if not plain or not one or scale.rows != 1:
+        return None
+    dtype = "" if scale.dtype == "f32" else f"_{scale.dtype}_f32"
+    return scheme_of(f"uint{scheme.bits}o_g{group}{dtype}")
+
+
+def with_offsets(q: QTensor, target: Scheme) -> QTensor:
+    """A weight as `shifted` has it, or as another scheme with offsets, whose dtype they are rounded to."""
+    scale, first = at_group([(v, level.group or 1) for v, level in _levels(q, "scale")], target.block), first_code(q.scheme)
+    less = first_code(target) - first  # what codes are more by in the target
+    offset = -less * scale
+    for role, factor in (("zero", -scale), ("offset", np.ones_like(scale))):
+        for v, level in _levels(q, role):
+            offset = offset + factor * at_group([(v, level.group or 1)], target.block)
+    codes: Array = q.codes.astype(np.int16) + less
+    codes = codes.astype(np.int8 if first_code(target) < 0 or target.bits < 8 else np.uint8)
+    return QTensor(target, codes, (scale, narrowed(offset, target.levels[1].dtype)))
+
+
+def narrowed(v: F32, dtype: str) -> F32:
+    """As f32, f16 or bf16 holds it; an f16 that would be infinite is its largest number."""
+    if dtype == "bf16":
+        bits = np.ascontiguousarray(v, np.float32).view(np.uint32)
+        return ((bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)).view(np.float32)
+    return v if dtype == "f32" else np.clip(v, -65504, 65504).astype(np.float16).astype(np.float32)
+
+
+def offsets_move(source: Scheme, target: Scheme) -> bool:
+    """Whether `target` says scale * code + offset of `source`'s, whose offsets are f32, but for the offset's rounding."""
+    if [[level.role for level in s.levels] for s in (source, target)] != [["scale", "offset"]] * 2:
+        return False
+    scale, offset = source.levels
+    fits = target.levels[0].group is not None and (scale.group or 1) % target.block == 0
+    return offset.dtype == "f32" and fits and target.bits >= source.bits and keeps(source, target.levels[0].dtype)
+
+
+def moved_offsets(stored: Scheme, name: str) -> str | None:
+    """`name` where that scheme takes codes that are `stored` with offsets f32, by rounding these alone."""
+    target = scheme_of(name)
+    if target is None or [level.role for level in stored.levels] != ["scale", "offset"] or stored.levels[1].dtype != "f32":
+        return None
+    return name if nearly_moves(stored, target) else None
+
+
 def nearly_moves(source: Scheme, target: Scheme) -> bool:
     """Whether codes and scales of `source` are those of `target`, its offsets or minima zero points as f32 has them, or its
     zero points offsets as `target` keeps them.
     """
-    if offsets_for_zeros(source, target):
+    if offsets_for_zeros(source, target) or offsets_move(source, target):
         return True
     scales = [level for level in target.levels if level.role == "scale"]
     group = scales[0].group
@@ -75,8 +131,8 @@ def _shifted(q: QTensor, target: Scheme) -> QTensor:
     flat = scale == 0
     codes, scale = np.where(np.repeat(flat, group, axis=1), 0, q.codes), np.where(flat, np.float32(1), scale)
     zero = shift / scale if role == "min" else -shift / scale
-    by_role = {"scale": scale, "zero": zero}
-    return QTensor(target, codes.astype(np.int8), tuple(by_role[level.role] for level in target.levels))
+    kept = [narrowed(scale if level.role == "scale" else zero, level.dtype) for level in target.levels]
+    return QTensor(target, codes.astype(np.uint8 if target.bits == 8 else np.int8), tuple(kept))
 
 
 def moved(q: QTensor, target: Scheme) -> QTensor:
@@ -84,6 +140,8 @@ def moved(q: QTensor, target: Scheme) -> QTensor:
     source, group = q.scheme, target.block
     if offsets_for_zeros(source, target):
         return _with_offsets(q, target)
+    if offsets_move(source, target):
+        return with_offsets(q, target)
     if has_float_zeros(target):
         return _shifted(q, target)
     codes: Array = np.asarray(source.table, np.int16)[q.codes] if source.table else q.codes.astype(np.int16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
+from qconvert import adapter_ops
 from qconvert.dtypes import DTYPES, FLOATS
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
@@ -53,14 +54,6 @@ def _input(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type | None:
     return kinds.pop()
 
 
-def _merge(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    w, (a, b) = i[0], i[-2:] if len(i) == 3 else i[2:4]
-    (n, k), (ra, ka), (nb, rb) = w.dims, a.dims, b.dims
-    if (n, k) != (nb, ka) or ra != rb:
-        raise GraphError(f"A {a} and B {b} do not fit a weight {w}")
-    return Type("f32", w.shape)
-
-
 def _transpose(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type(i[0].dtype, i[0].shape[::-1])
 
@@ -76,22 +69,6 @@ def _linear(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     if len(i) > 2 and i[2].shape != w.shape[:1]:
         raise GraphError(f"the bias {i[2]} does not fit the weight {w}")
     return Type("f32", (*x.shape[:-1], w.shape[0]))
-
-
-def _lora(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    return Type("f32", (*i[0].shape[:-1], i[2].shape[0]))
-
-
-def _lora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    return Type("f32", (*i[0].shape, i[2].shape[0]))
-
-
-def _dora_path(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    return Type("f32", (*i[0].shape[:-1], i[1].shape[0]))
-
-
-def _dora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
-    return Type("f32", (*i[0].shape, i[1].shape[1]))
 
 
 def _stack(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
@@ -190,6 +167,7 @@ def _slice(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
 
 
 OPS: dict[str, Op] = {
+    **{name: Op(*each) for name, each in adapter_ops.OPS.items()},
     # weights -------------------------------------------------------------------------------------
     "load": Op(
         _declared,
@@ -210,16 +188,6 @@ OPS: dict[str, Op] = {
     "flat": Op(lambda i, _: Type("f32", (i[0].rows, i[0].dims[-1])), "(w[E,N,K]): one below the other, [E*N,K]", True),
     "beside": Op(_beside, "(w[E,N,K]): one beside the other, [N,E*K]", True),
     "cast": Op(_declared, "w rounded to the node's dtype", True),
-    "merge": Op(_merge, "(w, A[r,K], B[N,r]) {scale}: w + scale * B @ A", True),
-    "dora": Op(
-        _merge,
-        "(w, w0, A, B, m[, norm[K]]) {scale, weight}: w + weight * (m * V / |V| - w0), V = w0 + scale * B @ A; "
-        "|V| by row, m[N]; with norm by column, m[K]",
-        True,
-    ),
-    "column_norm": Op(
-        lambda i, _: Type("f32", i[0].shape[1:]), "(w0, A, B) {scale}: norms of the columns of w0 + scale * B @ A", True
-    ),
     "blend": Op(_real, "(w, w0, new) {weight}: w + weight * (new - w0)", True),
     "set_rows": Op(
         _real, "(w, w0, new[n,K]) {indices, weight}: w with row indices[j] += weight * (new[j] - w0[indices[j]])", True
@@ -283,15 +251,6 @@ OPS: dict[str, Op] = {
     "linear": Op(
         _linear, "(x, w[, bias]) {round_input?, round_output?}: x @ w.T + bias; the attributes say how a runtime rounds"
     ),
-    "lora": Op(_lora, "(x, A, B[, bias]) {scale}: scale * ((x @ A.T) @ B.T + bias)"),
-    "lora_embed": Op(_lora_embed, "(ids, A[r,V], B[D,r]) {scale}: scale * A.T[ids] @ B.T"),
-    "dora_path": Op(
-        _dora_path,
-        "(x, w, A, B, m) {scale, weight}: weight * ((g-1) * x@w.T + g * scale * x@A.T@B.T), g = m / |w + scale * B@A| by row",
-    ),
-    "dora_embed": Op(
-        _dora_embed, "(ids, w[V,D], A[r,V], B[D,r], m[D]) {scale, weight}: the same for embeddings, |·| by column"
-    ),
     "add": Op(_elementwise, "x + y"),
     "mul": Op(_elementwise, "x * y"),
     "times": Op(_same, "(x) {by}: x * by"),
@@ -335,6 +294,7 @@ OPS: dict[str, Op] = {
 
 
 # what gives codes and metadata
+KEEPING = ("unpermute_rope", "permute_rope", "stack", "interleave", "merge_pooled")  # codes as codes, reals as reals
 QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "gptq")
 
 
@@ -380,7 +340,7 @@ def _check_dtype(node: Node, line: str) -> None:
             raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
     elif node.op == "load" and "." in dtype:
         return  # as the source stores it
-    elif node.op in QUANTIZED or (node.op in ("unpermute_rope", "permute_rope", "stack", "interleave") and dtype not in DTYPES):
+    elif node.op in QUANTIZED or (node.op in KEEPING and dtype not in DTYPES):
         if scheme_of(dtype) is None:
             raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE, *TABLES])}")
     elif dtype not in DTYPES:

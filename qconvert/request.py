@@ -53,6 +53,8 @@ class Request:
     threads: int | None = None
     dump_ir: Path | None = None
     allow_unused_adapter_keys: bool = False
+    pooling: str | None = None  # of QA-LoRA adapters, a name of adapter_pooling.FACTORS
+    allow_lossy: bool = False  # round what an adapter changed, though that may undo it
     fallback: Fallback = "warn"
     tensor_types: tuple[str, ...] = ()  # REGEX=TYPE
     output_tensor_type: str | None = None

@@ -154,6 +154,10 @@ def _take(v: Values, node: Node) -> Tensor:
     return x[..., indices.long()]
 
 
+def _group_sums(v: Values, node: Node) -> Tensor:
+    return _split(v[node.inputs[0]], _count(node, "group")).sum(-1)
+
+
 def _lora(v: Values, node: Node) -> Tensor:
     x, a, b, *bias = (v[i] for i in node.inputs)
     y = F.linear(F.linear(x, a), b)
@@ -335,6 +339,7 @@ OPS: dict[str, Run] = {
     "embed": _embed,
     "take": _take,
     "linear": _linear,
+    "group_sums": _group_sums,
     "lora": _lora,
     "lora_embed": _lora_embed,
     "dora_path": _dora_path,

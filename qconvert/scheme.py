@@ -259,7 +259,7 @@ MINIFLOATS: dict[str, Scheme] = {
 }
 
 
-AFFINE_NAME = re.compile(r"(u?int)([2-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?")
+AFFINE_NAME = re.compile(r"(u?int)([2-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
 TABLE_NAME = re.compile(r"(nf4|fp4)_g(\d+)")
 SECOND_LEVEL = re.compile(r"(.+)_(u8|u6)x(\d+)")
 
@@ -269,7 +269,7 @@ def scheme_of(name: str) -> Scheme | None:
     """ggml's scheme of that name, the affine one, that of a table, of rows or of small floats; None where there is none.
 
     An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16; with o
-    there are offsets, as wide as scales: uint3o_g64_bf16. A table's may have any group: nf4_g4096.
+    there are offsets, as wide as scales, or f32: uint3o_g64_bf16, uint4o_g32_f16_f32. A table's may have any group: nf4_g4096.
     uint4_g32_u8x128 is uint4_g32 with a second level: u8 in the place of real scales and zero points; 128 share a factor
     and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor.
     """
@@ -299,9 +299,11 @@ def _affine(name: str) -> Scheme | None:
     m = AFFINE_NAME.fullmatch(name)
     if m is None or (m[4] and int(m[4]) < 8) or (m[3] == "f" and m[1] == "int") or (m[3] != "o" and m[2] not in "248"):
         return None
+    if m[6] and (m[3] != "o" or not m[5]):
+        return None
     bits, group, dtype = int(m[2]), int(m[4]) if m[4] else None, m[5] or "f32"
     if m[3] == "o":
-        levels = Level("scale", dtype, group), Level("offset", dtype, group)
+        levels = Level("scale", dtype, group), Level("offset", "f32" if m[6] else dtype, group)
         return Scheme(name, bits, levels, unsigned=m[1] == "uint")
     zeros = () if m[1] == "int" else (Level("zero", dtype if m[3] else f"u{bits}", group),)
     return Scheme(name, bits, (Level("scale", dtype, group), *zeros))

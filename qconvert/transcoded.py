@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -12,11 +12,13 @@ from qconvert.emit import row_ranges
 from qconvert.graph import Graph
 from qconvert.moves import moves, nearly_moves
 from qconvert.report import Row, judged
-from qconvert.scheme import Array, scheme_of
+from qconvert.scheme import Array, Scheme, scheme_of
 from qconvert.weights import Weights
 
-ROUNDED_ZERO = 1e-6  # a zero point is f32: 2^-24 of it, so 6e-8 of weights as large
-ROUNDED_OFFSET = 4e-3  # an offset is f16: 2^-12 of it at most, which is up to 15 codes; measured 4.5e-4
+SHIFTS = ("zero", "offset")
+# dtype of zero points or offsets -> how far they move weights: 2^-24 of them, so 6e-8 of weights as large; 2^-12, which is up
+# to 15 codes, measured 4.5e-4; 2^-9, measured 3.9e-3
+LIMITS = {"f32": 1e-6, "f16": 4e-3, "bf16": 3e-2}
 log = logging.getLogger("qconvert")
 
 
@@ -94,7 +96,7 @@ def stored_rows(graph: Graph, weights: Weights, file: Reals) -> list[Row]:
         reason = f"worst is {name}; mean of {len(found)} is {mean:.2g}"
         rows.append(Row(what, "relative RMSE", worst, None, "info", reason))
         if what.startswith("codes moved"):
-            limit = ROUNDED_OFFSET if what.rpartition(" ")[2].endswith("_1") else ROUNDED_ZERO
+            limit = LIMITS[next(v.dtype for v in cast(Scheme, scheme_of(what.rpartition(" ")[2])).levels if v.role in SHIFTS)]
             rows[-1] = judged(what, "relative RMSE", worst, limit, reason)
     return rows
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import float_weights, fold_weights, kernels, peer_weights, stored_weights
+from qconvert import adapter_weights, float_weights, fold_weights, kernels, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -215,46 +215,6 @@ def _cast(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     return value
 
 
-def _merge(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    base, a, b = node.inputs
-    return _low_rank_sum(w, w.real(base, begin, end), a, b, begin, end, _number(node, "scale"))
-
-
-def _dora(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    base, base0, a, b, m = node.inputs[:5]
-    weight, magnitude = _number(node, "weight"), w.whole(m).astype(np.float64)
-    v0 = w.real(base0, begin, end)
-    v = _low_rank_sum(w, v0, a, b, begin, end, _number(node, "scale"))
-    if len(node.inputs) == 6:
-        factor = (magnitude / w.whole(node.inputs[5]))[None]
-    else:
-        norms = np.linalg.norm(v, axis=1) if w.dtype is np.float64 else kernels.row_norms(v)
-        factor = (magnitude[begin:end] / norms)[:, None]
-    out = v * factor
-    if weight != 1 or base != base0:
-        out = w.real(base, begin, end) + weight * (out - v0)
-    return out.astype(w.dtype)
-
-
-def _low_rank_sum(w: Weights, value: Array, a: str, b: str, begin: int, end: int, scale: float) -> Array:
-    """value + scale * B[begin:end] @ A, without changing value; in f32 the same bits on every machine."""
-    if w.dtype is np.float64:
-        return value + scale * (w.real(b, begin, end) @ w.whole(a))
-    return kernels.add_low_rank(np.array(value, np.float32), w.whole(a), w.real(b, begin, end), scale)
-
-
-def _column_norm(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    base, a, b = node.inputs
-    n, k = w.graph.nodes[base].type.dims
-    total = np.zeros(k)
-    step = rows_per_block(k)
-    for i in range(0, n, step):
-        j = min(n, i + step)
-        v = _low_rank_sum(w, w.real(base, i, j), a, b, i, j, _number(node, "scale"))
-        total += np.square(v.astype(np.float64)).sum(0)
-    return np.sqrt(total)[begin:end].astype(w.dtype)
-
-
 def _blend(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
     value, base, new = (w.real(i, begin, end) for i in node.inputs)
     if _number(node, "weight") == 1 and node.inputs[0] == node.inputs[1]:
@@ -370,8 +330,8 @@ Op = Callable[[Weights, str, Node, int, int], Array | QTensor]
 OPS: dict[str, Op] = {
     "load": _load, "constant": _constant, "transpose": _transpose,
     "stack": _stack, "expert": _expert, "part": _part, "interleave": _interleave, "flat": _flat, "beside": _beside,
-    "cast": _cast, "merge": _merge, "dora": _dora,
-    "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
+    "cast": _cast,
+    "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
-    **stored_weights.OPS, **peer_weights.OPS, **fold_weights.OPS, "amax": float_weights.amax,
+    **adapter_weights.OPS, **stored_weights.OPS, **peer_weights.OPS, **fold_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip

@@ -86,7 +86,6 @@ def test_another_kind_of_adapter_is_refused_by_name(kind: str, base: Path, adapt
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("use_qalora", True),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1, 2]),

@@ -34,6 +34,7 @@ CONV1D = ["c_attn", "c_proj", "c_fc"]
 CASES: dict[str, tuple[str, bool, int | None, dict[str, Any]]] = {
     "lora": ("llama", False, None, Q),
     "rslora": ("llama", False, None, {"target_modules": LINEARS, "r": 4, "use_rslora": True}),
+    "use_qalora, which PEFT reads for GPTQ alone": ("llama", False, None, {**Q, "use_qalora": True, "qalora_group_size": 8}),
     "rank and alpha patterns": ("llama", False, None, {
         "target_modules": LINEARS, "r": 4, "lora_alpha": 4,
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 8, "proj": 3},

@@ -1,0 +1,108 @@
+"""Weights that adapters change, a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import numpy as np
+
+from qconvert import kernels
+from qconvert.graph import Graph, Node
+from qconvert.moves import with_offsets
+from qconvert.scheme import Array, QTensor, scheme_of
+
+BLOCK = 1 << 19  # values of a block of rows
+
+
+class Values(Protocol):
+    """What an op reads: weights.Weights."""
+
+    @property
+    def graph(self) -> Graph: ...
+    @property
+    def dtype(self) -> type[np.floating]: ...
+
+    def rows(self, name: str, begin: int, end: int) -> Array | QTensor: ...
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
+
+    def whole(self, name: str) -> Array: ...
+
+
+def _merge(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    base, a, b = node.inputs
+    return _low_rank_sum(w, w.real(base, begin, end), a, b, begin, end, _number(node, "scale"))
+
+
+def _merge_pooled(w: Values, name: str, node: Node, begin: int, end: int) -> Array | QTensor:
+    base, a, b = node.inputs
+    group, columns = int(_number(node, "group")), w.graph.nodes[a].type.dims[1]
+    delta = _low_rank_sum(w, np.zeros((end - begin, columns), w.dtype), a, b, begin, end, _number(node, "scale"))
+    scheme = scheme_of(node.type.dtype)
+    if scheme is None:
+        total: Array = w.real(base, begin, end) + np.repeat(delta, group, axis=1)
+        return total
+    q = with_offsets(cast(QTensor, w.rows(base, begin, end)), scheme)
+    scale, offset = q.levels
+    return q._replace(levels=(scale, offset + np.repeat(delta, group // scheme.block, axis=1).astype(np.float32)))
+
+
+def _add_blocks(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    m, scale = node.inputs
+    p, q = node.type.dims
+    rows, columns, r = np.arange(begin, end)[:, None], np.arange(q)[None], min(p, q)
+    on = rows * r // p == columns * r // q
+    out: Array = w.real(m, begin, end) + on * (_number(node, "value") * float(w.whole(scale)[0]))
+    return out.astype(w.dtype)
+
+
+def _spread_columns(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    return np.repeat(w.real(node.inputs[0], begin, end), int(_number(node, "times")), axis=1)
+
+
+def _dora(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    base, base0, a, b, m = node.inputs[:5]
+    weight, magnitude = _number(node, "weight"), w.whole(m).astype(np.float64)
+    v0 = w.real(base0, begin, end)
+    v = _low_rank_sum(w, v0, a, b, begin, end, _number(node, "scale"))
+    if len(node.inputs) == 6:
+        factor = (magnitude / w.whole(node.inputs[5]))[None]
+    else:
+        norms = np.linalg.norm(v, axis=1) if w.dtype is np.float64 else kernels.row_norms(v)
+        factor = (magnitude[begin:end] / norms)[:, None]
+    out = v * factor
+    if weight != 1 or base != base0:
+        out = w.real(base, begin, end) + weight * (out - v0)
+    return out.astype(w.dtype)
+
+
+def _low_rank_sum(w: Values, value: Array, a: str, b: str, begin: int, end: int, scale: float) -> Array:
+    """value + scale * B[begin:end] @ A, without changing value; in f32 the same bits on every machine."""
+    if w.dtype is np.float64:
+        return value + scale * (w.real(b, begin, end) @ w.whole(a))
+    return kernels.add_low_rank(np.array(value, np.float32), w.whole(a), w.real(b, begin, end), scale)
+
+
+def _column_norm(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    base, a, b = node.inputs
+    n, k = w.graph.nodes[base].type.dims
+    total = np.zeros(k)
+    step = max(1, BLOCK // k)
+    for i in range(0, n, step):
+        j = min(n, i + step)
+        v = _low_rank_sum(w, w.real(base, i, j), a, b, i, j, _number(node, "scale"))
+        total += np.square(v.astype(np.float64)).sum(0)
+    return np.sqrt(total)[begin:end].astype(w.dtype)
+
+
+def _number(node: Node, attr: str) -> float:
+    value = node.attrs[attr]
+    assert isinstance(value, int | float)
+    return value
+
+
+OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
+    "merge": _merge, "merge_pooled": _merge_pooled, "add_blocks": _add_blocks, "spread_columns": _spread_columns,
+    "dora": _dora, "column_norm": _column_norm,
+}  # fmt: skip
