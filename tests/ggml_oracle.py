@@ -51,12 +51,13 @@ def row_nbytes(scheme: str, k: int) -> int:
     return int(_ggml().ggml_row_size(IDS[scheme], k))
 
 
-def quantize(scheme: str, x: F32, out: Bytes | None = None) -> Bytes:
-    """x f32[N,K] -> u8[N, row nbytes] by ggml_quantize_chunk without an importance matrix."""
+def quantize(scheme: str, x: F32, out: Bytes | None = None, importance: F32 | None = None) -> Bytes:
+    """x f32[N,K] -> u8[N, row nbytes] by ggml_quantize_chunk, with importance f32[K] or without."""
     lib, (n, k) = _ggml(), x.shape
     x = np.ascontiguousarray(x, np.float32)
     if out is None:
         out = np.empty((n, row_nbytes(scheme, k)), np.uint8)
     lib.ggml_quantize_init(IDS[scheme])
-    lib.ggml_quantize_chunk(IDS[scheme], x.ctypes.data, out.ctypes.data, 0, n, k, None)
+    weights = None if importance is None else importance.ctypes.data
+    lib.ggml_quantize_chunk(IDS[scheme], x.ctypes.data, out.ctypes.data, 0, n, k, weights)
     return out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qconvert import kernels
-from qconvert.errors import UnsupportedError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.gguf_layouts import LAYOUTS
 from qconvert.kernels.lanes import Lanes, choose, host
 from qconvert.scheme import F32, SCHEMES
@@ -64,6 +64,39 @@ def test_search_writes_the_bytes_of_ggml(name: str, lanes: int | None) -> None:
         x = np.ascontiguousarray(x)
         wrong = np.flatnonzero((search(name, x, lanes) != ggml_oracle.quantize(name, x)).any(1))
         assert not wrong.size, f"{what}: rows {wrong.tolist()}"
+
+
+def importances(k: int) -> Iterator[tuple[str, F32]]:
+    """Importance matrices of every kind: what is special, and f32[k]."""
+    rng = np.random.default_rng(5)
+    usual = np.exp(rng.standard_normal(k))
+    yield "usual", usual.astype(np.float32)
+    yield "of unequal channels", np.exp(4 * rng.standard_normal(k)).astype(np.float32)
+    yield "zeros among", np.where(rng.random(k) < 0.5, 0, usual).astype(np.float32)
+    yield "blocks of zeros", np.repeat(np.where(rng.random(k // 16) < 0.5, 0, 1), 16).astype(np.float32)
+    yield "all zero", np.zeros(k, np.float32)
+    yield "tiny", (usual * 1e-30).astype(np.float32)
+    yield "huge", (usual * 1e20).astype(np.float32)
+
+
+@needs_ggml
+@pytest.mark.parametrize("lanes", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_search_writes_the_bytes_of_ggml_with_importance(name: str, lanes: int | None) -> None:
+    (normal, x), *others = hard_rows()
+    cases = [(normal, x, kind) for kind in range(7)] + [(what, y, i % 7) for i, (what, y) in enumerate(others)]
+    for what, x, i in cases:
+        x = np.ascontiguousarray(x)
+        kind, importance = list(importances(x.shape[1]))[i]
+        wanted = ggml_oracle.quantize(name, x, importance=importance)
+        wrong = np.flatnonzero((search(name, x, lanes, importance=importance) != wanted).any(1))
+        assert not wrong.size, f"{what}, importance {kind}: rows {wrong.tolist()}"
+
+
+@pytest.mark.parametrize("wrong", [np.ones(255), np.ones((1, 256)), np.full(256, -1), np.full(256, np.nan)])
+def test_importance_that_is_no_row_of_weights_is_refused(wrong: F32) -> None:
+    with pytest.raises(InputError, match="importance"):
+        search("q4_k", np.zeros((1, 256), np.float32), importance=wrong)
 
 
 @needs_ggml

@@ -56,21 +56,22 @@ def weights(n: int = ROWS, k: int = COLUMNS) -> np.ndarray:
     return x
 
 
-def quantize(scheme: str) -> Iterator[Result]:
-    """Our search against ggml_quantize_chunk. `ratio` is the median of the ratios of neighbouring runs."""
+def quantize(scheme: str, imatrix: bool = False) -> Iterator[Result]:
+    """Our search against ggml_quantize_chunk, with importance or without. `ratio` is the median of those of neighbouring runs."""
     import ggml_oracle
 
     from qconvert import kernels
 
     x = weights()
     out = np.empty((ROWS, ggml_oracle.row_nbytes(scheme, COLUMNS)), np.uint8)
-    ours = partial(kernels.search, scheme, x, out=out)
-    peer = partial(ggml_oracle.quantize, scheme, x, out)
+    importance = np.exp(np.random.default_rng(2).standard_normal(COLUMNS)).astype(np.float32) if imatrix else None
+    ours = partial(kernels.search, scheme, x, out=out, importance=importance)
+    peer = partial(ggml_oracle.quantize, scheme, x, out, importance)
     ours()  # compiles
     seconds = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(ROUNDS)]
     mine, theirs = (x.size / 1e6 / statistics.median(column) for column in zip(*seconds, strict=True))
     yield {
-        "case": f"quantize {scheme} {ROWS}x{COLUMNS}",
+        "case": f"quantize {scheme}{' imatrix' if imatrix else ''} {ROWS}x{COLUMNS}",
         "m_weights_per_s": round(mine, 1),
         "peer_m_weights_per_s": round(theirs, 1),
         "ratio": round(statistics.median(b / a for a, b in seconds), 1),
@@ -96,6 +97,7 @@ CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_export.CASES,
     **bench_safetensors.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
+    **{f"quantize {scheme} imatrix": partial(quantize, scheme, True) for scheme in SCHEMES if scheme != "q8_0"},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }
 

@@ -1,6 +1,6 @@
 """Compiled CPU kernels (numba): arrays in, arrays out; numba is imported on first use.
 
-search(scheme, x f32[N,K]) -> u8[N, row nbytes]      ggml's reference quantizer, byte for byte
+search(scheme, x f32[N,K], importance=f32[K] or None) -> u8[N, row nbytes]: ggml's reference quantizer, byte for byte
 widen_bf16(u16[...]) -> f32[...]                     exact
 widen_and_check(u16[...]) -> f32[...], bool          the same, and whether all are finite
 narrow_bf16(f32[...]) -> u16[...]                    round to nearest even

@@ -10,7 +10,20 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qconvert.kernels.lanes import I32, LanesType, Vector, absolute, count, load, maximum, pointer, splat
+from qconvert.kernels.lanes import (
+    I32,
+    LanesType,
+    Vector,
+    absolute,
+    count,
+    load,
+    maximum,
+    pointer,
+    scratch,
+    splat,
+    square_root,
+    store,
+)
 
 U64 = np.uint64
 
@@ -92,6 +105,43 @@ def transpose(lanes, x, first, size, X):  # type: ignore[no-untyped-def]
     for j in range(0, count(lanes), tile):
         for i in range(0, size, tile):
             _transpose_tile(lanes, x, first + j, x.size // size - 1, size, i, X, i * count(lanes) + j)
+
+
+@njit(forceinline=True)
+def mean_squares(lanes, x, size, factor, divisor):  # type: ignore[no-untyped-def]
+    """Of each block of `size` values the sum of x * x, added in order, times factor / divisor; n entries more than blocks."""
+    n, tile, blocks = count(lanes), tile_of(lanes), x.size // size
+    X, means = scratch(tile * n), np.zeros(blocks + n, np.float32)
+    for first in range(0, blocks, n):
+        total = splat(lanes, np.float32(0))
+        for column in range(0, size, tile):
+            for j in range(0, n, tile):
+                _transpose_tile(lanes, x, first + j, blocks - 1, size, column, X, j)
+            for i in range(tile):
+                v = load(lanes, X, i * n)
+                total = total + v * v
+        store(means, first, total * np.float32(factor) / np.float32(divisor))
+    return means
+
+
+@njit(forceinline=True)
+def weigh(lanes, X, first, size, k, importance, means, span, S, W):  # type: ignore[no-untyped-def]
+    """W = importance * sqrt(mean square + x * x) of each lane's block of `size`, from block `first` on; their sums.
+
+    X, W f32[size * n]; means: one entry for each `span` values; S f32[n] is scratch. importance f32[>= k + size * n] begins
+    again after k values: rows are of k.
+    """
+    n = count(lanes)
+    transpose(lanes, importance, first % (k // size), size, W)
+    for j in range(n):
+        S[j] = means[(first + j) * size // span]
+    mean, total = load(lanes, S, 0), splat(lanes, np.float32(0))
+    for i in range(size):
+        x = load(lanes, X, i * n)
+        w = load(lanes, W, i * n) * square_root(mean + x * x)
+        store(W, i * n, w)
+        total = total + w
+    return total
 
 
 @intrinsic

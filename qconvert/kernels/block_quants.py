@@ -1,7 +1,7 @@
 """ggml's formats of 32 weights with one f16 scale (and minimum): q8_0, q4_0, q4_1, q5_0, q5_1.
 
 One block per lane finds its range and scale; then each block's codes are a row of vectors. Each kernel takes
-x f32[n * 32] and out u8[n * block nbytes].
+x f32[n * 32], two arguments that kernels with importance read, and out u8[n * block nbytes].
 Source: ggml/src/ggml-quants.c, quantize_row_*_ref.
 """
 
@@ -93,7 +93,7 @@ def _put_head(row, out, at, scales, low, heads, j):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q8_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q8_0(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
     for first in range(0, blocks, n):
@@ -110,7 +110,7 @@ def q8_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q4_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q4_0(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
     for first in range(0, blocks, n):
@@ -126,7 +126,7 @@ def q4_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q4_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q4_1(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
     heads = np.empty(n, np.int32)
@@ -151,7 +151,7 @@ def _put_five_bits(row, out, at, fifth):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q5_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q5_0(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
     for first in range(0, blocks, n):
@@ -169,7 +169,7 @@ def q5_0(lanes, row, x, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q5_1(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q5_1(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n, blocks = count(row), x.size // 32
     low, high, scales, inverses, biases = scratch(n), scratch(n), scratch(n), scratch(n), scratch(n)
     heads = np.empty(n, np.int32)

@@ -8,26 +8,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qconvert.errors import UnsupportedError
+from qconvert.errors import InputError, UnsupportedError
 from qconvert.kernels.lanes import Lanes, choose
 from qconvert.scheme import F32, SCHEMES, Bytes
 
 
 class Kernel(NamedTuple):
-    """Where a scheme's kernel stands, the bytes of its block, and the lanes that measured best."""
+    """Where a scheme's kernel stands, the bytes of its block, the lanes that measured best, and another for importance."""
 
     module: str
     nbytes: int
     on_avx2: int
     on_avx512: int
+    weighted: str | None = None
 
 
 KERNELS: dict[str, Kernel] = {
     "q8_0": Kernel("block_quants", 34, 16, 16),
-    "q4_0": Kernel("block_quants", 18, 16, 16),
-    "q4_1": Kernel("block_quants", 20, 16, 16),
-    "q5_0": Kernel("block_quants", 22, 16, 16),
-    "q5_1": Kernel("block_quants", 24, 16, 16),
+    "q4_0": Kernel("block_quants", 18, 16, 16, "weighted_blocks"),
+    "q4_1": Kernel("block_quants", 20, 16, 16, "weighted_blocks"),
+    "q5_0": Kernel("block_quants", 22, 16, 16, "weighted_blocks"),
+    "q5_1": Kernel("block_quants", 24, 16, 16, "weighted_blocks"),
     "q2_k": Kernel("min_quants", 84, 16, 32),
     "q4_k": Kernel("min_quants", 144, 16, 32),
     "q5_k": Kernel("min_quants", 176, 16, 32),
@@ -38,25 +39,35 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def search(scheme: str, x: F32, lanes: int | None = None, out: Bytes | None = None) -> Bytes:
-    """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes without an importance matrix.
+def search(
+    scheme: str, x: F32, lanes: int | None = None, out: Bytes | None = None, importance: F32 | None = None
+) -> Bytes:
+    """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes with that importance f32[K], or without one.
 
-    K is a multiple of the scheme's block. `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the
-    bytes are the same. `out` is a contiguous array to write to. Releases the GIL. The first call of a scheme compiles its
-    kernel, or loads it from numba's cache. The bytes are those of a stock ggml, built without contraction of
-    a*b+c; one built with -march=native writes others.
+    K is a multiple of the scheme's block; importance is not negative, and q8_0 has no use for it. `lanes` (or
+    QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the bytes are the same. `out` is a contiguous array to
+    write to. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache. The bytes are
+    those of a stock ggml, built without contraction of a*b+c; one built with -march=native writes others.
     """
     if scheme not in KERNELS:
         raise UnsupportedError(f"no search quantizer for {scheme!r}", hint=f"there are {', '.join(KERNELS)}")
     where, (n, k), block = KERNELS[scheme], x.shape, SCHEMES[scheme].block
     if k % block:
         raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
-    kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{where.module}"), scheme)
+    module = where.module if importance is None else where.weighted or where.module
+    kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{module}"), scheme)
     x = np.ascontiguousarray(x, np.float32)
     if out is None:
         out = np.empty((n, k // block * where.nbytes), np.uint8)
     if x.size:
         wide = choose(where.on_avx2, where.on_avx512, lanes)
         row = Lanes(min(wide.n, 16), wide.wide)
-        kernel(wide, row, x.reshape(-1), out.reshape(-1))
+        kernel(wide, row, x.reshape(-1), k, None if importance is None else _cyclic(importance, k), out.reshape(-1))
     return out
+
+
+def _cyclic(importance: F32, k: int) -> F32:
+    """It, and then its beginning again: as far as the widest vector of blocks reaches that begins in a row."""
+    if importance.shape != (k,) or not (importance >= 0).all():
+        raise InputError(f"importance {list(importance.shape)} is not {k} numbers of 0 or more")
+    return np.resize(importance.astype(np.float32, copy=False), k + 32 * 256)

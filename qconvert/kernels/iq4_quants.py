@@ -1,7 +1,8 @@
 """ggml's 4-bit formats with a table of 16 levels: iq4_nl (one f16 scale per 32 weights), iq4_xs (6-bit scales under one).
 
 One block of 32 per lane searches its scale. The nearest level of a value is found by exact float32 thresholds: the least
-value that ggml's own comparison gives to the upper of two levels. Kernels take x f32[n * block], out u8[n * block nbytes].
+value that ggml's own comparison gives to the upper of two levels. Kernels take x f32[n * block] in rows of k,
+importance (see `weigh`) or None, and out u8[n * block nbytes].
 Source: ggml/src/ggml-quants.c, best_index_int8 and quantize_row_iq4_nl_impl.
 """
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import pick8, transpose
+from qconvert.kernels.across import mean_squares, pick8, transpose, weigh
 from qconvert.kernels.half import nearest_int, put_half
-from qconvert.kernels.lanes import absolute, count, load, scratch, select, splat, store
+from qconvert.kernels.lanes import count, load, scratch, select, splat, store
+from qconvert.kernels.scale_quants import peaks
 from qconvert.scheme import F32, IQ4_TABLE
 
 F = np.float32
@@ -74,34 +76,32 @@ def _code(lanes, v):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _sums(lanes, X, factor):  # type: ignore[no-untyped-def]
-    """Sums of w * q * x and w * q * q with weights w = x * x and q the level of factor * x."""
+def _sums(lanes, X, W, factor):  # type: ignore[no-untyped-def]
+    """Sums of w * q * x and w * q * q with q the level of factor * x."""
     n = count(lanes)
     sum_qx = sum_q2 = splat(lanes, F(0))
     for i in range(32):
         x = load(lanes, X, i * n)
         q = _level(lanes, factor * x)
-        wq = x * x * q
+        wq = load(lanes, W, i * n) * q
         sum_qx, sum_q2 = sum_qx + wq * x, sum_q2 + wq * q
     return sum_qx, sum_q2
 
 
 @njit(forceinline=True)
-def _fit(lanes, X, scales, at):  # type: ignore[no-untyped-def]
-    """Scale of each lane's 32 values by least squares over candidate factors; X f32[32 * n]. Written to `scales` at `at`."""
-    n = count(lanes)
+def _fit(lanes, X, W, scales, at):  # type: ignore[no-untyped-def]
+    """Scale of each lane's 32 values by weighted least squares over candidate factors; X, W f32[32 * n].
+
+    Written to `scales` at `at`.
+    """
     zero = splat(lanes, F(0))
-    peak = size = zero
-    for i in range(32):
-        x = load(lanes, X, i * n)
-        larger = absolute(x) > size
-        size, peak = select(larger, absolute(x), size), select(larger, x, peak)
+    peak, size = peaks(lanes, X, 32)
     factor = F(1) / (peak / -FIRST)
-    sum_qx, sum_q2 = _sums(lanes, X, factor)
+    sum_qx, sum_q2 = _sums(lanes, X, W, factor)
     scale = select(sum_q2 > F(0), sum_qx / sum_q2, zero)
     best = scale * sum_qx
     for step in range(-TRIES, TRIES + 1):
-        sum_qx, sum_q2 = _sums(lanes, X, F(step + FIRST) / peak)
+        sum_qx, sum_q2 = _sums(lanes, X, W, F(step + FIRST) / peak)
         better = (sum_q2 > F(0)) & (sum_qx * sum_qx > best * sum_q2)
         scale = select(better, sum_qx / sum_q2, scale)
         best = select(better, scale * sum_qx, best)
@@ -116,13 +116,26 @@ def _put_codes(row, x, at, inverse, out, o):  # type: ignore[no-untyped-def]
         store(out, o + i, low | high << 4)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def iq4_nl(lanes, row, x, out):  # type: ignore[no-untyped-def]
+@njit(forceinline=True)
+def _weights(lanes, X, first, k, importance, means, span, S, W):  # type: ignore[no-untyped-def]
     n = count(lanes)
-    X, scales = scratch(32 * n), scratch(n)
+    if importance is None:
+        for i in range(32):
+            x = load(lanes, X, i * n)
+            store(W, i * n, x * x)
+    else:
+        weigh(lanes, X, first, 32, k, importance, means, span, S, W)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def iq4_nl(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
+    n = count(lanes)
+    X, W, S, scales = scratch(32 * n), scratch(32 * n), scratch(n), scratch(n)
+    means = None if importance is None else mean_squares(lanes, x, 32, 2 / 32, 1)
     for first in range(0, x.size // 32, n):
         transpose(lanes, x, first, 32, X)
-        _fit(lanes, X, scales, 0)
+        _weights(lanes, X, first, k, importance, means, 32, S, W)
+        _fit(lanes, X, W, scales, 0)
         for block in range(first, min(first + n, x.size // 32)):
             scale = scales[block - first]
             put_half(row, out, block * 18, scale)
@@ -131,14 +144,16 @@ def iq4_nl(lanes, row, x, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def iq4_xs(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def iq4_xs(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 8)
-    X, scales = scratch(32 * n), scratch(stride)
+    X, W, S, scales = scratch(32 * n), scratch(32 * n), scratch(n), scratch(stride)
+    means = None if importance is None else mean_squares(lanes, x, 256, 2 / 256, 1)
     for first in range(0, x.size // 32, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 32, X)
-            _fit(lanes, X, scales, lane)
+            _weights(lanes, X, first + lane, k, importance, means, 256, S, W)
+            _fit(lanes, X, W, scales, lane)
         for block in range(first // 8, min(first + stride, x.size // 32) // 8):
             _finish_xs(row, x, out, block * 136, block, scales, block * 8 - first)
 

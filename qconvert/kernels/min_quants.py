@@ -1,8 +1,10 @@
 """ggml's super-blocks of 256 weights with scales and minima per sub-block: q2_k, q4_k, q5_k.
 
 One sub-block per lane searches scale and minimum; then each super-block rounds its scales and minima, and the codes
-follow from the rounded ones. Kernels take x f32[n * 256], out u8[n * block nbytes] and nothing else that is written.
-Source: ggml/src/ggml-quants.c, make_qkx2_quants and quantize_row_q{2,4,5}_K_ref.
+follow from the rounded ones. Kernels take x f32[n * 256] in rows of k, importance (see `weigh`) or None, and out
+u8[n * block nbytes].
+Source: ggml/src/ggml-quants.c, make_qkx2_quants and quantize_row_q{2,4,5}_K_ref; with importance make_qkx3_quants,
+make_qp_quants and quantize_row_q{2,4,5}_K_impl.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import transpose
+from qconvert.kernels.across import mean_squares, transpose, weigh
 from qconvert.kernels.half import nearest_int, put_half
 from qconvert.kernels.lanes import (
     absolute,
+    any_lane,
     count,
     load,
     maximum,
@@ -45,8 +48,19 @@ STEPS_4 = _steps(15, -1.0, 21)
 STEPS_5 = _steps(31, -0.5, 16)
 
 
+def important_steps(top: int) -> np.ndarray:
+    """Those that it tries with an importance matrix."""
+    steps: np.ndarray = F(-0.9) + F(0.05) * np.arange(37, dtype=F) + F(top)
+    return steps
+
+
+IMPORTANT_2, IMPORTANT_4, IMPORTANT_5 = important_steps(3), important_steps(15), important_steps(31)
+TENTHS = F(0.1) * np.array([i for i in range(-4, 5) if i], F)
+TINY = F(1e-15)  # ggml takes smaller values for zero
+
+
 @njit(forceinline=True)
-def _fit(lanes, X, W, L, size, top, steps, squared, fit, at, stride):  # type: ignore[no-untyped-def]
+def fit_line(lanes, X, W, L, size, top, steps, squared, fit, at, stride):  # type: ignore[no-untyped-def]
     """Scale and minimum of each lane's sub-block by weighted least squares over candidate roundings.
 
     X, W f32[size * n] hold weight i of lane j at i * n + j; L is scratch of that shape. Written to `fit` from `at`,
@@ -61,8 +75,9 @@ def _fit(lanes, X, W, L, size, top, steps, squared, fit, at, stride):  # type: i
         low, high = minimum(x, low), maximum(x, high)
         sum_w = sum_w + w
         sum_x = sum_x + w * x
-    low = minimum(low, F(0))
-    span, zero = high - low, splat(lanes, F(0))
+    zero = splat(lanes, F(0))
+    low = select(low > F(0), zero, low)
+    span = high - low
     best_min = code_min = low
     # an infinite factor, where the span is zero or tiny, gives codes of 0 in ggml: so does the factor 0
     factor = F(top) / span
@@ -114,51 +129,128 @@ def _codes(row, x, at, size, d, dm, factor, low, top, L):  # type: ignore[no-unt
     for i in range(0, size, count(row)):
         v = load(row, x, at + i)
         scaled = (v + dm) / d if d != F(0) else factor * (v - low)
-        store(L, at % 256 + i, to_int(nearest(scaled, 0, top)))
+        store(L, at % 256 + i, minimum(maximum(nearest_any(scaled), 0), top))
 
 
 @njit(forceinline=True)
-def _greatest(fit, at, stride, n):  # type: ignore[no-untyped-def]
-    """The greatest scale and the greatest minimum (as a positive offset) of n sub-blocks, at least 0."""
+def _round_to_greatest(fit, at, stride, n, top):  # type: ignore[no-untyped-def]
+    """Scales and minima of n sub-blocks as codes, in place, the greatest of each as `top`; the two steps."""
     scale = low = F(0)
     for j in range(at, at + n):
         scale = fit[j] if fit[j] > scale else scale
         low = -fit[j + stride] if -fit[j + stride] > low else low
-    return scale, low
+    to_scale = F(top) / scale if scale > F(0) else F(0)
+    to_min = F(top) / low if low > F(0) else F(0)
+    for j in range(at, at + n):
+        # C keeps the low 8 bits
+        fit[j] = F(nearest_int(to_scale * fit[j]) & 255)
+        fit[j + stride] = F(nearest_int(to_min * -fit[j + stride]) & 255)
+    return scale / F(top), low / F(top)
 
 
 @njit(forceinline=True)
-def _finish_six_bits(row, x, out, o, block, fit, at, stride, top, L):  # type: ignore[no-untyped-def]
+def _fit_codes(lanes, X, W, size, top):  # type: ignore[no-untyped-def]
+    """Scale of each lane's `size` values by weighted coordinate descent over codes 0..top, which replace X: make_qp_quants.
+
+    A code of less than 0 is kept as C keeps it in a byte.
+    """
+    n = count(lanes)
+    peak = zero = splat(lanes, F(0))
+    for i in range(size):
+        peak = maximum(peak, load(lanes, X, i * n))
+    best_factor = F(top) / peak
+    scale, best_error = F(1) / best_factor, zero
+    for i in range(size):
+        x = load(lanes, X, i * n)
+        difference = x - scale * to_float(nearest_any(best_factor * x) & 255)
+        best_error = best_error + load(lanes, W, i * n) * difference * difference
+    for step in range(TENTHS.size):
+        factor = (TENTHS[step] + F(top)) / peak
+        scale, error = F(1) / factor, zero
+        for i in range(size):
+            x = load(lanes, X, i * n)
+            difference = x - scale * to_float(minimum(nearest_any(factor * x), top))
+            error = error + load(lanes, W, i * n) * difference * difference
+        better = error < best_error
+        best_error, best_factor = select(better, error, best_error), select(better, factor, best_factor)
+    C = scratch(size * n)
+    sum_lx = sum_l2 = zero
+    for i in range(size):
+        x, w = load(lanes, X, i * n), load(lanes, W, i * n)
+        integer = minimum(nearest_any(best_factor * x), top)
+        code = to_float(integer)
+        store(C, i * n, to_float(integer & 255))
+        sum_lx = sum_lx + w * x * code
+        sum_l2 = sum_l2 + w * code * code
+    for _ in range(5):
+        moved = False
+        for i in range(size):
+            x, w, code = load(lanes, X, i * n), load(lanes, W, i * n), load(lanes, C, i * n)
+            lx, l2 = sum_lx - w * x * code, sum_l2 - w * code * code
+            integer = minimum(nearest_any(x * l2 / lx), top)
+            new = to_float(integer)
+            new_lx, new_l2 = lx + w * x * new, l2 + w * new * new
+            better = (lx > F(0)) & (l2 > F(0)) & (new != code)
+            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            if any_lane(better):
+                store(C, i * n, select(better, to_float(integer & 255), code))
+                sum_lx, sum_l2 = select(better, new_lx, sum_lx), select(better, new_l2, sum_l2)
+                moved = True
+        if not moved:
+            break
+    none = peak < TINY
+    for i in range(size):
+        store(X, i * n, select(none, zero, load(lanes, C, i * n)))
+    return select(none | (sum_l2 <= F(0)), zero, sum_lx / sum_l2)
+
+
+@njit(forceinline=True)
+def _round_by_weight(lanes, fit, sums, at, sign, size, top, X, W, steps):  # type: ignore[no-untyped-def]
+    """The scales or minima (sign -1) of n super-blocks as codes, in place, and their n steps. Sub-blocks weigh `sums`."""
+    n = count(lanes)
+    for j in range(size):
+        for lane in range(n):
+            X[j * n + lane] = sign * fit[at + lane * size + j]
+            W[j * n + lane] = sums[lane * size + j]
+    store(steps, 0, _fit_codes(lanes, X, W, size, top))
+    for j in range(size):
+        for lane in range(n):
+            fit[at + lane * size + j] = X[j * n + lane]
+
+
+@njit(forceinline=True)
+def _finish_six_bits(row, x, out, o, block, fit, at, stride, d, dmin, most, top, L):  # type: ignore[no-untyped-def]
     """d, dmin and twelve bytes of 6-bit scales and minima of one super-block to out[o : o + 16]; its codes to L."""
-    greatest, deepest = _greatest(fit, at, stride, 8)
-    to_scale = F(63) / greatest if greatest > F(0) else F(0)
-    to_min = F(63) / deepest if deepest > F(0) else F(0)
-    d, dmin = put_half(row, out, o, greatest / F(63)), put_half(row, out, o + 2, deepest / F(63))
+    d, dmin = put_half(row, out, o, d), put_half(row, out, o + 2, dmin)
     for j in range(8):
-        # C keeps the low 8 bits before it takes the smaller
-        ls = min(nearest_int(to_scale * fit[at + j]) & 255, 63)
-        lm = min(nearest_int(to_min * -fit[at + stride + j]) & 255, 63)
+        ls, lm = min(int(fit[at + j]), most), min(int(fit[at + stride + j]), most)
         if j < 4:
             out[o + 4 + j], out[o + 8 + j] = U8(ls), U8(lm)
         else:
             out[o + 8 + j] = U8((ls & 15) | (lm & 15) << 4)
             out[o + j] |= U8(ls >> 4 << 6)
             out[o + 4 + j] |= U8(lm >> 4 << 6)
+    for j in range(8):
+        if j < 4:
+            ls, lm = out[o + 4 + j] & 63, out[o + 8 + j] & 63
+        else:
+            ls, lm = out[o + 8 + j] & 15 | out[o + j] >> 6 << 4, out[o + 8 + j] >> 4 | out[o + 4 + j] >> 6 << 4
         factor, low = fit[at + 2 * stride + j], fit[at + 3 * stride + j]
         _codes(row, x, block * 256 + j * 32, 32, d * F(ls), dmin * F(lm), factor, low, top, L)
 
 
 @njit(forceinline=True)
-def _root_mean_square_weights(lanes, X, W):  # type: ignore[no-untyped-def]
-    """W = root mean square of the lane's 32 values + magnitude."""
+def _plain_weights(lanes, X, W, size):  # type: ignore[no-untyped-def]
+    """W = magnitude, and of 32 values + their root mean square."""
     n = count(lanes)
     total = splat(lanes, F(0))
-    for i in range(32):
+    for i in range(size):
         x = load(lanes, X, i * n)
         total = total + x * x
     mean = square_root(total / F(32))
-    for i in range(32):
-        store(W, i * n, mean + absolute(load(lanes, X, i * n)))
+    for i in range(size):
+        size_of_x = absolute(load(lanes, X, i * n))
+        store(W, i * n, size_of_x if size == 16 else mean + size_of_x)
 
 
 @njit(forceinline=True)
@@ -171,81 +263,83 @@ def _put_nibbles(row, out, o, L):  # type: ignore[no-untyped-def]
             store(out, o + chunk * 32 + i, (low & 15) | high << 4)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def q4_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
-    n = count(lanes)
-    stride = max(n, 8)
-    X, W, codes = scratch(32 * n), scratch(32 * n), scratch(32 * n)
-    fit, L = scratch(4 * stride), np.empty(256, U8)
-    for first in range(0, x.size // 32, stride):
-        for lane in range(0, stride, n):
-            transpose(lanes, x, first + lane, 32, X)
-            _root_mean_square_weights(lanes, X, W)
-            _fit(lanes, X, W, codes, 32, 15, STEPS_4, True, fit, lane, stride)
-        for block in range(first // 8, min(first + stride, x.size // 32) // 8):
-            o = block * 144
-            _finish_six_bits(row, x, out, o, block, fit, block * 8 - first, stride, 15, L)
-            _put_nibbles(row, out, o + 16, L)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def q5_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
-    n, m = count(lanes), count(row)
-    stride = max(n, 8)
-    X, W, codes = scratch(32 * n), scratch(32 * n), scratch(32 * n)
-    fit, L = scratch(4 * stride), np.empty(256, U8)
-    for first in range(0, x.size // 32, stride):
-        for lane in range(0, stride, n):
-            transpose(lanes, x, first + lane, 32, X)
-            _root_mean_square_weights(lanes, X, W)
-            _fit(lanes, X, W, codes, 32, 31, STEPS_5, True, fit, lane, stride)
-        for block in range(first // 8, min(first + stride, x.size // 32) // 8):
-            o = block * 176
-            _finish_six_bits(row, x, out, o, block, fit, block * 8 - first, stride, 31, L)
-            for i in range(0, 32, m):  # bit j of byte i is the fifth bit of code 32 * j + i
-                fifth = load(row, L, i) >> 4
-                for j in range(1, 8):
-                    fifth = fifth | load(row, L, 32 * j + i) >> 4 << j
-                store(out, o + 16 + i, fifth)
-            _put_nibbles(row, out, o + 48, L)
+@njit(forceinline=True)
+def _super_blocks(lanes, row, x, k, importance, out, size, top, coarse, steps, important, squared, finish, nbytes):  # type: ignore[no-untyped-def]
+    """All super-blocks of x: fit their sub-blocks of `size`, round scales and minima to 0..coarse, `finish` each."""
+    n, subs, span = count(lanes), x.size // size, 256 // size
+    stride = n * span
+    X, W, codes, S = scratch(size * n), scratch(size * n), scratch(size * n), scratch(n)
+    fit, sums, D, M = scratch(4 * stride), scratch(stride), scratch(n), scratch(n)
+    scales, L = scratch(32), np.empty(256, U8)
+    means = None if importance is None else mean_squares(lanes, x, 256, 1 if size == 16 else 2, 256)
+    for first in range(0, subs, stride):
+        for lane in range(0, min(stride, subs - first), n):
+            transpose(lanes, x, first + lane, size, X)
+            if importance is None:
+                _plain_weights(lanes, X, W, size)
+                fit_line(lanes, X, W, codes, size, top, steps, squared, fit, lane, stride)
+            else:
+                store(sums, lane, weigh(lanes, X, first + lane, size, k, importance, means, 256, S, W))
+                fit_line(lanes, X, W, codes, size, top, important, True, fit, lane, stride)
+        if importance is not None:
+            _round_by_weight(lanes, fit, sums, 0, F(1), span, coarse, X, W, D)
+            _round_by_weight(lanes, fit, sums, stride, F(-1), span, coarse, X, W, M)
+        for lane in range(min(n, (subs - first) // span)):
+            block = first // span + lane
+            if importance is None:
+                d, dmin = _round_to_greatest(fit, lane * span, stride, span, coarse)
+            else:
+                d, dmin = D[lane], M[lane]
+            finish(row, x, out, block * nbytes, block, fit, lane * span, stride, d, dmin, scales, L)
 
 
 @njit(forceinline=True)
-def _finish_four_bits(row, x, out, o, block, fit, at, stride, scales, L):  # type: ignore[no-untyped-def]
-    """Sixteen bytes of 4-bit scales and minima to out[o : o + 16], d and dmin to out[o + 80 : o + 84]; the codes to L."""
-    greatest, deepest = _greatest(fit, at, stride, 16)
-    to_scale = F(15) / greatest if greatest > F(0) else F(0)
-    to_min = F(15) / deepest if deepest > F(0) else F(0)
-    d, dmin = put_half(row, out, o + 80, greatest / F(15)), put_half(row, out, o + 82, deepest / F(15))
+def _finish_4(row, x, out, o, block, fit, at, stride, d, dmin, scales, L):  # type: ignore[no-untyped-def]
+    _finish_six_bits(row, x, out, o, block, fit, at, stride, d, dmin, 255, 15, L)
+    _put_nibbles(row, out, o + 16, L)
+
+
+@njit(forceinline=True)
+def _finish_5(row, x, out, o, block, fit, at, stride, d, dmin, scales, L):  # type: ignore[no-untyped-def]
+    _finish_six_bits(row, x, out, o, block, fit, at, stride, d, dmin, 63, 31, L)
+    for i in range(0, 32, count(row)):  # bit j of byte i is the fifth bit of code 32 * j + i
+        fifth = load(row, L, i) >> 4
+        for j in range(1, 8):
+            fifth = fifth | load(row, L, 32 * j + i) >> 4 << j
+        store(out, o + 16 + i, fifth)
+    _put_nibbles(row, out, o + 48, L)
+
+
+@njit(forceinline=True)
+def _finish_2(row, x, out, o, block, fit, at, stride, d, dmin, scales, L):  # type: ignore[no-untyped-def]
+    """Sixteen bytes of 4-bit scales and minima, the codes, d and dmin."""
+    d, dmin = put_half(row, out, o + 80, d), put_half(row, out, o + 82, dmin)
     for j in range(0, 16, count(row)):
-        ls = nearest_any(load(row, fit, at + j) * to_scale)
-        lm = nearest_any(load(row, fit, at + stride + j) * -to_min)
+        ls, lm = to_int(load(row, fit, at + j)), to_int(load(row, fit, at + stride + j))
         store(out, o + j, ls | lm << 4)
         store(scales, j, to_float(ls & 15) * d)
         store(scales, 16 + j, to_float((ls >> 4 | lm) & 15) * dmin)
     for j in range(16):
         factor, low = fit[at + 2 * stride + j], fit[at + 3 * stride + j]
         _codes(row, x, block * 256 + j * 16, 16, scales[j], scales[16 + j], factor, low, 3, L)
+    for half in range(2):
+        for i in range(0, 32, count(row)):
+            packed = load(row, L, half * 128 + i)
+            for j in range(1, 4):
+                packed = packed | load(row, L, half * 128 + 32 * j + i) << 2 * j
+            store(out, o + 16 + half * 32 + i, packed)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q2_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
-    n, m = count(lanes), count(row)
-    stride = max(n, 16)
-    X, W, codes = scratch(16 * n), scratch(16 * n), scratch(16 * n)
-    fit, scales, L = scratch(4 * stride), scratch(32), np.empty(256, U8)
-    for first in range(0, x.size // 16, stride):
-        for lane in range(0, stride, n):
-            transpose(lanes, x, first + lane, 16, X)
-            for i in range(16):
-                store(W, i * n, absolute(load(lanes, X, i * n)))
-            _fit(lanes, X, W, codes, 16, 3, STEPS_2, False, fit, lane, stride)
-        for block in range(first // 16, min(first + stride, x.size // 16) // 16):
-            o = block * 84
-            _finish_four_bits(row, x, out, o, block, fit, block * 16 - first, stride, scales, L)
-            for half in range(2):
-                for i in range(0, 32, m):
-                    packed = load(row, L, half * 128 + i)
-                    for j in range(1, 4):
-                        packed = packed | load(row, L, half * 128 + 32 * j + i) << 2 * j
-                    store(out, o + 16 + half * 32 + i, packed)
+def q4_k(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
+    _super_blocks(lanes, row, x, k, importance, out, 32, 15, 63, STEPS_4, IMPORTANT_4, True, _finish_4, 144)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def q5_k(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
+    _super_blocks(lanes, row, x, k, importance, out, 32, 31, 63, STEPS_5, IMPORTANT_5, True, _finish_5, 176)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def q2_k(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
+    _super_blocks(lanes, row, x, k, importance, out, 16, 3, 15, STEPS_2, IMPORTANT_2, False, _finish_2, 84)

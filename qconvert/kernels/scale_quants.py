@@ -1,8 +1,8 @@
 """ggml's super-blocks of 256 weights with sixteen scales and no minima: q3_k, q6_k.
 
 One sub-block of 16 per lane searches its scale; then each super-block rounds its scales, and the codes follow from the
-rounded ones. Kernels take x f32[n * 256] and out u8[n * block nbytes].
-Source: ggml/src/ggml-quants.c, make_qx_quants, make_q3_quants and quantize_row_q{3,6}_K_ref.
+rounded ones. Kernels take x f32[n * 256] in rows of k, importance (see `weigh`) or None, and out u8[n * block nbytes].
+Source: ggml/src/ggml-quants.c, make_qx_quants, make_q3_quants and quantize_row_q{3,6}_K_ref and _impl.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import peak_of, transpose
+from qconvert.kernels.across import mean_squares, peak_of, transpose, weigh
 from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     absolute,
@@ -27,48 +27,56 @@ from qconvert.kernels.lanes import (
     splat,
     store,
     to_float,
+    to_int,
 )
 
 F = np.float32
 U8 = np.uint8
 TINY = F(1e-15)  # ggml takes smaller values for zero
 
-# the code ranges that the search for q6_k tries, computed in float32 as C does
-RANGES_6 = -(F(32) + F(0.1) * np.array([i for i in range(-9, 10) if i], F))
+
+
+def _ranges(top: int) -> np.ndarray:
+    """The code ranges that the search tries, computed in float32 as C does."""
+    ranges: np.ndarray = -(F(top) + F(0.1) * np.array([i for i in range(-9, 10) if i], F))
+    return ranges
+
+
+RANGES_4, RANGES_8, RANGES_16, RANGES_32 = _ranges(4), _ranges(8), _ranges(16), _ranges(32)
 
 
 @njit(forceinline=True)
-def _peak(lanes, X):  # type: ignore[no-untyped-def]
-    """Of each lane's 16 values the first with the greatest magnitude, and that magnitude."""
+def peaks(lanes, X, size):  # type: ignore[no-untyped-def]
+    """Of each lane's `size` values the first with the greatest magnitude, and that magnitude."""
     n = count(lanes)
-    peak = size = splat(lanes, F(0))
-    for i in range(16):
+    peak = magnitude = splat(lanes, F(0))
+    for i in range(size):
         x = load(lanes, X, i * n)
-        larger = absolute(x) > size
-        size, peak = select(larger, absolute(x), size), select(larger, x, peak)
-    return peak, size
+        larger = absolute(x) > magnitude
+        magnitude, peak = select(larger, absolute(x), magnitude), select(larger, x, peak)
+    return peak, magnitude
 
 
-BELOW_33 = 12  # the first ranges give no code below -32, so there is nothing to clamp (an even number: they go in pairs)
+WITHIN = 12  # the first ranges give no code below the least, so there is nothing to clamp (an even number: they go in pairs)
 
 
 @njit(forceinline=True)
-def _sums_6(lanes, X, W, WX, first, second, low):  # type: ignore[no-untyped-def]
-    """Sums of w * x * code and of w * code * code over each lane's 16 values, for two factors at once."""
+def _sums(lanes, X, W, WX, size, first, second, low, high):  # type: ignore[no-untyped-def]
+    """Sums of w * x * code and of w * code * code over each lane's values, for two factors at once."""
     n = count(lanes)
     lx1 = l21 = lx2 = l22 = splat(lanes, F(0))
-    for i in range(16):
+    for i in range(size):
         x, w, wx = load(lanes, X, i * n), load(lanes, W, i * n), load(lanes, WX, i * n)
-        code1, code2 = minimum(rounded(first * x), F(31)), minimum(rounded(second * x), F(31))
+        code1, code2 = minimum(rounded(first * x), F(high)), minimum(rounded(second * x), F(high))
         if low is not None:
-            code1, code2 = maximum(code1, F(-32)), maximum(code2, F(-32))
+            code1, code2 = maximum(code1, F(low)), maximum(code2, F(low))
         lx1, lx2 = lx1 + wx * code1, lx2 + wx * code2
         l21, l22 = l21 + w * code1 * code1, l22 + w * code2 * code2
     return lx1, l21, lx2, l22
 
 
 @njit(forceinline=True)
-def _better_6(sum_lx, sum_l2, factor, best_factor, scale, best):  # type: ignore[no-untyped-def]
+def _better(sum_lx, sum_l2, factor, best_factor, scale, best):  # type: ignore[no-untyped-def]
     """Where a factor's fit beats the best so far, take it."""
     better = (sum_l2 > F(0)) & (sum_lx * sum_lx > best * sum_l2)
     best_factor = select(better, factor, best_factor)
@@ -77,40 +85,47 @@ def _better_6(sum_lx, sum_l2, factor, best_factor, scale, best):  # type: ignore
 
 
 @njit(forceinline=True)
-def _fit_6(lanes, X, W, WX, fit, at, stride):  # type: ignore[no-untyped-def]
-    """Scale of each lane's sub-block by least squares, weights x * x, over candidate roundings to -32..31.
+def fit_scale(lanes, X, W, WX, size, top, ranges, fit, at, stride):  # type: ignore[no-untyped-def]
+    """Scale of each lane's block by weighted least squares over candidate roundings to -top..top - 1: make_qx_quants.
 
-    X f32[16 * n]; W and WX are scratch of that shape. Written to `fit` from `at`, `stride` apart: the scale, the factor
-    whose codes won, and what the stored code of a zero is (0 in a sub-block that counts as all zero, else 32).
+    X, W f32[size * n]; WX is scratch of that shape. Written to `fit` from `at`, `stride` apart: the scale, the factor
+    whose codes won, and what the stored code of a zero is (0 in a block that counts as all zero, else top).
     """
     n = count(lanes)
     zero = splat(lanes, F(0))
-    peak, size = _peak(lanes, X)
-    best_factor = F(-32) / peak
+    peak, magnitude = peaks(lanes, X, size)
+    best_factor = F(-top) / peak
     sum_lx = sum_l2 = zero
-    for i in range(16):
-        x = load(lanes, X, i * n)
-        w = x * x
+    for i in range(size):
+        x, w = load(lanes, X, i * n), load(lanes, W, i * n)
         wx = w * x
-        store(W, i * n, w)
         store(WX, i * n, wx)
-        code = nearest(best_factor * x, -32, 31)
+        code = nearest(best_factor * x, -top, top - 1)
         sum_lx = sum_lx + wx * code
         sum_l2 = sum_l2 + w * code * code
     scale = select(sum_l2 != F(0), sum_lx / sum_l2, zero)
     best = scale * sum_lx
-    for step in range(0, RANGES_6.size, 2):
-        first, second = RANGES_6[step] / peak, RANGES_6[step + 1] / peak
-        if step < BELOW_33:
-            lx1, l21, lx2, l22 = _sums_6(lanes, X, W, WX, first, second, None)
+    for step in range(0, ranges.size, 2):
+        first, second = ranges[step] / peak, ranges[step + 1] / peak
+        if step < WITHIN:
+            lx1, l21, lx2, l22 = _sums(lanes, X, W, WX, size, first, second, None, top - 1)
         else:
-            lx1, l21, lx2, l22 = _sums_6(lanes, X, W, WX, first, second, -32)
-        best_factor, scale, best = _better_6(lx1, l21, first, best_factor, scale, best)
-        best_factor, scale, best = _better_6(lx2, l22, second, best_factor, scale, best)
-    none = size < TINY
+            lx1, l21, lx2, l22 = _sums(lanes, X, W, WX, size, first, second, -top, top - 1)
+        best_factor, scale, best = _better(lx1, l21, first, best_factor, scale, best)
+        best_factor, scale, best = _better(lx2, l22, second, best_factor, scale, best)
+    none = magnitude < TINY
     store(fit, at, select(none, zero, scale))
     store(fit, at + stride, select(none, zero, best_factor))
-    store(fit, at + 2 * stride, select(none, zero, splat(lanes, F(32))))
+    store(fit, at + 2 * stride, select(none, zero, splat(lanes, F(top))))
+
+
+@njit(forceinline=True)
+def _square_weights(lanes, X, W):  # type: ignore[no-untyped-def]
+    """W = x * x of each lane's 16 values."""
+    n = count(lanes)
+    for i in range(16):
+        x = load(lanes, X, i * n)
+        store(W, i * n, x * x)
 
 
 @njit(forceinline=True)
@@ -123,7 +138,7 @@ def _codes_6(row, x, at, d, factor, offset, L):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q6_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
+def q6_k(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
     n = count(lanes)
     stride = max(n, 16)
     X, W, WX = scratch(16 * n), scratch(16 * n), scratch(16 * n)
@@ -131,7 +146,11 @@ def q6_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
     for first in range(0, x.size // 16, stride):
         for lane in range(0, stride, n):
             transpose(lanes, x, first + lane, 16, X)
-            _fit_6(lanes, X, W, WX, fit, lane, stride)
+            if importance is None:
+                _square_weights(lanes, X, W)
+            else:
+                transpose(lanes, importance, (first + lane) % (k // 16), 16, W)
+            fit_scale(lanes, X, W, WX, 16, 32, RANGES_32, fit, lane, stride)
         for block in range(first // 16, min(first + stride, x.size // 16) // 16):
             _finish_6(row, x, out, block * 210, block, fit, block * 16 - first, stride, scales, L)
 
@@ -169,7 +188,7 @@ def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
     """
     n = count(lanes)
     zero = splat(lanes, F(0))
-    peak, size = _peak(lanes, X)
+    peak, size = peaks(lanes, X, 16)
     factor = F(-4) / peak
     sum_lx = sum_l2 = zero
     for i in range(16):
@@ -203,30 +222,73 @@ def _fit_3(lanes, X, C, fit, at):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def q3_k(lanes, row, x, out):  # type: ignore[no-untyped-def]
-    n = count(lanes)
-    stride = max(n, 16)
-    X, C = scratch(16 * n), scratch(16 * stride)
-    fit, scales, L = scratch(stride), scratch(16), np.empty(256, U8)
-    for first in range(0, x.size // 16, stride):
-        for lane in range(0, stride, n):
+def q3_k(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
+    n, subs = count(lanes), x.size // 16
+    stride = 16 * n
+    X, W, WX, C, S = scratch(16 * n), scratch(16 * n), scratch(16 * n), scratch(16 * stride), scratch(n)
+    fit, sums, steps = scratch(3 * stride), scratch(stride), scratch(3 * n)
+    scales, L = scratch(16), np.empty(256, U8)
+    means = None if importance is None else mean_squares(lanes, x, 256, 2, 256)
+    for first in range(0, subs, stride):
+        for lane in range(0, min(stride, subs - first), n):
             transpose(lanes, x, first + lane, 16, X)
-            _fit_3(lanes, X, C[16 * lane :], fit, lane)
-        for block in range(first // 16, min(first + stride, x.size // 16) // 16):
-            _finish_3(lanes, row, x, out, block * 110, block, fit, C, block * 16 - first, scales, L)
+            if importance is None:
+                _fit_3(lanes, X, C[16 * lane :], fit, lane)
+            else:
+                store(sums, lane, weigh(lanes, X, first + lane, 16, k, importance, means, 256, S, W))
+                fit_scale(lanes, X, W, WX, 16, 4, RANGES_4, fit, lane, stride)
+                _keep_codes(lanes, X, 16, 4, fit, lane, stride, C[16 * lane :])
+        if importance is not None:
+            _round_by_weight(lanes, fit, sums, X, W, WX, steps)
+        for lane in range(min(n, (subs - first) // 16)):
+            step = _round_to_peak(row, fit, lane * 16) if importance is None else steps[lane]
+            block = first // 16 + lane
+            _finish_3(lanes, row, x, out, block * 110, block, step, fit, C, lane * 16, scales, L)
 
 
 @njit(forceinline=True)
-def _finish_3(lanes, row, x, out, o, block, fit, C, at, scales, L):  # type: ignore[no-untyped-def]
-    """Round the scales of one super-block and write its 110 bytes; scales and L are scratch."""
+def _keep_codes(lanes, X, size, top, fit, at, stride, C):  # type: ignore[no-untyped-def]
+    """The stored codes that fit_scale chose, to C of the shape of X."""
     n = count(lanes)
+    factor, offset = load(lanes, fit, at + stride), load(lanes, fit, at + 2 * stride)
+    for i in range(size):
+        store(C, i * n, minimum(maximum(rounded(factor * load(lanes, X, i * n)), F(-top)), F(top - 1)) + offset)
+
+
+@njit(forceinline=True)
+def _round_to_peak(row, fit, at):  # type: ignore[no-untyped-def]
+    """Sixteen scales as stored codes 0..63, in place, the greatest as 0 (-32); the step."""
     greatest = peak_of(row, fit, at, 16)
     to_scale = F(-32) / greatest if greatest != F(0) else F(0)
-    d = put_half(row, out, o + 108, F(1) / to_scale if greatest != F(0) else F(0))
     for j in range(0, 16, count(row)):
         ls = minimum(maximum(nearest_any(load(row, fit, at + j) * to_scale), -32), 31)
-        store(L, j, ls + 32 if greatest != F(0) else ls)
-        store(scales, j, to_float(ls) * d)
+        store(fit, at + j, to_float(ls) + (F(32) if greatest != F(0) else F(0)))
+    return F(1) / to_scale if greatest != F(0) else F(0)
+
+
+@njit(forceinline=True)
+def _round_by_weight(lanes, fit, sums, X, W, WX, steps):  # type: ignore[no-untyped-def]
+    """The scales of n super-blocks as stored codes, in place, and their steps; sub-blocks weigh `sums`."""
+    n = count(lanes)
+    for j in range(16):
+        for lane in range(n):
+            X[j * n + lane], W[j * n + lane] = fit[lane * 16 + j], sums[lane * 16 + j]
+    fit_scale(lanes, X, W, WX, 16, 32, RANGES_32, steps, 0, n)
+    _keep_codes(lanes, X, 16, 32, steps, 0, n, WX)
+    for j in range(16):
+        for lane in range(n):
+            fit[lane * 16 + j] = WX[j * n + lane]
+
+
+@njit(forceinline=True)
+def _finish_3(lanes, row, x, out, o, block, step, fit, C, at, scales, L):  # type: ignore[no-untyped-def]
+    """Write the 110 bytes of one super-block; scales and L are scratch."""
+    n = count(lanes)
+    d = put_half(row, out, o + 108, step)
+    for j in range(0, 16, count(row)):
+        ls = to_int(load(row, fit, at + j))
+        store(L, j, ls)
+        store(scales, j, to_float(ls - 32) * d)
     for j in range(8):
         out[o + 96 + j] = (L[j] & U8(15)) | (L[j + 8] & U8(15)) << U8(4)
     for j in range(4):
