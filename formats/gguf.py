@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from qconvert import __version__, gguf_reader
 from qconvert.dtypes import FLOATS
@@ -55,9 +55,9 @@ class GGUF:
             if (value := getattr(request, flag)) is not None:
                 said = f"--{flag.replace('_', '-')}"
                 raise UnsupportedError(f"{said} {value}: GGUF's types fix their blocks", hint=f"--to onnx has {said}")
-        for value, flag in ((request.operators, "--operators"), (request.calibrate, "--calibrate")):
-            if value is not None:
-                raise UnsupportedError(f"{flag} {value}: GGUF has no ranges of activations", hint="--to onnx --quant w8a8 has")
+        if request.operators is not None:
+            why = f"--operators {request.operators}: GGUF has no ranges of activations"
+            raise UnsupportedError(why, hint="--to onnx --quant w8a8 has")
         for value, flag in ((request.layout, "--layout"), (request.weights_in, "--weights-in")):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: a GGUF is one file", hint=f"--to onnx has {flag}")
@@ -92,14 +92,16 @@ class GGUF:
         arch = gguf_arch.describe(graph)
         names = {gguf_name(graph, p): p for p in graph.parameters()}
         shapes = [gguf_mix.TensorShape(n, graph.nodes[p].type.dims) for n, p in names.items()]
-        choices = gguf_mix.choose(shapes, options.mix, arch.hyper, options.choice)
+        with_data = frozenset(n for n, p in names.items() if f"{p}~moments" in graph.nodes)
+        choice = replace(options.choice, imatrix=with_data if "statistics" in graph.meta else None)
+        choices = gguf_mix.choose(shapes, options.mix, arch.hyper, choice)
         types = {names[c.name]: c.got for c in choices}
         passes: list[Pass | Function] = [PermuteRope()] if arch.permuted else []
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
         passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
         fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
         told = (*arch.notes, *options.vocabulary.notes, *notes(graph, types))
-        return Legal(tuple(passes), options.mix.name, fallbacks, told, arch.kvs)
+        return Legal(tuple(passes), options.mix.name, fallbacks, told, (*arch.kvs, *imatrix_kvs(graph)))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """Header bytes and entries of every file, from types alone."""
@@ -157,6 +159,17 @@ class GGUF:
             KV("qconvert.version", "str", __version__),
             *options.vocabulary.kvs,
         ]
+
+
+def imatrix_kvs(graph: Graph) -> list[KV]:
+    """What llama-quantize says of the importance matrix that a file was made with; texts as long as it has room for."""
+    about = graph.meta.get("statistics")
+    if not isinstance(about, dict):
+        return []
+    short = {k: str(about[k]).encode()[:127].decode("utf-8", "ignore") for k in ("file", "text")}
+    texts = [KV(f"quantize.imatrix.{key}", "str", short[k]) for key, k in (("file", "file"), ("dataset", "text"))]
+    counts = [KV(f"quantize.imatrix.{k}_count", "u32", cast(int, about[k])) for k in ("entries", "chunks")]
+    return [kv for kv in (*texts, *counts) if kv.value]
 
 
 def stored_dtype(graph: Graph) -> str:

@@ -1,4 +1,4 @@
-"""Which type each tensor of a GGUF file gets: the mixes of llama-quantize, by their usual names, without an imatrix.
+"""Which type each tensor of a GGUF file gets: the mixes of llama-quantize, by their usual names.
 
 Source: llama.cpp src/llama-quant.cpp (type selection and fallbacks), conversion/base.py (F32, F16, BF16 files).
 Oracle: cyllama's model_quantize. Four things differ on purpose, all of them in what the user asked for by name:
@@ -68,6 +68,7 @@ class Options:
     tensor_types: tuple[tuple[str, str], ...] = ()  # (regex searched in the GGUF name, type)
     fallback: Literal["error", "warn", "allow"] = "warn"  # warn and allow choose alike: the caller does the warning
     unquantized: str = "f16"  # the type of an output tensor that is left alone
+    imatrix: frozenset[str] | None = None  # names that it has entries for; None: there is none
 
 
 FILE_TYPES: Mapping[str, FileType] = {
@@ -137,8 +138,8 @@ def choose(
 ) -> list[Choice]:
     """The type of every tensor, in llama-quantize's order: globals by name, then layer by layer.
 
-    Errors: UnsupportedError for a fallback under fallback="error", and for q2_k tensors in a Q2_K_S file, which need
-    an imatrix; UsageError for a pattern that matches no tensor that can be quantized.
+    Errors: UnsupportedError for a fallback under fallback="error", and for q2_k tensors in a Q2_K_S file of which no
+    imatrix says anything; UsageError for a pattern that matches no tensor that can be quantized.
     """
     options = options or Options()
     ordered = sorted(tensors, key=lambda t: (layer_of(t.name), t.name))
@@ -151,10 +152,12 @@ def choose(
                 f"{choice.name}: {choice.reason}: wanted {choice.wanted}, got {choice.got}",
                 hint="--fallback warn takes the type that fits",
             )
-        if file.name == "Q2_K_S" and choice.got == "q2_k" and role_of(tensor.name) not in ("token_embd", "output"):
+        needs = file.name == "Q2_K_S" and choice.got == "q2_k" and role_of(tensor.name) not in ("token_embd", "output")
+        if needs and choice.name not in (options.imatrix or ()):
+            what = "none was given" if options.imatrix is None else "it has no entry there"
             raise UnsupportedError(
-                f"{choice.name}: q2_k in a Q2_K_S file needs an imatrix, and none was given",
-                hint="Q2_K is the nearest that needs none",
+                f"{choice.name}: q2_k in a Q2_K_S file needs an imatrix, and {what}",
+                hint="--calibrate FILE or --imatrix FILE; Q2_K is the nearest that needs none",
             )
     return choices
 
@@ -228,6 +231,11 @@ FFN_DOWN: Mapping[str, Rule] = {
     "IQ4_NL": lambda p: "q5_k" if p.i < p.n // 8 else None,
     "IQ4_XS": lambda p: "q5_k" if p.i < p.n // 8 else None,
 }
+FFN_DOWN_IMATRIX: Mapping[str, Rule] = {
+    **{name: rule for name, rule in FFN_DOWN.items() if not name.startswith("IQ4")},
+    "Q4_0": lambda p: "q4_1" if p.i < p.n // 8 else None,
+    "Q5_0": lambda p: "q5_1" if p.i < p.n // 8 else None,
+}
 ATTN_OUTPUT = {"Q2_K": "q3_k", "Q3_K_M": "q4_k", "Q3_K_L": "q5_k"}
 ATTN_OUTPUT_OF_8_EXPERTS = dict.fromkeys(("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS"), "q5_k")
 
@@ -289,7 +297,8 @@ class _Mix:
             return "q8_0" if eight else None
         if role == "ffn_down":
             i = self._count(role)
-            return self._at(FFN_DOWN, layer_of(name) if self.hyper.experts > 1 else i, self.hyper.layers)
+            rules = FFN_DOWN if self.options.imatrix is None else FFN_DOWN_IMATRIX
+            return self._at(rules, layer_of(name) if self.hyper.experts > 1 else i, self.hyper.layers)
         if role == "attn_output":
             return (ATTN_OUTPUT_OF_8_EXPERTS if eight else ATTN_OUTPUT).get(file)
         return None

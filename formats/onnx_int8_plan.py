@@ -96,5 +96,5 @@ def grids_of(graph: Graph, integer: Integer) -> tuple[dict[str, dict[str, Attr]]
     sides = ("round_input", "round_output") if integer.operators == "qoperator" else ("round_input",)
     if integer.calibration is None:
         return {name: {side: grid_of(0, 0) for side in sides} for name in linears}, ()
-    ranges, note = ranges_of(graph, integer.calibration)
+    ranges, note = ranges_of(graph, integer.calibration, len(sides) > 1)
     return {name: {side: grid_of(*ranges[name][side]) for side in sides} for name in linears}, (note,)

@@ -259,7 +259,7 @@ def fixed_ranges(
     dialect = options.dialect
     if not isinstance(dialect, FixedRanges) or dialect.fixed is None:
         return {}, ()
-    found, told = ranges_of(graph, options.calibration) if options.calibration else ({}, None)
+    found, told = ranges_of(graph, options.calibration, False) if options.calibration else ({}, None)
     linears = [n for n, node in graph.nodes.items() if node.op == "linear" and scheme_of(types.get(node.inputs[1], ""))]
     ranges = {n: found[n]["round_input"] if found else (0.0, 0.0) for n in linears}
     grids: dict[str, Mapping[str, Attr]] = {n: {"round_input": dialect.range_of(*r, options.wanted)} for n, r in ranges.items()}

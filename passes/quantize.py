@@ -14,6 +14,8 @@ from qconvert.graph import Graph, Node, Type
 from qconvert.moves import moves, nearly_moves
 from qconvert.scheme import scheme_of
 
+UNWEIGHTED = ("q8_0",)  # ggml rounds these alike, whatever their importance
+
 
 @dataclass(frozen=True)
 class Quantize:
@@ -52,7 +54,9 @@ class Quantize:
                 raise GraphError(
                     f"{name}: rows of {node.type.dims[-1]} do not divide into {dtype} blocks of {scheme.block}"
                 )
-            new = {real: node, name: Node("quantize", (real,), kind, {"solver": self.solver})}
+            weighted = self.solver == "search" and dtype not in UNWEIGHTED and f"{name}~moments" in graph.nodes
+            beside = (f"{name}~moments",) if weighted else ()
+            new = {real: node, name: Node("quantize", (real, *beside), kind, {"solver": self.solver})}
             if self.solver == "absmean":
                 mean, f32 = f"{name}~mean", Type("f32", (1,))
                 new[mean] = Node("mean_magnitude", (real,), f32, {"least": 1e-5})

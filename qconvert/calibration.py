@@ -1,4 +1,4 @@
-"""Ranges of activations: the least and the largest value that each linear reads and makes over a text."""
+"""A text to calibrate on, as sequences of tokens, and the ranges of activations over it."""
 
 from __future__ import annotations
 
@@ -6,119 +6,123 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, cast
+from itertools import zip_longest
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from qconvert.companions import n_vocab
 from qconvert.emit import default_threads
 from qconvert.errors import InputError, UnsupportedError, UsageError, uninterrupted
-from qconvert.graph import Attr, Graph, Node
+from qconvert.graph import Attr, Graph
 from qconvert.request import Request
 from qconvert.sources import Store
-from qconvert.tokenizer import Tokenizer, hard_corpus
+from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 log = logging.getLogger("qconvert")
-LENGTH = 256  # tokens of a sequence, at most
-N_TOKENS = 4096  # of a text, at most
-VALUES = 1 << 24  # of the widest activation of one batch: 64 MB
+LENGTH = 512  # tokens of a sequence, at most: what llama-imatrix cuts text into
+N_TOKENS = 64 * LENGTH  # of a text, where not said otherwise
+N_RANGE_TOKENS = 8 * LENGTH  # ranges settle sooner
+LONGEST = 16  # characters of a token on average, at most: text beyond is not read
+OWN = "the text that ships with qconvert"
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A text, which ranges are taken from; name: of its file, None for the one that ships. store: of the weights.
+    """Texts, each of a file; name: of the file or folder, None for the text that ships. store: of the weights.
 
-    threads: that torch runs on.
+    n_tokens: that are taken, None: as many as suit the purpose. threads: that torch runs on.
     """
 
     store: Store
     tokenizer: Tokenizer | None
-    text: str
+    texts: tuple[str, ...]
     name: str | None
     threads: int
+    n_tokens: int | None = None
+
+    @property
+    def whose(self) -> str:
+        if self.tokenizer is None:
+            return "random tokens: the model has no tokenizer that could cut a text"
+        return self.name or OWN
 
 
 def calibration_of(request: Request, store: Store, tokenizer: Tokenizer | None) -> Calibration:
     """UsageError, InputError for a file that is no text; UnsupportedError where nothing can cut it."""
     path, threads = request.calibrate, request.threads or default_threads()
     if path is None:
-        return Calibration(store, tokenizer, "\n".join(hard_corpus()), None, threads)
+        return Calibration(store, tokenizer, (own_text(),), None, threads, request.calibrate_tokens)
     if tokenizer is None:
         raise UnsupportedError(f"--calibrate {path}: the model has no tokenizer that could cut the text", hint="leave it out")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    texts = tuple(map(text_of, files))
+    if not texts:
+        raise InputError(f"--calibrate {path}: an empty folder")
+    return Calibration(store, tokenizer, texts, str(path), threads, request.calibrate_tokens)
+
+
+def own_text() -> str:
+    """Prose, dialogue, lists, tables, code and markup in several languages, written for this."""
+    return (Path(__file__).parent / "calibration.txt").read_text("utf-8")
+
+
+def text_of(path: Path) -> str:
     try:
-        text = path.read_text("utf-8")
+        return path.read_text("utf-8")
     except OSError as e:
         raise UsageError(f"--calibrate {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise InputError(f"--calibrate {path}: not a text in UTF-8: {e}") from e
-    return Calibration(store, tokenizer, text, str(path), threads)
 
 
-def ranges_of(graph: Graph, calibration: Calibration) -> tuple[dict[str, dict[str, Range]], str]:
-    """Linear -> round_input, round_output -> its range, bias left out; and a note that says which text they are of."""
+def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]]:
+    """Sequences of token ids, of each file in turn, until there are n_tokens; what is no whole sequence is left out.
+
+    They are those of llama-imatrix: each begins with what the tokenizer puts before a text, in place of what it covers.
+    InputError where the text is too short.
+    """
     context = cast(int, cast(Mapping[str, Attr], graph.meta["config"])["context"])
-    sequences = cut(calibration, n_vocab(graph), min(LENGTH, context))
-    start, n = time.perf_counter(), sum(map(len, sequences))
+    length, vocab, tokenizer = min(LENGTH, context), n_vocab(graph), calibration.tokenizer
+    n = -(-(calibration.n_tokens or n_tokens) // length)
+    if tokenizer is None:
+        return [np.random.default_rng(i).integers(0, vocab, length).tolist() for i in range(min(n, 4))]
+    encode, bare = tokenizer.reference(), tokenizer.around([-1])
+    before = bare.index(-1)
+    behind = len(bare) - 1 - before
+
+    def sequences(text: str) -> Iterator[list[int]]:
+        ids = [*bare[:before], *(i for i in encode(text[: LONGEST * n * length]) if i < vocab)]
+        for at in range(0, max(1, len(ids) - length + 1), length):
+            yield tokenizer.around(ids[at + before : at + length - behind])
+
+    turns = zip_longest(*map(sequences, calibration.texts))
+    found = [s for turn in turns for s in turn if s is not None and len(s) == length][:n]
+    found = found or [max((s for text in calibration.texts for s in sequences(text)), key=len)]
+    if (n_found := sum(map(len, found)) - (len(bare) - 1) * len(found)) < 2:
+        raise InputError(f"--calibrate {calibration.name}: {n_found} tokens are no text to calibrate on")
+    return found
+
+
+def ranges_of(graph: Graph, calibration: Calibration, outputs: bool) -> tuple[dict[str, dict[str, Range]], str]:
+    """Linear -> round_input and, with `outputs`, round_output -> its range, bias left out; and a note: of which text."""
+    texts = cut(calibration, graph, N_RANGE_TOKENS)
+    start, n = time.perf_counter(), sum(map(len, texts))
     with uninterrupted():
         from qconvert.check import torch_threads  # loads torch
+        from qconvert.layerwise import run_layerwise
+        from qconvert.observers import RangeWatcher
+    watcher = RangeWatcher(graph, outputs)
     with torch_threads(calibration.threads):
-        found = widest_ranges(graph, Weights(graph, calibration.store), sequences)
+        run_layerwise(graph, Weights(graph, calibration.store), texts, watcher)
     log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, n)
-    if calibration.tokenizer is None:
-        return found, f"ranges of activations are of {n} random tokens: the model has no tokenizer that could cut a text"
-    text = calibration.name or "the text that ships with qconvert; --calibrate FILE takes them from yours"
-    return found, f"ranges of activations are of {n} tokens of {text}"
+    own = "" if calibration.name or calibration.tokenizer is None else "; --calibrate FILE takes them from yours"
+    return watcher.ranges(), f"ranges of activations are of {n} {_tokens_of(calibration)}{own}"
 
 
-def cut(calibration: Calibration, vocab: int, length: int) -> list[list[int]]:
-    """Token ids of the text in sequences of `length`, each with what the tokenizer puts around a text."""
-    tokenizer = calibration.tokenizer
-    if tokenizer is None:
-        return [np.random.default_rng(i).integers(0, vocab, length).tolist() for i in range(4)]
-    ids = [i for i in tokenizer.reference()(calibration.text) if i < vocab][:N_TOKENS]
-    step = length - len(tokenizer.around([]))
-    if len(ids) < 2 or step < 1:
-        raise InputError(f"--calibrate {calibration.name}: {len(ids)} tokens are no text to take ranges from")
-    return [tokenizer.around(ids[i : i + step]) for i in range(0, len(ids), step)]
-
-
-def widest_ranges(graph: Graph, weights: Weights, sequences: list[list[int]]) -> dict[str, dict[str, Range]]:
-    from qconvert.run import run
-
-    inputs: dict[str, Range] = {}
-    outputs: dict[tuple[str, ...], Range] = {}
-
-    def note_input(node: Node, x: Tensor) -> Tensor:
-        inputs[node.inputs[0]] = widened(inputs.get(node.inputs[0]), x)
-        return x
-
-    def note_output(node: Node, y: Tensor) -> Tensor:
-        outputs[node.inputs[:2]] = widened(outputs.get(node.inputs[:2]), y)
-        return y
-
-    for batch in batches(graph, sequences):
-        run(graph, weights, batch, round_input=note_input, round_output=note_output)
-    linears = {name: node for name, node in graph.nodes.items() if node.op == "linear"}
-    return {n: {"round_input": inputs[v.inputs[0]], "round_output": outputs[v.inputs[:2]]} for n, v in linears.items()}
-
-
-def widened(before: Range | None, x: Tensor) -> Range:
-    low, high = float(x.min()), float(x.max())
-    return (low, high) if before is None else (min(low, before[0]), max(high, before[1]))
-
-
-def batches(graph: Graph, sequences: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Sequences of one length, as many as memory is meant for."""
-    widest = max(int(node.type.shape[-1]) for node in graph.nodes.values() if node.op == "linear")
-    for length, group in groupby(sequences, len):
-        same = list(group)
-        step = max(1, VALUES // (length * widest))
-        for i in range(0, len(same), step):
-            yield same[i : i + step]
+def _tokens_of(calibration: Calibration) -> str:
+    return calibration.whose if calibration.tokenizer is None else f"tokens of {calibration.whose}"

@@ -83,7 +83,16 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip
 @click.option("--operators", type=click.Choice(["qdq", "qoperator"]),
               help="ONNX w8a8: MatMul of dequantized codes (default), or QLinearMatMul.")  # fmt: skip
-@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE", help="Fixed ranges of activations: their text.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE|DIR",
+              help="Text that the model is run on: what each weight multiplies there decides how it is rounded (gguf), or "
+              "its fixed ranges (w8a8).")  # fmt: skip
+@click.option("--calibrate-tokens", type=click.IntRange(min=1), metavar="N", help="Of that text. Default 32768; ranges 4096.")
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="llama-imatrix's, in place of text.")
+@click.option("--statistics", type=click.Path(path_type=Path), metavar="FILE", help="Kept ones, in place of text.")
+@click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE", help="For llama.cpp; .dat: the old form.")
+@click.option("--save-statistics", type=click.Path(path_type=Path), metavar="FILE", help="Keep them for the next conversion.")
+@click.option("--no-data", type=click.Choice(["search", "error"]), default="search", show_default=True,
+              help="Where the text reaches no weight of a tensor or expert: quantize as without text, or stop.")  # fmt: skip
 @click.option("--eval", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that quality is measured on. Default: one that ships with qconvert.")  # fmt: skip
 @click.option("--eval-tokens", type=click.IntRange(min=0), help="Of that text; 0: none. Default: 512 to 4096, by model size.")

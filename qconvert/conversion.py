@@ -19,6 +19,7 @@ from qconvert import accountant, offloading, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
+from qconvert.calibrated import calibrated, statistics_wanted
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import (
@@ -30,7 +31,7 @@ from qconvert.errors import (
     VerificationError,
     uninterrupted,
 )
-from qconvert.evaluation import affordable, evaluation_text, read_text
+from qconvert.evaluation import affordable, evaluation_text, overlap, read_text
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
@@ -43,6 +44,7 @@ from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.statistics import ALIAS
 from qconvert.target import Format, Lowered, Rewriter, Source, Stage
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
@@ -108,7 +110,11 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
         found = measured(request, source, lowered, weights, threads)
-        return Proof([*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime, found)
+        rows = [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)]
+        if share := found.get("read_by_calibration", 0):
+            why = "the weights were fitted to this text; --eval FILE names another"
+            rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
+        return Proof(rows, runtime, found)
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
 
@@ -158,7 +164,10 @@ def measured(request: Request, source: Source, lowered: Lowered, weights: Weight
     text = evaluation_text(request.eval, tokenizer, final, n)
     base = Model(source.base, Weights(source.base, source.store)) if tuned else None
     with torch_threads(threads):
-        return quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
+        found = quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
+    if lowered.calibrated.texts:
+        found["read_by_calibration"] = overlap(lowered.calibrated.texts, text.sequences)
+    return found
 
 
 def write(
@@ -208,13 +217,16 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     stages, spec, done = transform(request, source)
     merged = stages[-1].graph
     options = target.options(request, source, merged)
+    found = calibrated(request, source, merged, statistics_wanted(request))
+    first = Pipeline((found.step,) if found.step else ())
+    merged = first.run(merged, request.dump_ir, log.info, done)
     legal = target.legalize(merged, options)
     last = Pipeline((*legal.passes, *offload(request)))
-    final = last.run(merged, request.dump_ir, log.info, done)
+    final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
     legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))
+    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(first), str(last)))), found)
 
 
 def offload(request: Request) -> tuple[Pass, ...]:
@@ -269,14 +281,19 @@ def check_memory() -> None:
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
-    refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
+    aliases = [alias for alias in source.store.roots if alias != ALIAS]  # statistics are no part of the model
+    refs = [info.ref for alias in aliases for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
     return replace(
         report,
-        accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
+        accounting={
+            **report.accounting,
+            "config_keys": source.graph.meta.get("config_keys", {}),
+            "calibration": dict(lowered.calibrated.coverage),
+        },
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *report.notes, *runs_on(request)],
+        notes=[*lowered.legal.notes, *lowered.calibrated.notes, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )

@@ -39,6 +39,9 @@ class Type:
         return n_rows(self.dims)
 
 
+STATISTICS = ("~moments", "~hessian")
+
+
 def n_rows(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
 
@@ -62,6 +65,7 @@ class Graph:
 
     A parameter keeps its checkpoint name; a pass that changes it moves the old node to name~what, so no consumer is
     ever rewired. Suffixes in use: ~base (before adapters), ~real (before quantization), ~code (before packing).
+    ~moments and ~hessian lie beside a weight as long as it is there, for a solver to read.
     """
 
     nodes: Mapping[str, Node]
@@ -89,6 +93,7 @@ class Graph:
 
     def prune(self) -> Graph:
         live = self.needed(self.outputs)
+        live |= {n for n in self.nodes if n.endswith(STATISTICS) and n.rpartition("~")[0] in live}
         return replace(self, nodes={n: v for n, v in self.nodes.items() if n in live or (v.op == "input" and not v.inputs)})
 
     def sorted(self) -> Graph:

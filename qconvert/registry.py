@@ -22,6 +22,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "untie-head": "qconvert.passes.untie_head:UntieHead",
         "interleave-experts": "qconvert.passes.interleave_experts:InterleaveExperts",
         "flatten-experts": "qconvert.passes.flatten_experts:FlattenExperts",
+        "calibrate": "qconvert.passes.calibrate:Calibrate",
         "permute-rope": "qconvert.passes.permute_rope:PermuteRope",
         "rope-factors": "qconvert.passes.rope_factors:RopeFactors",
         "order-columns": "qconvert.passes.order_columns:OrderColumns",

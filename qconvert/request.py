@@ -36,7 +36,13 @@ class Request:
     form: str = "ort"  # of ONNX
     adapters_as: Literal["merge", "swap"] = "merge"
     operators: str | None = None
-    calibrate: Path | None = None
+    calibrate: Path | None = None  # a text, or a folder of texts
+    calibrate_tokens: int | None = None
+    imatrix: Path | None = None
+    statistics: Path | None = None
+    save_imatrix: Path | None = None
+    save_statistics: Path | None = None
+    no_data: Literal["search", "error"] = "search"
     eval: Path | None = None
     eval_tokens: int | None = None  # 0: quality is not measured
     max_kl: float | None = None

@@ -7,7 +7,7 @@ so memory is the live activations plus one block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from qconvert.rope import Scaling, frequencies
 BLOCK = 1 << 23  # values of a weight read at a time: 32 MB of f32
 Observe = Callable[[str, Node, tuple[Tensor, ...]], None]
 RoundInput = Callable[[Node, Tensor], Tensor]
+Made = Callable[[str, Tensor], None]
+AtExpert = Callable[[str, int, Tensor], None]
 
 
 def run(
@@ -56,18 +58,30 @@ def run(
     values = Values(graph, weights, torch.as_tensor(tokens, dtype=torch.int64), dtype, round_input, round_output)
     values.given, values.live = inputs or {}, dict(known or {})
     need = graph.needed(wanted, values.live) - values.fixed - values.live.keys()
-    order = [name for name in graph.nodes if name in need]
-    last = {i: name for name in order for i in graph.nodes[name].inputs}
+    evaluate_all(values, [name for name in graph.nodes if name in need], wanted, observe)
+    return {name: values[name] for name in wanted}
+
+
+def evaluate_all(
+    values: Values, order: Sequence[str], keep: Iterable[str], observe: Observe | None = None, made: Made | None = None
+) -> None:
+    """Activations in that order into values.live, where those of `keep` stay and others until their last reader has run.
+
+    made(name, value): called for each, as soon as it is there.
+    """
+    nodes, kept = values.graph.nodes, set(keep)
+    last = {i: name for name in order for i in nodes[name].inputs}
     with torch.no_grad():
         for name in order:
-            node = graph.nodes[name]
+            node = nodes[name]
             if observe is not None:
                 observe(name, node, tuple(values[i] for i in node.inputs if i not in values.fixed))
             values.live[name] = evaluate(values, name, node)
+            if made is not None:
+                made(name, values.live[name])
             for i in {*node.inputs, name}:
-                if i not in wanted and last.get(i, name) == name:
+                if i not in kept and last.get(i, name) == name:
                     values.live.pop(i, None)
-        return {name: values[name] for name in wanted}
 
 
 @dataclass
@@ -81,6 +95,7 @@ class Values:
     round_input: RoundInput | None = None
     round_output: RoundInput | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    at_expert: AtExpert | None = None  # (weight, e, x[n,K]): tokens that expert e multiplies by a stack of weights
     live: dict[str, Tensor] = field(default_factory=dict)
     fixed: set[str] = field(init=False)
 
@@ -108,9 +123,15 @@ class Values:
         if int(ids.max()) >= n or int(ids.min()) < 0:
             raise GraphError(f"%{name} has {n} rows; row {int(ids.max())} was wanted")
         unique, at = np.unique(ids.numpy(), return_inverse=True)
-        if n * k <= BLOCK or len(unique) > n // 16:
+        if n * k <= BLOCK:
             return self[name][ids]
-        return torch.cat([self.rows(name, int(i), int(i) + 1) for i in unique])[torch.from_numpy(at)]
+        if len(unique) <= n // 16:
+            return torch.cat([self.rows(name, int(i), int(i) + 1) for i in unique])[torch.from_numpy(at)]
+        found = torch.empty(len(unique), k, dtype=self.dtype)
+        for begin, end, w in self.blocks(name):
+            i, j = np.searchsorted(unique, (begin, end))
+            found[i:j] = w[torch.from_numpy(unique[i:j] - begin)]
+        return found[torch.from_numpy(at)]
 
 
 def evaluate(values: Values, name: str, node: Node) -> Tensor:
@@ -143,7 +164,8 @@ def _linear(v: Values, node: Node) -> Tensor:
     x = v[node.inputs[0]]
     if v.round_input is not None:
         x = v.round_input(node, x)
-    y = torch.cat([F.linear(x, w) for _, _, w in v.blocks(node.inputs[1])], -1)
+    parts = [F.linear(x, w) for _, _, w in v.blocks(node.inputs[1])]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     if v.round_output is not None:
         y = v.round_output(node, y)
     return y + v[node.inputs[2]] if len(node.inputs) > 2 else y
@@ -217,6 +239,8 @@ def _experts(v: Values, node: Node) -> Tensor:
     act, y = ACTIVATIONS[str(node.attrs["act"])], torch.zeros_like(x)
 
     def product(x: Tensor, weight: str, e: int) -> Tensor:
+        if v.at_expert is not None:
+            v.at_expert(weight, e, x)
         if v.round_input is not None:
             x = v.round_input(Node("linear", (x_name, weight), node.type), x)
         n = v.graph.nodes[weight].type.dims[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -70,8 +71,21 @@ class Stage(NamedTuple):
     attached: Graph | None = None
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """step: the pass that lays statistics beside the weights, None where nothing asks for any; and what is said of them.
+
+    coverage: text, tokens, and for each weight those that reached it. texts: their token ids, where a text was read.
+    """
+
+    step: Pass | None = None
+    notes: tuple[str, ...] = ()
+    coverage: Mapping[str, Any] = field(default_factory=dict)
+    texts: Sequence[Sequence[int]] = ()
+
+
 class Lowered(NamedTuple):
-    """`stages` begin with the unmerged graph; `graph` is the legal one, of packed weights."""
+    """`stages` begin with the unmerged graph; `graph` is the legal one, of packed weights. calibrated: on what."""
 
     stages: tuple[Stage, ...]
     graph: Graph
@@ -79,6 +93,7 @@ class Lowered(NamedTuple):
     legal: Legal
     plan: Plan
     pipeline: str
+    calibrated: Calibrated = Calibrated()
 
 
 class Rewritten(Protocol):

@@ -301,7 +301,15 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="solvers: search")
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
-    return kernels.search(node.type.dtype, np.ascontiguousarray(value, np.float32))
+    x, scheme = np.ascontiguousarray(value, np.float32), node.type.dtype
+    if len(node.inputs) < 2:
+        return kernels.search(scheme, x)
+    importance = w.whole(node.inputs[1])
+    if importance.ndim == 1:
+        return kernels.search(scheme, x, importance=importance)
+    n = node.type.dims[1]
+    parts = [(importance[e], x[e * n + i - begin : e * n + j - begin]) for e, i, j in _per_expert(node, begin, end)]
+    return np.concatenate([kernels.search(scheme, rows, importance=one) for one, rows in parts])
 
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:

@@ -219,7 +219,6 @@ def test_a_dry_run_reads_no_weight_and_knows_the_exact_bytes(tmp_path: Path) -> 
         ({"quant": "w8a8", "calibrate": TINY / "model.safetensors"}, InputError, "not a text in UTF-8"),
         ({"quant": "w8a8", "calibrate": Path("/dev/null")}, InputError, "/dev/null: 0 tokens are no text"),
         ({"quant": "w8a8", "adapters": [str(LORA)], "adapters_as": "swap"}, UnsupportedError, "w8a8 fixes ranges"),
-        ({"to": "gguf", "calibrate": Path("a.txt")}, UnsupportedError, "--calibrate a.txt"),
         ({"to": "gguf", "operators": "qdq"}, UnsupportedError, "--operators qdq"),
     ],
 )

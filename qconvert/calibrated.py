@@ -1,0 +1,202 @@
+"""Statistics of activations for a conversion: from a text, from a file of them, or from llama.cpp's imatrix."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qconvert.calibration import LENGTH, N_TOKENS, OWN, Calibration, calibration_of, cut
+from qconvert.companions import tokenizer_of
+from qconvert.errors import InputError, UsageError, uninterrupted
+from qconvert.formats import gguf_imatrix
+from qconvert.formats.gguf_imatrix import Entry, IMatrix
+from qconvert.formats.gguf_names import gguf_name
+from qconvert.graph import Attr, Graph
+from qconvert.passes.calibrate import Calibrate
+from qconvert.passes.untie_head import vocabulary_weights
+from qconvert.request import Request
+from qconvert.statistics import (
+    ALIAS,
+    FILE,
+    Facts,
+    Found,
+    Site,
+    StatisticsFile,
+    fingerprint,
+    read_facts,
+    read_found,
+    refuse_other_model,
+    sha256_of,
+    sites_of,
+)  # fmt: skip
+from qconvert.target import Calibrated, Source
+from qconvert.weights import Weights
+
+log = logging.getLogger("qconvert")
+USES = ("gguf",)  # formats with a solver that reads them
+
+
+def statistics_wanted(request: Request) -> frozenset[str]:
+    """Which kinds the conversion reads: moments, hessian."""
+    given = (request.calibrate, request.imatrix, request.statistics, request.save_imatrix, request.save_statistics)
+    return frozenset({"moments"}) if request.to in USES and any(x is not None for x in given) else frozenset()
+
+
+def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset[str]) -> Calibrated:
+    """UsageError for flags that do not go together; InputError for files of another model, or without what is wanted."""
+    refuse_contradictions(request, wanted)
+    if not wanted:
+        return Calibrated()
+    sites = sites_of(graph)
+    hessians = frozenset(site.key for site in sites) if "hessian" in wanted else frozenset[str]()
+    if request.imatrix is not None:
+        return from_imatrix(request, source, graph, request.imatrix, sites, hessians)
+    if request.statistics is not None:
+        path = request.statistics
+        facts, model = read_facts(path)
+        refuse_other_model(path, model, graph, source.store)
+        read_found(path, sites, bool(hessians))
+    elif request.dry_run:
+        planned = Facts(str(request.calibrate or OWN), request.calibrate_tokens or N_TOKENS, LENGTH)
+        return Calibrated(Calibrate(FILE, sites, hessians, about=about_of(planned, sites, str(request.save_imatrix or ""))))
+    else:
+        path = request.save_statistics or source.store.scratch() / FILE
+        calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
+        texts = cut(calibration, graph, N_TOKENS)
+        facts = from_text(calibration, texts, graph, path, sites, hessians)
+        return replace(from_file(request, source, graph, path, facts, sites, hessians), texts=texts)
+    return from_file(request, source, graph, path, facts, sites, hessians)
+
+
+def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
+    given = [flag for flag in ("calibrate", "imatrix", "statistics") if getattr(request, flag) is not None]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0]} and --{given[1]}: statistics come from one of them", hint=f"drop --{given[1]}")
+    for flag in ("imatrix", "statistics", "save_imatrix", "save_statistics"):
+        if not wanted and (value := getattr(request, flag)) is not None:
+            why = "nothing here reads statistics" if request.to not in USES else "there are no statistics"
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: {why}", hint="--to gguf --calibrate FILE")
+    if request.calibrate_tokens is not None and (request.imatrix or request.statistics):
+        raise UsageError(f"--calibrate-tokens {request.calibrate_tokens}: no text is read", hint="--calibrate FILE")
+
+
+def from_text(
+    calibration: Calibration, texts: list[list[int]], graph: Graph, path: Path, sites: tuple[Site, ...],
+    hessians: frozenset[str],
+) -> Facts:  # fmt: skip
+    """Run the graph on the text and write what was seen."""
+    facts = Facts(calibration.whose, sum(map(len, texts)), max(map(len, texts)), sha256_of(texts))
+    with uninterrupted():
+        from qconvert.check import torch_threads  # loads torch
+        from qconvert.layerwise import run_layerwise
+        from qconvert.observers import SiteWatcher
+    start = time.perf_counter()
+    model = fingerprint(graph, calibration.store)
+    with torch_threads(calibration.threads), StatisticsFile(path, sites, hessians, facts, model) as file:
+        run_layerwise(graph, Weights(graph, calibration.store), texts, SiteWatcher(sites, hessians, file.write))
+    log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, facts.tokens)
+    return facts
+
+
+def from_file(
+    request: Request, source: Source, graph: Graph, path: Path, facts: Facts, sites: tuple[Site, ...], hessians: frozenset[str]
+) -> Calibrated:
+    source.store.add(ALIAS, path)
+    found = read_found(path, sites)
+    if request.save_imatrix is not None:
+        entries = {s.key: Entry(found[s.key].moments, found[s.key].counts) for s in sites}
+        named = {gguf_name(graph, w): entries[s.key] for s in sites for w in s.weights}
+        gguf_imatrix.write(request.save_imatrix, IMatrix(named, (facts.text,), facts.chunks, facts.length))
+    step = Calibrate(path.name, sites, hessians, about=about_of(facts, sites, str(request.save_imatrix or "")))
+    notes, coverage = told(request, sites, found, facts)
+    return Calibrated(step, notes, coverage)
+
+
+def from_imatrix(
+    request: Request, source: Source, graph: Graph, path: Path, sites: tuple[Site, ...], hessians: frozenset[str]
+) -> Calibrated:
+    """Each weight is a site of its own, since the file has an entry for each."""
+    if hessians:
+        raise UsageError(f"--imatrix {path}: it has moments only, and the solver wants Hessians", hint="--calibrate FILE")
+    imatrix = gguf_imatrix.read(path)
+    own = [site._replace(key=w, weights=(w,)) for site in sites for w in site.weights]
+    names = {site.key: gguf_name(graph, site.key) for site in own}
+    if not names.keys() & {w for w, name in names.items() if name in imatrix.entries}:
+        raise InputError(f"{path}: no entry is of this model, first: {min(imatrix.entries)}", hint="is it of another model?")
+    found, missing = {}, []
+    for site in own:
+        if (entry := imatrix.entries.get(names[site.key])) is None:
+            missing.append(site.key)
+            continue
+        found[site.key] = fitted(path, names[site.key], entry, site)
+    heads = vocabulary_weights(graph)
+    if request.no_data == "error" and (first := next((w for w in missing if w not in heads), None)):
+        raise InputError(f"{path}: no entry for {names[first]}", hint="--no-data search quantizes it as without an imatrix")
+    text = imatrix.datasets[0] if imatrix.datasets else ""
+    facts = Facts(text, imatrix.chunks * imatrix.length, imatrix.length, "", str(path))
+    have = tuple(site for site in own if site.key in found)
+    if not request.dry_run:
+        target = request.save_statistics or source.store.scratch() / FILE
+        with StatisticsFile(target, have, frozenset(), facts, fingerprint(graph, source.store)) as file:
+            for site in have:
+                file.write(site, found[site.key])
+        source.store.add(ALIAS, target)
+    about = {**about_of(facts, have, str(path)), "entries": len(imatrix.entries), "chunks": imatrix.chunks}
+    notes, coverage = told(request, have, found, facts)
+    quiet = [names[w] for w in missing if w not in heads]
+    notes += (f"{len(quiet)} tensors have no entry in {path} and are quantized without, first {quiet[0]}",) if quiet else ()
+    step = Calibrate(FILE if request.save_statistics is None else request.save_statistics.name, have, about=about)
+    return Calibrated(step, notes, coverage)
+
+
+def fitted(path: Path, name: str, entry: Entry, site: Site) -> Found:
+    """An entry as the graph's weight has it. InputError where their sizes differ."""
+    n = max(1, site.experts)
+    if entry.moments.size != n * site.k:
+        wanted = f"{site.experts} x {site.k}" if site.experts else str(site.k)
+        what = f"{path}: {name} has {entry.moments.size} values, {wanted} were wanted"
+        raise InputError(what, hint="is it of another model?")
+    return Found(np.broadcast_to(entry.counts, n).copy(), entry.moments.reshape(n, site.k))
+
+
+def about_of(facts: Facts, sites: tuple[Site, ...], file: str = "") -> dict[str, Attr]:
+    n = sum(len(site.weights) for site in sites)
+    return {"text": facts.text, "file": file, "chunks": facts.chunks, "entries": n, "tokens": facts.tokens}
+
+
+def told(
+    request: Request, sites: tuple[Site, ...], found: Mapping[str, Found], facts: Facts
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Notes, and tokens of each weight. InputError for one that no token reached, under --no-data error."""
+    weights: dict[str, Any] = {}
+    idle, dead = [], []
+    for site in sites:
+        counts, moments = found[site.key].counts, found[site.key].moments
+        never = int((moments[counts > 0] == 0).sum())
+        entry: dict[str, Any] = {"tokens": int(counts.sum()), "idle_channels": never}
+        if site.experts:
+            entry |= {"experts": counts.tolist()}
+        empty = np.flatnonzero(counts == 0)
+        if len(empty) and request.no_data == "error":
+            what = f"expert {empty[0]} of {site.weights[0]}" if site.experts else site.weights[0]
+            raise InputError(f"{what}: no token of the text reaches it", hint="more text, or --no-data search")
+        for weight in site.weights:
+            weights[weight] = entry
+            idle += [(weight, len(empty))] if len(empty) else []
+            dead += [(weight, never)] if never else []
+    many = f"{facts.tokens} tokens of " if facts.tokens else ""
+    notes = [f"importance of weights is of {many}{facts.source or facts.text}"]
+    if idle:
+        n, (first, _) = sum(n for _, n in idle), idle[0]
+        notes.append(f"{n} matrices of experts got no token, and count all inputs alike, first of {first}")
+    if dead:
+        n, (first, k) = sum(n for _, n in dead), dead[0]
+        notes.append(f"{n} input channels are 0 on all of the text, first {k} of {first}")
+    coverage = {"text": facts.text, "tokens": facts.tokens, "source": facts.source, "weights": weights}
+    return tuple(notes), coverage

@@ -1,0 +1,147 @@
+"""What is kept of the activations that pass a point: each observer sees them batch by batch, f32[n,K]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qconvert.errors import InputError
+from qconvert.graph import Graph, Node
+from qconvert.statistics import Found, Site
+
+
+class Observer(Protocol):
+    def seen(self, x: Tensor) -> None: ...
+
+
+@dataclass
+class Moments:
+    """Sums of x * x by channel, f64[K], and the number of tokens."""
+
+    width: int
+    n: int = 0
+    sums: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(self.width, dtype=torch.float64)
+
+    def seen(self, x: Tensor) -> None:
+        self.n += len(x)
+        self.sums += x.square().sum(0)
+
+
+@dataclass
+class Hessian:
+    """The sum of x x^T over tokens, f32[K,K]."""
+
+    width: int
+    sums: npt.NDArray[np.float32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros((self.width, self.width), np.float32)
+
+    def seen(self, x: Tensor) -> None:
+        rows = x.numpy()
+        self.sums += rows.T @ rows  # numpy knows this product: half the work of torch's, measured 1.5 times as fast
+
+
+@dataclass
+class Range:
+    """The least and the largest value."""
+
+    low: float = float("inf")
+    high: float = float("-inf")
+
+    def seen(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+
+class SiteWatcher:
+    """Moments of every site, and Hessians of those named, handed to `done` as soon as all texts have passed it."""
+
+    def __init__(self, sites: Iterable[Site], hessians: Collection[str], done: Callable[[Site, Found], None]) -> None:
+        self.sites, self.hessians, self.done = list(sites), set(hessians), done
+        self.wanted = {value for site in self.sites for value in site.values}
+        self.at_value = {v: [s for s in self.sites if v in s.values] for s in self.sites if not s.experts for v in s.values}
+        self.at_stack = {site.weights[0]: site for site in self.sites if site.experts}
+        self.moments: dict[tuple[str, int], Moments] = {}
+        self.products: dict[tuple[str, int], Hessian] = {}
+        self.past: set[str] = set()
+
+    def made(self, name: str, value: Tensor) -> None:
+        for site in self.at_value.get(name, ()):
+            if not site.experts:
+                self.seen(site, 0, value.flatten(0, -2))
+
+    def at_expert(self, weight: str, e: int, x: Tensor) -> None:
+        if weight in self.at_stack:
+            self.seen(self.at_stack[weight], e, x)
+
+    def product(self, node: Node, y: Tensor) -> Tensor:
+        return y
+
+    def seen(self, site: Site, e: int, x: Tensor) -> None:
+        observers: list[Observer] = [self.moments.setdefault((site.key, e), Moments(site.k))]
+        if site.key in self.hessians:
+            observers.append(self.products.setdefault((site.key, e), Hessian(site.k)))
+        for observer in observers:
+            observer.seen(x)
+
+    def passed(self, names: Sequence[str]) -> None:
+        before, self.past = self.past, self.past | set(names)
+        for site in self.sites:
+            if set(site.values) <= self.past and not set(site.values) <= before:
+                self.done(site, self.found(site))
+
+    def found(self, site: Site) -> Found:
+        """Means over tokens. Where there were none all channels count alike, as for ggml. InputError for NaN."""
+        n = max(1, site.experts)
+        counts, moments = np.zeros(n, np.int64), np.ones((n, site.k), np.float32)
+        hessians = np.stack([np.eye(site.k, dtype=np.float32)] * n) if site.key in self.hessians else None
+        for e in range(n):
+            if seen := self.moments.pop((site.key, e), None):
+                counts[e], moments[e] = seen.n, seen.sums.float().numpy() / np.float32(seen.n)
+                if hessians is not None:
+                    hessians[e] = self.products.pop((site.key, e)).sums / np.float32(seen.n)
+        if not np.isfinite(moments).all():
+            raise InputError(
+                f"what {site.weights[0]} multiplies is not finite on the calibration text",
+                hint="the checkpoint is damaged or overflows; it cannot be calibrated",
+            )
+        return Found(counts, moments, hessians)
+
+
+class RangeWatcher:
+    """Ranges of what linears read and give, bias left out."""
+
+    def __init__(self, graph: Graph, outputs: bool) -> None:
+        self.linears = {name: node for name, node in graph.nodes.items() if node.op == "linear"}
+        self.wanted = set(self.linears) if outputs else {node.inputs[0] for node in self.linears.values()}
+        self.read = {node.inputs[0]: Range() for node in self.linears.values()}
+        self.given = {node.inputs[:2]: Range() for node in self.linears.values()}
+
+    def ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Linear -> round_input and round_output -> least and greatest; without outputs what it gives is inf to -inf."""
+        sides = {n: (self.read[v.inputs[0]], self.given[v.inputs[:2]]) for n, v in self.linears.items()}
+        return {n: {"round_input": (x.low, x.high), "round_output": (y.low, y.high)} for n, (x, y) in sides.items()}
+
+    def made(self, name: str, value: Tensor) -> None:
+        if name in self.read:
+            self.read[name].seen(value)
+
+    def at_expert(self, weight: str, e: int, x: Tensor) -> None:
+        pass
+
+    def product(self, node: Node, y: Tensor) -> Tensor:
+        self.given[node.inputs[:2]].seen(y)
+        return y
+
+    def passed(self, names: Sequence[str]) -> None:
+        pass
