@@ -26,12 +26,14 @@ from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
+from qconvert.solver_spec import chosen
 from qconvert.sources import Store, find_model, read_checkpoint
-from qconvert.target import Format, Lowered, Rewriter, Source, Stage
+from qconvert.target import Format, Legal, Lowered, Rewriter, Source, Stage
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
@@ -165,12 +167,21 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     stages, spec, done = transform(request, source)
     merged = stages[-1].graph
     options = target.options(request, source, merged)
-    legal = target.legalize(merged, options)
+    legal = with_solver(target.legalize(merged, options), request.solver)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
     return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))
+
+
+def with_solver(legal: Legal, solver: str | None) -> Legal:
+    """--solver in the place of the format's own."""
+    if solver is None:
+        return legal
+    chosen(solver)  # a name or an option that no solver has is refused before anything is read
+    passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize) else p for p in legal.passes)
+    return legal._replace(passes=passes)
 
 
 def offload(request: Request) -> tuple[Pass, ...]:

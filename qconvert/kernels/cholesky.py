@@ -1,7 +1,7 @@
 """The triangular factor by which errors of a column are fed forward to the columns after it, in f64.
 
 H f64[K,K] is symmetric and positive definite. inverse(H) = U^T U with U upper triangular; column j's error, times
-U[j,l] / U[j,j], is taken from column l > j. U is the inverse of R, H = R R^T, R upper: the Cholesky factor of H with rows
+U[j,column] / U[j,j], is taken from column l > j. U is the inverse of R, H = R R^T, R upper: the Cholesky factor of H with rows
 and columns in reverse, so that one factorization and one triangular inverse do. Blocks of 64, sums in the order of columns:
 the same bits on every machine and for any number of threads. In place: 8 K^2 bytes.
 """
@@ -25,7 +25,7 @@ TINY = 1e-30
 def feedback_factors(h: F64, added: float) -> tuple[F32, F64] | None:
     """h f64[K,K] + added * I -> panels f32[...], d f64[K]; None where that is not positive definite.
 
-    panels: for every 8 columns, row by row down to the last that reaches them, U[j,l] / U[j,j], 0 where l <= j.
+    panels: for every 8 columns, row by row down to the last that reaches them, U[j,column] / U[j,j], 0 where column <= j.
     d: 1 / U[j,j]^2, what a squared error of column j costs once all later ones have made up for it.
     """
     k = len(h)
@@ -133,12 +133,12 @@ def _invert(lanes, A, size):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _panels(a, k, panels):  # type: ignore[no-untyped-def]
-    """U[j,l] = a[k-1-j, k-1-l]"""
+    """U[j,column] = a[k-1-j, k-1-column]"""
     at = 0
     for first in range(0, k, PANEL):
         for j in range(first + PANEL):
             for c in range(PANEL):
-                l = first + c
-                if j < l < k:
-                    panels[at + c] = np.float32(a[k - 1 - j, k - 1 - l] / a[k - 1 - j, k - 1 - j])
+                column = first + c
+                if j < column < k:
+                    panels[at + c] = np.float32(a[k - 1 - j, k - 1 - column] / a[k - 1 - j, k - 1 - j])
             at += PANEL

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qconvert.kernels.cholesky import PANEL
+from qconvert.kernels.across import transpose
+from qconvert.kernels.cholesky import PANEL as PANEL
 from qconvert.kernels.lanes import (
+    Lanes,
     absolute,
     bits_of,
     choose,
@@ -31,7 +33,7 @@ from qconvert.kernels.lanes import (
     store,
     to_int,
 )
-from qconvert.scheme import F32, Bytes
+from qconvert.scheme import F32, Array, Bytes
 
 F = np.float32
 ROWS = 32  # of a tile
@@ -48,15 +50,19 @@ class Grid(NamedTuple):
     codes: F32
 
 
-def tiled(x: F32) -> F32:
-    """x f32[N,K] -> f32[T, K rounded up to 8, 32], zeros beyond."""
+def tiled(x: F32, columns: int = PANEL) -> F32:
+    """x f32[N,K] -> f32[T, K rounded up to a multiple of `columns`, 32], zeros (or the last row again) beyond."""
     n, k = x.shape
-    padded = np.zeros((-(-n // ROWS) * ROWS, -(-k // PANEL) * PANEL), F)
+    if n and k % 16 == 0 and k % columns == 0 and choose(8, 32).n > 1:
+        out = np.empty((-(-n // ROWS), k, ROWS), F)
+        _tile(Lanes(ROWS, choose(8, 32).wide), np.ascontiguousarray(x, F).reshape(-1), k, out.reshape(-1))
+        return out
+    padded = np.zeros((-(-n // ROWS) * ROWS, -(-k // columns) * columns), F)
     padded[:n, :k] = x
     return np.ascontiguousarray(padded.reshape(-1, ROWS, padded.shape[1]).transpose(0, 2, 1))
 
 
-def untiled(tiles: npt.NDArray[np.generic], n: int, k: int) -> npt.NDArray[np.generic]:
+def untiled(tiles: Array, n: int, k: int) -> Array:
     """[T,K,32] -> [n,k]"""
     return np.ascontiguousarray(tiles.transpose(0, 2, 1).reshape(-1, tiles.shape[1])[:n, :k])
 
@@ -67,8 +73,8 @@ def feed(w: F32, errors: F32, panels: F32, taken: tuple[int, int], begin: int, e
 
 
 def with_feedback(
-    w: F32, errors: F32, panels: F32, scales: F32, offsets: F32, groups: npt.NDArray[np.int64], grid: Grid, begin: int, end: int,
-    codes: Bytes,
+    w: F32, errors: F32, panels: F32, scales: F32, offsets: F32, groups: npt.NDArray[np.int64], grid: Grid, begin: int,
+    end: int, codes: Bytes,
 ) -> None:  # fmt: skip
     """Codes u8[T,K,32] of columns begin..end (of 8) of w, to which the errors of those before `begin` were fed.
 
@@ -91,6 +97,12 @@ def nearest(w: F32, scales: F32, offsets: F32, groups: npt.NDArray[np.int64], gr
         grid.codes, codes.reshape(-1),
     )  # fmt: skip
     return codes
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _tile(lanes, x, k, out):  # type: ignore[no-untyped-def]
+    for t in range(out.size // (k * ROWS)):
+        transpose(lanes, x, t * ROWS, k, out[t * k * ROWS : (t + 1) * k * ROWS])
 
 
 @njit(forceinline=True)
@@ -117,12 +129,12 @@ def _coded(lanes, w, scale, offset, kind, low, high, levels, middles, codes):  #
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _nearest(lanes, W, S, O, groups, k, g, kind, low, high, levels, middles, table, codes):  # type: ignore[no-untyped-def]
+def _nearest(lanes, W, S, Z, groups, k, g, kind, low, high, levels, middles, table, codes):  # type: ignore[no-untyped-def]
     for t in range(W.size // (k * ROWS)):
-        for l in range(0, ROWS, count(lanes)):
+        for lane in range(0, ROWS, count(lanes)):
             for c in range(groups.size):
-                at, level_at = (t * k + c) * ROWS + l, (t * g + groups[c]) * ROWS + l
-                w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, O, level_at)
+                at, level_at = (t * k + c) * ROWS + lane, (t * g + groups[c]) * ROWS + lane
+                w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, Z, level_at)
                 code, _ = _coded(lanes, w, scale, offset, kind, low, high, levels, middles, table)
                 store(codes, at, code)
 
@@ -155,20 +167,20 @@ def _feed(lanes, W, E, P, k, first, last, begin, end):  # type: ignore[no-untype
     for t in range(W.size // (k * ROWS)):
         for p in range(begin // PANEL, end // PANEL):
             base = 32 * p * (p + 1)
-            for l in range(0, ROWS, count(lanes)):
-                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + l, t * k * ROWS + l, first, last)
+            for lane in range(0, ROWS, count(lanes)):
+                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + lane, t * k * ROWS + lane, first, last)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _with_feedback(lanes, W, E, P, S, O, groups, k, g, kind, low, high, levels, middles, table, begin, end, codes):  # type: ignore[no-untyped-def]
+def _with_feedback(lanes, W, E, P, S, Z, groups, k, g, kind, low, high, levels, middles, table, begin, end, codes):  # type: ignore[no-untyped-def]
     for t in range(W.size // (k * ROWS)):
         for p in range(begin // PANEL, end // PANEL):
             base = 32 * p * (p + 1)
-            for l in range(0, ROWS, count(lanes)):
-                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + l, t * k * ROWS + l, begin, p * PANEL)
+            for lane in range(0, ROWS, count(lanes)):
+                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + lane, t * k * ROWS + lane, begin, p * PANEL)
                 for c in range(p * PANEL, min(groups.size, (p + 1) * PANEL)):
-                    at, level_at = (t * k + c) * ROWS + l, (t * g + groups[c]) * ROWS + l
-                    w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, O, level_at)
+                    at, level_at = (t * k + c) * ROWS + lane, (t * g + groups[c]) * ROWS + lane
+                    w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, Z, level_at)
                     code, value = _coded(lanes, w, scale, offset, kind, low, high, levels, middles, table)
                     store(codes, at, code)
                     e = w - value

@@ -106,8 +106,8 @@ def _lines(lanes, W, k, group, importance, first, n_groups, spans, shifts, last,
             total = F(0)
             for i in range(group):
                 total += importance[column + i]
-            for l in range(0, ROWS, count(lanes)):
-                at = (t * k + column) * ROWS + l
+            for lane in range(0, ROWS, count(lanes)):
+                at = (t * k + column) * ROWS + lane
                 least, greatest = _extent(lanes, W, at, group)
                 middle, extent = (least + greatest) * F(0.5), greatest - least
                 mean = splat(lanes, F(0))
@@ -132,8 +132,8 @@ def _lines(lanes, W, k, group, importance, first, n_groups, spans, shifts, last,
                     more = explained > best
                     best, scale, offset = select(more, explained, best), select(more, s, scale), select(more, o, offset)
                 found = scale > F(0)
-                store(scales, (t * n_groups + g) * ROWS + l, scale)
-                store(offsets, (t * n_groups + g) * ROWS + l, select(found, middle + offset, middle + mean))
+                store(scales, (t * n_groups + g) * ROWS + lane, scale)
+                store(offsets, (t * n_groups + g) * ROWS + lane, select(found, middle + offset, middle + mean))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -142,10 +142,10 @@ def _two_levels(W, k, group, importance, first, n_groups, scales, offsets):  # t
     x, w = np.empty(group), np.empty(group)
     for t in range(W.size // (k * ROWS)):
         for g in range(n_groups):
-            for l in range(ROWS):
+            for lane in range(ROWS):
                 total = weighted = 0.0
                 for i in range(group):
-                    x[i] = W[(t * k + (first + g) * group + i) * ROWS + l]
+                    x[i] = W[(t * k + (first + g) * group + i) * ROWS + lane]
                     w[i] = importance[(first + g) * group + i]
                     total, weighted = total + w[i], weighted + w[i] * x[i]
                 order = np.argsort(x)
@@ -160,7 +160,7 @@ def _two_levels(W, k, group, importance, first, n_groups, scales, offsets):  # t
                         explained = below_x * a + (weighted - below_x) * b
                         if explained > best:
                             best, low, high = explained, a, b
-                at = (t * n_groups + g) * ROWS + l
+                at = (t * n_groups + g) * ROWS + lane
                 scales[at], offsets[at] = high - low, low
 
 
@@ -169,8 +169,8 @@ def _zero_points(lanes, W, k, group, importance, first, n_groups, spans, last, s
     for t in range(W.size // (k * ROWS)):
         for g in range(n_groups):
             column = (first + g) * group
-            for l in range(0, ROWS, count(lanes)):
-                at = (t * k + column) * ROWS + l
+            for lane in range(0, ROWS, count(lanes)):
+                at = (t * k + column) * ROWS + lane
                 nothing = splat(lanes, F(0))
                 least, greatest = _extent(lanes, W, at, group)
                 least, greatest = minimum(least, nothing), maximum(greatest, nothing)
@@ -192,8 +192,8 @@ def _zero_points(lanes, W, k, group, importance, first, n_groups, spans, last, s
                     fit = select(qq > F(0), xq / qq, nothing)
                     more = (xq * fit > best) & (fit > F(0))
                     best, scale, zero = select(more, xq * fit, best), select(more, fit, scale), select(more, z, zero)
-                store(scales, (t * n_groups + g) * ROWS + l, scale)
-                store(zeros, (t * n_groups + g) * ROWS + l, zero)
+                store(scales, (t * n_groups + g) * ROWS + lane, scale)
+                store(zeros, (t * n_groups + g) * ROWS + lane, zero)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -201,8 +201,8 @@ def _scales(lanes, W, k, group, importance, first, n_groups, starts, kind, low, 
     for t in range(W.size // (k * ROWS)):
         for g in range(n_groups):
             column = (first + g) * group
-            for l in range(0, ROWS, count(lanes)):
-                at = (t * k + column) * ROWS + l
+            for lane in range(0, ROWS, count(lanes)):
+                at = (t * k + column) * ROWS + lane
                 nothing = splat(lanes, F(0))
                 peak = nothing
                 for i in range(group):
@@ -219,7 +219,7 @@ def _scales(lanes, W, k, group, importance, first, n_groups, starts, kind, low, 
                     fit = select(qq > F(0), xq / qq, nothing)
                     more = xq * fit > best
                     best, scale = select(more, xq * fit, best), select(more, s * fit, scale)
-                store(scales, (t * n_groups + g) * ROWS + l, scale)
+                store(scales, (t * n_groups + g) * ROWS + lane, scale)
 
 
 def ones(k: int) -> npt.NDArray[np.float32]:
