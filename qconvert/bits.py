@@ -1,4 +1,4 @@
-"""Codes of 2 to 8 bits side by side in bytes, the first in the low bits; of 3, 5, 6 and 7 bits some lie in two bytes."""
+"""Codes of 1 to 8 bits side by side in bytes, the first in the low bits; of 3, 5, 6 and 7 bits some lie in two bytes."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from qconvert.graph import Attr, Graph
 from qconvert.passes.calibrate import Calibrate
 from qconvert.passes.untie_head import vocabulary_weights
 from qconvert.request import Request
+from qconvert.solver_spec import chosen
 from qconvert.statistics import (
     ALIAS,
     FILE,
@@ -39,13 +40,15 @@ from qconvert.target import Calibrated, Source
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
-USES = ("gguf",)  # formats with a solver that reads them
+USES = ("gguf",)  # formats whose own solver reads them
 
 
 def statistics_wanted(request: Request) -> frozenset[str]:
     """Which kinds the conversion reads: moments, hessian."""
     given = (request.calibrate, request.imatrix, request.statistics, request.save_imatrix, request.save_statistics)
-    return frozenset({"moments"}) if request.to in USES and any(x is not None for x in given) else frozenset()
+    asked = any(x is not None for x in given)
+    needs = chosen(request.solver).needs if request.solver else "moments?" if request.to in USES else ""
+    return frozenset({"moments", needs.removesuffix("?")}) if needs and (asked or not needs.endswith("?")) else frozenset()
 
 
 def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset[str]) -> Calibrated:
@@ -80,7 +83,8 @@ def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
         raise UsageError(f"--{given[0]} and --{given[1]}: statistics come from one of them", hint=f"drop --{given[1]}")
     for flag in ("imatrix", "statistics", "save_imatrix", "save_statistics"):
         if not wanted and (value := getattr(request, flag)) is not None:
-            why = "nothing here reads statistics" if request.to not in USES else "there are no statistics"
+            solver = f"solver {request.solver}" if request.solver else "nothing here"
+            why = "there are no statistics" if request.to in USES and not request.solver else f"{solver} reads no statistics"
             raise UsageError(f"--{flag.replace('_', '-')} {value}: {why}", hint="--to gguf --calibrate FILE")
     if request.calibrate_tokens is not None and (request.imatrix or request.statistics):
         raise UsageError(f"--calibrate-tokens {request.calibrate_tokens}: no text is read", hint="--calibrate FILE")

@@ -37,15 +37,17 @@ from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.pooled_merges import refuse_rounding
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
+from qconvert.solver_spec import chosen
 from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.statistics import ALIAS
-from qconvert.target import Format, Lowered, Rewriter, Source, Stage
+from qconvert.target import Format, Legal, Lowered, Rewriter, Source, Stage
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
@@ -220,13 +222,22 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     found = calibrated(request, source, merged, statistics_wanted(request))
     first = Pipeline((found.step,) if found.step else ())
     merged = first.run(merged, request.dump_ir, log.info, done)
-    legal = target.legalize(merged, options)
+    legal = with_solver(target.legalize(merged, options), request.solver)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
     legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
     return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(first), str(last)))), found)
+
+
+def with_solver(legal: Legal, solver: str | None) -> Legal:
+    """--solver in the place of the format's own."""
+    if solver is None:
+        return legal
+    chosen(solver)  # a name or an option that no solver has is refused before anything is read
+    passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize) else p for p in legal.passes)
+    return legal._replace(passes=passes)
 
 
 def offload(request: Request) -> tuple[Pass, ...]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
 from qconvert.errors import GraphError, QConvertError, UsageError
@@ -98,7 +98,7 @@ def spec_of(p: Pass | Function) -> str:
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
     """`a,b{x=1 y=z}` to passes, by the names in the registry. UsageError names a wrong option."""
-    return tuple(map(_parse_pass, split_passes(text)))
+    return tuple(cast(Pass, parsed(spec, "passes")) for spec in split_passes(text))
 
 
 def split_passes(text: str) -> list[str]:
@@ -106,13 +106,14 @@ def split_passes(text: str) -> list[str]:
     return [spec.strip() for spec in re.findall(r"[^,{]+(?:\{[^}]*\})?", text) if spec.strip()]
 
 
-def _parse_pass(spec: str) -> Pass:
+def parsed(spec: str, group: str) -> object:
+    """`name{option=value}` as the object of a group of the registry, made with those options. UsageError names a wrong one."""
     m = re.fullmatch(r"([\w.-]+)(?:\{([^}]*)\})?", spec)
     if not m:
-        raise UsageError(f"cannot read the pass {spec!r}", hint="name{option=value option=value}")
-    cls = registry.find("passes", m[1])
+        raise UsageError(f"cannot read {spec!r} of {group}", hint="name{option=value option=value}")
+    cls = registry.find(group, m[1])
     if not isinstance(cls, type):
-        return cls  # type: ignore[return-value]  # a plain function Graph -> Graph
+        return cls  # a plain function Graph -> Graph
     known = {f.name: f for f in fields(cls)}
     options: dict[str, object] = {}
     for item in (m[2] or "").split():
@@ -120,7 +121,7 @@ def _parse_pass(spec: str) -> Pass:
         if key not in known or not eq:
             raise UsageError(f"{m[1]}: no option {item!r}; it has {', '.join(known) or 'none'}")
         options[key] = _convert(value, str(known[key].type), f"{m[1]}: option {key}")
-    made: Pass = cls(**options)
+    made: object = cls(**options)
     return made
 
 

@@ -32,6 +32,7 @@ class Request:
     bits: int | None = None
     group: int | None = None
     zero_point: ZeroPoint | None = None
+    solver: str | None = None  # name{option=value}: how codes are chosen
     accuracy_level: int | None = None
     form: str = "ort"  # of ONNX
     adapters_as: Literal["merge", "swap"] = "merge"

@@ -259,8 +259,9 @@ MINIFLOATS: dict[str, Scheme] = {
 }
 
 
-AFFINE_NAME = re.compile(r"(u?int)([2-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
-TABLE_NAME = re.compile(r"(nf4|fp4)_g(\d+)")
+AFFINE_NAME = re.compile(r"(u?int)([1-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
+TABLE_NAME = re.compile(r"(nf4|fp4|ternary|binary)_(?:g(\d+)|row)")
+NAMED_TABLES = {"nf4": NF4_TABLE, "fp4": FP4_TABLE, "ternary": (-1.0, 0.0, 1.0), "binary": (-1.0, 1.0)}
 SECOND_LEVEL = re.compile(r"(.+)_(u8|u6)x(\d+)")
 
 
@@ -269,7 +270,8 @@ def scheme_of(name: str) -> Scheme | None:
     """ggml's scheme of that name, the affine one, that of a table, of rows or of small floats; None where there is none.
 
     An affine name may have any group from 8 on, and say that scales are f16 or bf16: int4_g40, uint4_g128_bf16; with o
-    there are offsets, as wide as scales, or f32: uint3o_g64_bf16, uint4o_g32_f16_f32. A table's may have any group: nf4_g4096.
+    there are offsets, as wide as scales, or f32: uint3o_g64_bf16, uint4o_g32_f16_f32. A table's may have any group:
+    nf4_g4096, ternary_g64, binary_row.
     uint4_g32_u8x128 is uint4_g32 with a second level: u8 in the place of real scales and zero points; 128 share a factor
     and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor.
     """
@@ -292,12 +294,17 @@ def affine_name(kind: str, group: int | None, scales: str) -> str:
 
 def _table(name: str) -> Scheme | None:
     m = TABLE_NAME.fullmatch(name)
-    return Scheme(name, 4, (Level("scale", "f32", int(m[2])),), NF4_TABLE if m[1] == "nf4" else FP4_TABLE) if m else None
+    if m is None:
+        return None
+    table = NAMED_TABLES[m[1]]
+    return Scheme(name, (len(table) - 1).bit_length(), (Level("scale", "f32", int(m[2]) if m[2] else None),), table)
 
 
 def _affine(name: str) -> Scheme | None:
     m = AFFINE_NAME.fullmatch(name)
-    if m is None or (m[4] and int(m[4]) < 8) or (m[3] == "f" and m[1] == "int") or (m[3] != "o" and m[2] not in "248"):
+    if m is None or (m[4] and int(m[4]) < 8) or (m[3] == "f" and m[1] == "int"):
+        return None
+    if m[2] == "1" and m[1] == "int":  # codes -1 and 0: binary_g64 has -1 and 1
         return None
     if m[6] and (m[3] != "o" or not m[5]):
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -21,9 +22,11 @@ from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
+from qconvert.hessians import Factors
 from qconvert.layouts import layout_of
 from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
+from qconvert.solved_weights import is_named, solved
 from qconvert.solvers import least_squares, line, rounded_to
 from qconvert.sources import Store
 
@@ -41,6 +44,7 @@ class Weights:
     store: Store
     dtype: type[np.floating] = np.float32
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
+    factors: Factors = field(default_factory=Factors)
     _whole: dict[str, Array] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -250,6 +254,8 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
+    if is_named(node):
+        return solved(w, name, node, begin, end, partial(_must_be_finite, w))
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
@@ -314,6 +320,8 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     quantized, layout = w.graph.nodes[node.inputs[0]], layout_of(node.type.dtype)
+    if quantized.op == "quantize" and is_named(quantized):
+        return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
     if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
     if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:

@@ -76,7 +76,7 @@ class LanesType(types.Type):  # type: ignore[misc]
 
 
 class Vector(types.Type):  # type: ignore[misc]
-    """n lanes of float32, int32, uint8 or boolean (a mask). One lane is the bare LLVM scalar."""
+    """n lanes of float32, float64, int32, uint8 or boolean (a mask). One lane is the bare LLVM scalar."""
 
     def __init__(self, element: types.Type, n: int) -> None:
         self.element, self.n = element, n
@@ -91,7 +91,8 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 _LLVM = {
-    types.float32: ir.FloatType(), types.int32: ir.IntType(32), types.uint8: ir.IntType(8), types.boolean: ir.IntType(1),
+    types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: ir.IntType(32), types.uint8: ir.IntType(8),
+    types.boolean: ir.IntType(1),
 }  # fmt: skip
 I32 = ir.IntType(32)
 register_model(LanesType)(models.OpaqueModel)
@@ -162,7 +163,7 @@ def _operator(op: Callable[..., object], emit: Callable[[Any, Vector, Any, Any],
 
 
 def _is_float(v: Vector) -> bool:
-    return bool(v.element == types.float32)
+    return v.element in (types.float32, types.float64)
 
 
 def _comparison(sign: str) -> Callable[[Any, Vector, Any, Any], Any]:
@@ -242,6 +243,18 @@ def load(typingctx, lanes, array, index):  # type: ignore[no-untyped-def]
         value = builder.load(pointer(context, builder, array, args[1], args[2], vector.llvm()))
         value.align = array.dtype.bitwidth // 8
         return value
+
+    return vector(lanes, array, types.intp), emit
+
+
+@intrinsic
+def spread(typingctx, lanes, array, index):  # type: ignore[no-untyped-def]
+    """array[index] in every lane; not checked."""
+    vector = Vector(array.dtype, lanes.n)
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = builder.load(pointer(context, builder, array, args[1], args[2], _LLVM[array.dtype]))
+        return _splat(builder, value, lanes.n)
 
     return vector(lanes, array, types.intp), emit
 

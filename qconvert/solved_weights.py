@@ -1,0 +1,104 @@
+"""The op `quantize` by a solver that is found by name: what it is given, and the rows that it sees together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import fields
+from functools import partial
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from qconvert import registry
+from qconvert.errors import GraphError, UnsupportedError, UsageError
+from qconvert.float_weights import whole_blocks
+from qconvert.graph import Graph, Node
+from qconvert.hessians import Factor, Factors, factored
+from qconvert.scheme import F32, MINIFLOATS, Array, QTensor, Scheme, scheme_of
+
+OLD = ("search", "mse", "absmax", "mlx", "absmean")  # these make packed rows, each of the formats whose own it is
+
+
+class Values(Protocol):
+    """What an op reads: weights.Weights."""
+
+    graph: Graph
+    factors: Factors
+    dtype: type[np.floating[Any]]
+
+    def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
+
+
+def is_named(node: Node) -> bool:
+    """Whether a solver of the registry quantizes; rtn of small floats is float_weights' own."""
+    solver = str(node.attrs.get("solver"))
+    return solver not in OLD and not (solver == "rtn" and node.type.dtype in MINIFLOATS)
+
+
+def solver_class(name: str) -> Any:
+    """UnsupportedError where none has that name."""
+    if name in OLD:
+        raise UsageError(f"solver {name!r} has no options")
+    return registry.find("solvers", name)
+
+
+def made(node: Node) -> Any:
+    """The solver of a node, with the options in its attributes."""
+    cls = solver_class(str(node.attrs["solver"]))
+    return cls(**{f.name: node.attrs[f.name] for f in fields(cls) if f.name in node.attrs})
+
+
+def solved(w: Values, name: str, node: Node, begin: int, end: int, check: Callable[[str, Array], None]) -> QTensor:
+    """Rows begin..end of a weight [N,K] or [E,N,K]; check(name, rows) raises where they are not finite."""
+    scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), made(node)
+    if (why := solver.refuses(scheme)) is not None:
+        raise UnsupportedError(f"{name}: {solver.name} makes no {scheme.name}: {why}")
+    n, parts = node.type.dims[-2], []
+    for e in range(begin // n, -(-end // n)):
+        i, j = max(begin, e * n), min(end, (e + 1) * n)
+        low, high = whole_blocks(scheme, n, i - e * n, j - e * n)
+        low, high = low + e * n, high + e * n
+        value = w.real(node.inputs[0], low, high)
+        check(node.inputs[0], value)
+        q = solver.solve(scheme, np.ascontiguousarray(value, np.float32), given(w, name, node, solver, e))
+        parts.append(QTensor(scheme, q.codes[i - low : j - low], tuple(v[i - low : j - low] for v in q.levels)))
+    if len(parts) == 1:
+        return parts[0]
+    levels = zip(*(q.levels for q in parts), strict=True)
+    return QTensor(scheme, np.concatenate([q.codes for q in parts]), tuple(map(np.concatenate, levels)))
+
+
+def given(w: Values, name: str, node: Node, solver: Any, expert: int) -> Any:
+    """What node's inputs beside the weight say, of one expert (0 where there are none)."""
+    from qconvert.solving import Given
+
+    others = list(node.inputs[1:])
+    whole = next((float(w.real(i)[0]) for i in others if w.graph.nodes[i].type.dims == (1,)), None)
+    statistic = next((i for i in others if w.graph.nodes[i].type.dims != (1,)), None)
+    moments, factor = None, None
+    k, n = node.type.dims[-1], node.type.dims[-2]
+    if statistic is None and solver.needs == "hessian":
+        raise GraphError(f"{name}: {solver.name} needs the Hessian of its inputs", hint="calibrate first")
+    if statistic is not None and solver.needs == "hessian":
+        source = w.graph.nodes[statistic]
+
+        def factor_of(damp: float, ordered: bool) -> Factor:
+            key: Hashable = (str(source.attrs.get("tensor", statistic)), expert, damp, ordered)
+            read = partial(w.real, statistic, expert * k, (expert + 1) * k)
+            return w.factors.of(key, lambda: factored(read(), damp, ordered, name))
+
+        factor = factor_of
+    elif statistic is not None:
+        rows = w.real(statistic)
+        moments = np.ascontiguousarray(rows if rows.ndim == 1 else rows[expert], np.float32)
+
+    def over_all(f: Callable[[Iterable[F32]], int]) -> int:
+        def blocks() -> Iterator[F32]:
+            step = max(1, (1 << 19) // k)
+            for i in range(0, n, step):
+                value = w.real(node.inputs[0], expert * n + i, expert * n + min(n, i + step))
+                yield np.ascontiguousarray(value, np.float32)
+
+        return w.factors.number((name, expert), lambda: f(blocks()))
+
+    return Given(whole, moments, factor, over_all)

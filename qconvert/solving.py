@@ -1,0 +1,236 @@
+"""How codes and metadata are chosen, by solvers that are found by name.
+
+    rows x f32[n,K] -> levels, as the scheme keeps them, for a block of columns -> codes: the nearest, or with feedback
+
+rtn: the extremes of a group are those of its grid. lsq: least squared error, weighted by the moments of inputs where they are
+known. gptq: each column's error is fed forward to columns that can make up for it, by the Hessian of inputs; levels are
+fitted to weights that are so changed, ggml's by its own search. hqq: see hqq.py.
+Sources: Frantar et al. 2022 (GPTQ); Nagel et al. 2020 (why squared error of weights is weighted by inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from qconvert import float_weights, kernels
+from qconvert.grids import finest, grid_of, kept, lowest, steps_of
+from qconvert.hessians import Factor
+from qconvert.kernels.feedback import INTEGERS, PANEL, Grid, feed, nearest, tiled, untiled, with_feedback
+from qconvert.kernels.fit_quants import fit_lines, fit_scales, fit_zero_points
+from qconvert.kernels.hqq_quants import hqq_codes, hqq_zero_points
+from qconvert.layouts import layout_of
+from qconvert.scheme import F32, MINIFLOATS, SCHEMES, TERNARY, Array, QTensor, Scheme
+from qconvert.solvers import rounded_to
+
+F = np.float32
+Needs = Literal["", "moments?", "hessian"]  # ?: used where it is there
+AT_ONCE = 32  # columns whose levels are chosen at the same time, where groups are smaller
+
+
+class Given(NamedTuple):
+    """What a solver may ask for beside the rows.
+
+    whole: of all rows of the weight, the greatest or the mean magnitude, as the scheme has it. moments f32[K]. factor(damp,
+    ordered): of the Hessian. over_all(f): f of all rows of the weight, a block at a time; once for all that ask.
+    """
+
+    whole: float | None = None
+    moments: F32 | None = None
+    factor: Callable[[float, bool], Factor] | None = None
+    over_all: Callable[[Callable[[Iterable[F32]], int]], int] | None = None
+
+
+class Solver(Protocol):
+    """A frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        """Why it does not choose codes of that scheme."""
+        ...
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        """x f32[n,K]: all rows that share entries. Rows are independent but for what `given` says of them all."""
+        ...
+
+
+def refused(scheme: Scheme) -> str | None:
+    if grid_of(scheme) is None:
+        return "its levels are another library's, of the greatest magnitude of a row (--solver absmax)"
+    if any(level.adds for level in scheme.levels) and scheme.name not in SCHEMES:
+        return "its second level is made from the first"
+    return None
+
+
+@dataclass(frozen=True)
+class Rtn:
+    name: ClassVar[str] = "rtn"
+    needs: ClassVar[Needs] = ""
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        return refused(scheme)
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        grid, k = cast(Grid, grid_of(scheme)), x.shape[1]
+        if scheme.name in MINIFLOATS:
+            return nearest_codes(scheme, x, float_weights.codes_of(scheme, x, given.whole, False)[1], grid)
+        groups = x.reshape(len(x), -1, finest(scheme, k))
+        roles = {level.role for level in scheme.levels}
+        if roles <= {"scale", "divisor"}:
+            reach = (grid.high - grid.low) / 2 if grid.kind == INTEGERS else float(np.abs(grid.levels).max())
+            levels = kept(scheme, np.abs(groups).max(2) / F(reach), np.zeros(groups.shape[:2], F))
+            return nearest_codes(scheme, x, levels, grid)
+        low, high = groups.min(2), groups.max(2)
+        if "min" in roles or scheme.zero_point == "int":
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+        return nearest_codes(scheme, x, kept(scheme, (high - low) / F((1 << scheme.bits) - 1), low), grid)
+
+
+@dataclass(frozen=True)
+class Lsq:
+    name: ClassVar[str] = "lsq"
+    needs: ClassVar[Needs] = "moments?"
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        return refused(scheme)
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        w, k = tiled(x), x.shape[1]
+        importance = np.ones(k, F) if given.moments is None else importance_of(given.moments)
+        levels = fitted(scheme, w, len(x), k, importance, (0, k), given)
+        return nearest_codes(scheme, x, levels, cast(Grid, grid_of(scheme)), w)
+
+
+@dataclass(frozen=True)
+class Hqq:
+    """norm, beta, turns: hqq's lp_norm, beta and iters."""
+
+    name: ClassVar[str] = "hqq"
+    needs: ClassVar[Needs] = ""
+    norm: float = 0.7
+    beta: float = 10.0
+    turns: int = 20
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        single = len(scheme.levels) == 2 and scheme.levels[0].group is not None and lowest(scheme) == 0
+        line = scheme.zero_point == "float" or any(level.role == "offset" for level in scheme.levels)
+        return None if single and line else "it chooses zero points that are any number, of groups (uint4f_g64)"
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        (n, k), group = x.shape, finest(scheme, x.shape[1])
+        assert given.over_all is not None
+        turns = given.over_all(lambda blocks: self.until_stop(scheme, blocks))
+        w = tiled(x, 1)
+        per, zeros, _ = hqq_zero_points(w, n, group, scheme.bits, turns, self.norm, self.beta)
+        codes = untiled(hqq_codes(w, group, scheme.bits, per, zeros), n, k)
+        scales, points = F(1) / untiled(per, n, k // group), untiled(zeros, n, k // group)
+        second = points if scheme.zero_point == "float" else -points * scales
+        both = zip(scheme.levels, (scales, second), strict=True)
+        return QTensor(scheme, codes, tuple(rounded_to(level.dtype, v.astype(F)) for level, v in both))
+
+    def until_stop(self, scheme: Scheme, blocks: Iterable[F32]) -> int:
+        """Turns until the mean error of all rows, as f32 has it, does not fall any more."""
+        errors, n_weights = np.zeros(self.turns), 0
+        for x in blocks:
+            w = tiled(x, 1)
+            errors += hqq_zero_points(w, len(x), finest(scheme, x.shape[1]), scheme.bits, self.turns, self.norm, self.beta)[2]
+            n_weights += x.size
+        mean, best = (errors / n_weights).astype(F), F(np.inf)
+        for turn in range(self.turns):
+            if not mean[turn] < best:
+                return turn + 1
+            best = mean[turn]
+        return self.turns
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """damp: in parts of the mean of the Hessian's diagonal. ordered: strong inputs first, which fixes all levels beforehand
+    (so do static ones); no file needs to know of it."""
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[Needs] = "hessian"
+    damp: float = 0.01
+    ordered: bool = False
+    static: bool = False
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        if (why := refused(scheme)) is not None:
+            return why
+        return "its groups are not of a multiple of 8 columns" if any((v.group or 8) % 8 for v in scheme.levels) else None
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        assert given.factor is not None
+        factor, (n, k), grid = given.factor(self.damp, self.ordered), x.shape, cast(Grid, grid_of(scheme))
+        columns = np.arange(k) if factor.order is None else factor.order
+        group = finest(scheme, k)
+        at_once = -(-AT_ONCE // scheme.block) * scheme.block
+        if self.ordered or self.static or any(level.group is None and level.rows == 1 for level in scheme.levels):
+            at_once = k
+        cost = np.empty(k, F)
+        cost[columns] = factor.cost
+        w = tiled(x if factor.order is None else x[:, columns])
+        errors, codes, found = np.zeros_like(w), np.zeros(w.shape, np.uint8), []
+        for begin in range(0, k, at_once):
+            end = min(k, begin + at_once)
+            last = -(-end // PANEL) * PANEL
+            feed(w, errors, factor.panels, (0, begin), begin, last)
+            changed = tiled(x) if self.ordered else w
+            found.append(fitted(scheme, changed, n, k, cost, (begin, end), given))
+            steps = steps_of(scheme, found[-1], end - begin)
+            groups = np.zeros(k, np.int64)
+            groups[begin:end] = (columns[begin:end] if self.ordered else np.arange(end - begin)) // group
+            with_feedback(w, errors, factor.panels, *steps.tiles(), groups, grid, begin, last, codes)
+        taken = untiled(codes, n, k)
+        if factor.order is not None:
+            taken[:, factor.order] = taken.copy()
+        both = zip(scheme.levels, zip(*found, strict=True), strict=True)
+        levels = tuple(np.concatenate(parts, axis=1) if level.group else parts[0] for level, parts in both)
+        return QTensor(scheme, as_codes(scheme, taken), levels)
+
+
+def nearest_codes(scheme: Scheme, x: F32, levels: tuple[F32, ...], grid: Grid, w: F32 | None = None) -> QTensor:
+    k = x.shape[1]
+    steps = steps_of(scheme, levels, k)
+    codes = nearest(tiled(x) if w is None else w, *steps.tiles(), np.arange(k) // steps.group, grid)
+    return QTensor(scheme, as_codes(scheme, untiled(codes, len(x), k)), levels)
+
+
+def as_codes(scheme: Scheme, codes: Array) -> Array:
+    return codes if scheme.table or lowest(scheme) >= 0 else codes.view(np.int8)
+
+
+def importance_of(moments: F32) -> F32:
+    """Positive, around 1: a channel without input still keeps a little of its weight."""
+    mean = float(moments.mean(dtype=np.float64))
+    return np.maximum(moments / F(mean), F(1e-4)).astype(F) if mean > 0 else np.ones_like(moments)
+
+
+def fitted(
+    scheme: Scheme, w: F32, n: int, k: int, importance: F32, columns: tuple[int, int], given: Given
+) -> tuple[F32, ...]:
+    """Levels, as kept, of least error weighted by importance f32[K], of columns begin..end of tiles w."""
+    (begin, end), group = columns, finest(scheme, columns[1] - columns[0])
+    if scheme.name in TERNARY:
+        return (np.full((n, 1), given.whole, F),)
+    if scheme.name in MINIFLOATS or scheme.name in SCHEMES:
+        x = untiled(w[:, begin:end], n, end - begin)
+        if scheme.name in MINIFLOATS:
+            return float_weights.codes_of(scheme, x, given.whole, True)[1]
+        return layout_of(f"gguf.{scheme.name}").unpack(kernels.search(scheme.name, x)).levels
+    where = importance, begin // group, (end - begin) // group
+    roles = {level.role for level in scheme.levels}
+    if roles == {"scale"}:
+        scales = fit_scales(w, group, cast(Grid, grid_of(scheme)), *where)
+        offsets = np.zeros_like(scales)
+    elif scheme.zero_point == "int":
+        scales, zeros = fit_zero_points(w, group, scheme.bits, *where)
+        offsets = -scales * zeros
+    else:
+        scales, offsets = fit_lines(w, group, scheme.bits, *where)
+    return kept(scheme, *(untiled(v, n, v.shape[1]) for v in (scales, offsets)))
