@@ -42,6 +42,7 @@ class Options:
     general: tuple[KV, ...]
     vocabulary: Vocabulary
     split_max_nbytes: int | None = None
+    solver: str = "search"
 
 
 class GGUF:
@@ -82,7 +83,7 @@ class GGUF:
             unquantized=stored_dtype(graph),
         )
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else None
-        return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request), limit)
+        return Options(mix, choice, gguf_general.describe(source, graph), vocabulary(source, graph, request), limit, request.solver or "search")
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path(gguf_general.file_name(source, graph, options.mix.name))
@@ -96,7 +97,7 @@ class GGUF:
         types = {names[c.name]: c.got for c in choices}
         passes: list[Pass | Function] = [PermuteRope()] if arch.permuted else []
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
-        passes += [Quantize(options.mix.name, types=types), Pack("gguf")]
+        passes += [Quantize(options.mix.name, options.solver, types), Pack("gguf")]
         fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
         told = (*arch.notes, *options.vocabulary.notes, *notes(graph, types))
         return Legal(tuple(passes), options.mix.name, fallbacks, told, arch.kvs)

@@ -82,6 +82,7 @@ class Options:
     notes: tuple[str, ...] = ()
     any_quant: bool = True  # --quant was not given: codes that a source has are kept with zero points too
     any_group: bool = True
+    solver: str | None = None
 
 
 class ONNX:
@@ -138,7 +139,7 @@ class ONNX:
         checked, told = request.check and not request.dry_run, other_tokenizers(source)
         return Options(
             form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, told,
-            any_quant=request.quant is None and request.zero_point is None, any_group=request.group is None,
+            any_quant=request.quant is None and request.zero_point is None, any_group=request.group is None, solver=request.solver,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -154,7 +155,7 @@ class ONNX:
         if fallbacks and options.fallback == "error":
             f = fallbacks[0]
             raise UnsupportedError(f"{f['tensor']}: {f['reason']}", hint="--fallback warn takes what divides")
-        solver = "mse" if options.group else "search"
+        solver = options.solver or ("mse" if options.group else "search")
         passes: tuple[Pass, ...] = (*first, Quantize(options.quant, solver, types), Pack("onnx", columns))
         shown = fallbacks if options.fallback == "warn" else ()
         linears = {types[n.inputs[1]] for n in graph.nodes.values() if n.op == "linear"}

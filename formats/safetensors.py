@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +36,7 @@ from qconvert.formats.safetensors_verify import checkpoint_folder, contents, ver
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Attr, Graph
 from qconvert.layouts import layout_of
+from qconvert.passes.quantize import Quantize
 from qconvert.passes.quantize_activations import QuantizeActivations
 from qconvert.passes.untie_head import has_head
 from qconvert.pipeline import Pass
@@ -75,6 +76,7 @@ class Options:
     config: Mapping[str, object]
     metadata: Mapping[str, str]
     calibration: Calibration | None = None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    solver: str | None = None
 
 
 class Safetensors:
@@ -105,7 +107,7 @@ class Safetensors:
         return Options(
             dialect, wanted, request.fallback, limit, tokenizer,
             {**carried(source), **sentence_files(source.checkpoint.folder)}, config_of(source, graph, dtype), metadata,
-            None if request.dry_run else calibration,
+            None if request.dry_run else calibration, request.solver,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -124,6 +126,7 @@ class Safetensors:
             why = f"first {fallbacks[0]['tensor']}: {fallbacks[0]['reason']}" if fallbacks else "there are no linear maps"
             raise UnsupportedError(f"{name}: no weight can be quantized so; {why}", hint="--quant bf16, or --to gguf or onnx")
         own = passes_of(options.dialect, types, options.wanted, together(graph, types))
+        own = tuple(replace(p, solver=options.solver) if isinstance(p, Quantize) and p.solver == "mse" and options.solver else p for p in own)
         ranges, told = fixed_ranges(graph, options, types)
         passes: tuple[Pass, ...] = (*first, *own, *([QuantizeActivations(name, ranges)] if ranges else []))
         shown = fallbacks if options.fallback == "warn" else []

@@ -112,6 +112,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of the GPU. Default 1000.")
 @click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
+@click.option("--solver", type=click.Choice(["recover"]),
+              help="recover: weights that were trained on a grid (QAT) keep it, in a type without zero points.")  # fmt: skip
 @click.option("--pooling", type=click.Choice(["peft", "repo", "paper", "sum"]),
               help="QA-LoRA: what its inputs were pooled to, where adapter_config.json does not say.")  # fmt: skip
 @click.option("--allow-lossy", is_flag=True, help="Go on where rounding may undo an adapter, which is refused.")

@@ -23,6 +23,7 @@ from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, UsageError, VerificationError
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
+from qconvert.grids import grid_notes, recovered_rows, refuse_no_grid
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
@@ -94,6 +95,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
+        rows += recovered_rows(lowered.graph, weights)
         return [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
@@ -169,6 +171,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = target.legalize(merged, options)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
+    refuse_no_grid(final, request.solver)
     legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
@@ -230,11 +233,12 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     refs = [info.ref for alias in source.store.roots for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
+    grids = () if request.dry_run else grid_notes(source.base, source.store, request.solver, bool(source.adapters))
     return replace(
         report,
         accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *report.notes, *runs_on(request)],
+        notes=[*lowered.legal.notes, *grids, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )

@@ -49,6 +49,7 @@ class Request:
     threads: int | None = None
     dump_ir: Path | None = None
     allow_unused_adapter_keys: bool = False
+    solver: str | None = None  # how codes are chosen; recover: by the grid that weights were trained on
     pooling: str | None = None  # of QA-LoRA adapters, a name of adapter_pooling.FACTORS
     allow_lossy: bool = False  # round what an adapter changed, though that may undo it
     fallback: Fallback = "warn"

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import adapter_weights, float_weights, kernels, peer_weights, stored_weights
+from qconvert import adapter_weights, float_weights, kernels, peer_weights, recover, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -250,6 +250,11 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
+    if node.attrs.get("solver") == recover.SOLVER:
+        usual = replace(node, attrs={"solver": "search" if node.type.dtype in SCHEMES else "mse"})
+        q = _quantize(w, name, usual, begin, end)
+        x = w.real(node.inputs[0], begin, end) if recover.recoverable(q.scheme) else None
+        return q if x is None else recover.with_recovered(q, np.ascontiguousarray(x, np.float32))
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
@@ -306,9 +311,11 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     quantized, layout = w.graph.nodes[node.inputs[0]], layout_of(node.type.dtype)
-    if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
+    if quantized.op != "quantize" or quantized.attrs.get("solver") == recover.SOLVER:
+        return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
+    if layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
-    if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
+    if layout.join is not None and layout.scheme.name == quantized.type.dtype:
         _, packed, levels = _solved(w, quantized, begin, end)
         return layout.join(packed, levels)
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))

@@ -14,9 +14,9 @@ FLOORS: dict[float, str] = {
     0: "errors dtypes",
     1: "graph text scheme adapter_ops reals second_level bits planes moves gptq_words registry layouts rope",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
-    "peer_weights adapter_weights weights run kernels kernels.*",
+    "peer_weights recover adapter_weights weights run kernels kernels.*",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
-    "adapters adapter_config adapter_pooling pooled_merges adapter_delta "
+    "adapters adapter_config adapter_pooling pooled_merges adapter_delta grids "
     "tokenizer chat sentencepiece_model tokenizer_json pipeline emit check report "
     "encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
     "offloading",
