@@ -226,7 +226,7 @@ class _Attaching:
         return group
 
     def _elastic(self, f: Factors, factors: tuple[str, str], group: int) -> tuple[dict[str, Node], tuple[str, str]]:
-        """IR-QLoRA: A also has the means of K/r inputs for each rank, B each rank again for N/r outputs, times a number each."""
+        """IR-QLoRA: A also has the means of K/r inputs for each rank, B each rank again for N/r outputs, times a number."""
         assert f.pooled is not None
         out, names = dict[str, Node](), list(factors)
         for i, (info, tensor) in enumerate(zip(f.pooled.elastic, (f.a, f.b), strict=False)):

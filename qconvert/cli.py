@@ -79,7 +79,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--group", type=int, help="ONNX: weights that share a scale, 16 32 64 128 256. Default 32.")
 @click.option("--zero-point", type=click.Choice(["none", "int", "float"]), help="ONNX: of each group; int4 has none.")
 @click.option("--solver", metavar="NAME[{option=value ...}]",
-              help="How codes are chosen: rtn, lsq, hqq, gptq{damp=0.01}. Default: search (ggml's) for GGUF, else mse.")
+              help="How codes are chosen: rtn, lsq, hqq, gptq{damp=0.01}, recover (QAT). Default: search for GGUF, else mse.")
 @click.option("--accuracy-level", type=int, help="ONNX: 4 rounds activations to 8 bits, which is fast; 0 does not. Default 4.")
 @click.option("--form", type=click.Choice(["ort", "portable", "legacy"]), default="ort", show_default=True,
               help="ONNX: onnxruntime's nodes with bodies in standard ones; standard ones alone; opset 21.")  # fmt: skip

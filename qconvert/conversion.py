@@ -41,6 +41,7 @@ from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Function, Pass, Pipeline, flatten
 from qconvert.pooled_merges import refuse_rounding
+from qconvert.qat_grids import grid_notes, recovered_rows, refuse_no_grid
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
@@ -112,6 +113,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
         found = measured(request, source, lowered, weights, threads)
+        rows += recovered_rows(lowered.graph, weights)
         rows = [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)]
         if share := found.get("read_by_calibration", 0):
             why = "the weights were fitted to this text; --eval FILE names another"
@@ -225,6 +227,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = with_solver(target.legalize(merged, options), request.solver)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
+    refuse_no_grid(final, request.solver)
     legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
@@ -296,6 +299,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     refs = [info.ref for alias in aliases for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
+    grids = () if request.dry_run else grid_notes(source.base, source.store, request.solver, bool(source.adapters))
     return replace(
         report,
         accounting={
@@ -304,7 +308,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
             "calibration": dict(lowered.calibrated.coverage),
         },
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *lowered.calibrated.notes, *report.notes, *runs_on(request)],
+        notes=[*lowered.legal.notes, *grids, *lowered.calibrated.notes, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )

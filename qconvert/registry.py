@@ -50,7 +50,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp",
         "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
     },
-    "solvers": {name: f"qconvert.solving:{name.capitalize()}" for name in ("rtn", "lsq", "gptq", "hqq")},
+    "solvers": {name: f"qconvert.solving:{name.capitalize()}" for name in ("rtn", "lsq", "gptq", "hqq", "recover")},
     "dialects": {
         **{name: f"qconvert.formats.safetensors_dialects:{name.upper()}" for name in ("fp32", "fp16", "bf16")},
         "w4a16": "qconvert.formats.safetensors_ct:W4A16",

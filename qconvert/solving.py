@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from qconvert import float_weights, kernels
+from qconvert import float_weights, kernels, recover
 from qconvert.grids import finest, grid_of, kept, lowest, steps_of
 from qconvert.hessians import Factor
 from qconvert.kernels.feedback import INTEGERS, PANEL, Grid, feed, nearest, tiled, untiled, with_feedback
@@ -192,6 +192,24 @@ class Gptq:
         both = zip(scheme.levels, zip(*found, strict=True), strict=True)
         levels = tuple(np.concatenate(parts, axis=1) if level.group else parts[0] for level, parts in both)
         return QTensor(scheme, as_codes(scheme, taken), levels)
+
+
+@dataclass(frozen=True)
+class Recover:
+    """Groups that lie on a grid keep it; the others, and types of another kind, are searched."""
+
+    name: ClassVar[str] = recover.SOLVER
+    needs: ClassVar[Needs] = ""
+
+    def refuses(self, scheme: Scheme) -> str | None:
+        return refused(scheme)
+
+    def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
+        if scheme.name in SCHEMES:
+            q = layout_of(f"gguf.{scheme.name}").unpack(kernels.search(scheme.name, x))
+        else:
+            q = Lsq().solve(scheme, x, given)
+        return recover.with_recovered(q, x) if recover.recoverable(scheme) else q
 
 
 def nearest_codes(scheme: Scheme, x: F32, levels: tuple[F32, ...], grid: Grid, w: F32 | None = None) -> QTensor:

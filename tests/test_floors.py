@@ -15,12 +15,12 @@ FLOORS: dict[float, str] = {
     1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope parallel adapter_ops",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
     "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
-    "hessians solving solved_weights",
+    "hessians solving solved_weights recover",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
-    "solver_spec",
+    "solver_spec qat_grids",
     3.5: "passes passes.* formats formats.*",
     4: "conversion calibrated verification inspection listing printing",
     5: "cli __main__",

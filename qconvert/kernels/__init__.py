@@ -17,6 +17,7 @@ nested_codes(v f32[n], levels) -> codes u8[n], scales f32[n/256]: bitsandbytes' 
 int8_rows(x f32[N,K]) -> codes i8[N,K], peaks f32[N]: bitsandbytes' 8 bits, byte for byte
 mlx_affine(x f32[N,K], group, bits) -> packed u8[N,K*bits/8], scales, biases f32[N,K/group]: mx.quantize, byte for byte
 line_codes(x f32[N,K], group, bits, scales, biases) -> packed u8[N,K*bits/8]: the nearest codes
+recover(x f32[N,K], group, low, high, dtype) -> codes, scales, found: the grid that weights lie on
 ternary_codes(x f32[N,K], factor) -> i8[N,K]         -1, 0 and 1
 magnitude_sums(f32[N,K]) -> f64[N]
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_and_check as widen_and_check
     from qconvert.kernels.real import widen_bf16 as widen_bf16
+    from qconvert.kernels.recover import recover as recover
     from qconvert.kernels.table_quants import table_codes as table_codes
     from qconvert.kernels.ternary_quants import magnitude_sums as magnitude_sums
     from qconvert.kernels.ternary_quants import ternary_codes as ternary_codes
@@ -61,6 +63,7 @@ _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_ch
 _FLOATS = ("e4m3_codes", "group_peaks", "int8_codes", "mx_exponents", "mxfp4", "nvfp4", "scales_of")
 _WHERE = dict.fromkeys(_REAL, "real") | dict.fromkeys(_FLOATS, "float_quants") | {
     "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_nearest", "table_codes": "table_quants",
+    "recover": "recover",
 }  # fmt: skip
 _BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes")
 _WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")

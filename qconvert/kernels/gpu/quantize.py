@@ -74,7 +74,7 @@ def steps(scheme: str) -> F32 | None:
 
     factors = np.arange(-iq4_quants.TRIES, iq4_quants.TRIES + 1).astype(np.float32) + iq4_quants.FIRST
     found: dict[str, F32] = {
-        "q2_k": min_quants.STEPS_2, "q4_k": min_quants.STEPS_4, "q5_k": min_quants.STEPS_5, "q6_k": scale_quants.RANGES_6,
+        "q2_k": min_quants.STEPS_2, "q4_k": min_quants.STEPS_4, "q5_k": min_quants.STEPS_5, "q6_k": scale_quants.RANGES_32,
         "iq4_nl": np.append(np.float32(1), factors), "iq4_xs": np.append(np.float32(1), factors),
     }  # fmt: skip
     return found.get(scheme)
