@@ -15,7 +15,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, cast
 
-from qconvert import offloading, registry
+from qconvert import offloading, on_device, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
@@ -83,6 +83,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
+    on_device.demand(request)
     offload(request)  # flags that go together, before anything is read
     target = cast(type[Format], registry.find("formats", request.to))()
     if request.model.endswith(REWRITTEN):
@@ -107,7 +108,7 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
         described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
-        notes=[*job.notes, *runs_on(request)],
+        notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
         fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
     )  # fmt: skip
 
@@ -131,11 +132,12 @@ def write(
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
-    weights = Weights(graph, store)
+    weights = Weights(graph, store, device=request.device)
     threads = request.threads or default_threads()
     with written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
             rows, runtime = prove(weights, parts, threads)
+            rows = [*rows, *on_device.rows(weights)]
         else:
             rows, runtime = [Row("runtime", "not verified", None, None, "skip", "--no-check")], None
         report = replace(report, checks=rows, runtime=runtime)
@@ -232,7 +234,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
         report,
         accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *report.notes, *runs_on(request)],
+        notes=[*lowered.legal.notes, *report.notes, *runs_on(request), *on_device.notes(request, lowered.graph)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )

@@ -20,7 +20,7 @@ from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
-from qconvert.weights import Weights, rows_per_block
+from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
 
 class Entry(NamedTuple):
@@ -137,7 +137,8 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
                 staging.mkdir()
                 make_folders(parts.values())
             with open_parts(plan, parts) as fds:
-                in_parallel(blocks(plan, fds), lambda b: write_block(b, weights, progress), threads)
+                todo = blocks(plan, fds, BLOCK_VALUES[weights.device])
+                in_parallel(todo, lambda b: write_block(b, weights, progress), threads)
                 for fd in fds.values():
                     os.fsync(fd)
         except OSError as e:
@@ -200,20 +201,20 @@ def reserve(fd: int, nbytes: int) -> None:
 UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 
 
-def blocks(plan: Plan, fds: dict[Path, int]) -> Iterator[Block]:
+def blocks(plan: Plan, fds: dict[Path, int], values: int) -> Iterator[Block]:
     for file in plan.files:
         for entry in file.entries:
             names = entry.files or (file.path.name,) * len(entry.pieces)
             places = tuple(fds[file.path.with_name(name)] for name in names)
-            for begin, end in entry_ranges(entry):
+            for begin, end in entry_ranges(entry, values):
                 yield Block(places, entry, begin, end)
 
 
-def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
+def entry_ranges(entry: Entry, values: int = BLOCK_VALUES["cpu"]) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks in which an entry is written. Columns are written in long runs, one a value of a row."""
     together = math.lcm(*(p.step for p in entry.pieces))
     if not any(p.columns for p in entry.planes) and together == 1:
-        yield from row_ranges(entry.shape)
+        yield from row_ranges(entry.shape, values=values)
         return
     n, columns = n_rows(entry.shape), any(p.columns for p in entry.planes)
     step = rows_per_block(sum(p.nbytes for p in entry.planes), COLUMNS_NBYTES if columns else COLUMNS_NBYTES >> 4)
@@ -223,10 +224,12 @@ def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
         yield begin, min(n, begin + step)
 
 
-def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+def row_ranges(
+    shape: tuple[int, ...], begin: int = 0, end: int | None = None, values: int = BLOCK_VALUES["cpu"]
+) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks in which a tensor's rows, or some of them, are evaluated; a vector is one block."""
     n = n_rows(shape) if end is None else end
-    step = rows_per_block(shape[-1]) if len(shape) > 1 else n
+    step = rows_per_block(shape[-1], values) if len(shape) > 1 else n
     for i in range(begin, n, step):
         yield i, min(n, i + step)
 
@@ -255,7 +258,8 @@ def written_nbytes(entry: Entry, begin: int, end: int) -> int:
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
-    width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end))
+    values = BLOCK_VALUES[weights.device]
+    width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end, values))
     rows = np.empty((end - begin if len(ranges) > 1 else 0, width), np.uint8)
     for i, j in ranges:
         data = weights.encoded(entry.value, i, j)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 
@@ -21,25 +21,28 @@ from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
+from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.solvers import least_squares, line, rounded_to
 from qconvert.sources import Store
 
-if TYPE_CHECKING:
-    pass
-
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
+BLOCK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MB of f32, 16 MB: what is worth a launch and fits a few times
 
 
 @dataclass
 class Weights:
-    """The constants of `graph`, read from `store`. dtype is np.float32 (what is written) or np.float64 (reference)."""
+    """The constants of `graph`, read from `store`. dtype is np.float32 (what is written) or np.float64 (reference).
+
+    device: cpu or cuda, where what has kernels there is quantized, to the same bytes.
+    """
 
     graph: Graph
     store: Store
     dtype: type[np.floating] = np.float32
+    device: Device = "cpu"
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
     _whole: dict[str, Array] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -341,7 +344,8 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
         raise GraphError(f"unknown solver {node.attrs.get('solver')!r}", hint="solvers: search")
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
-    return kernels.search(node.type.dtype, np.ascontiguousarray(value, np.float32))
+    search = on_gpu.search if w.device == "cuda" and on_gpu.has(node) else kernels.search
+    return search(node.type.dtype, np.ascontiguousarray(value, np.float32))
 
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
@@ -354,7 +358,7 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
-def rows_per_block(k: int, values: int = 1 << 19) -> int:
+def rows_per_block(k: int, values: int = BLOCK_VALUES["cpu"]) -> int:
     """Rows of k values in a block of about `values` (2 MB of f32), in multiples of 16 where that fits."""
     n = max(1, values // max(1, k))
     return n // 16 * 16 if n >= 16 else n

@@ -17,7 +17,7 @@ FLOORS: dict[float, str] = {
     "peer_weights weights run kernels kernels.*",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline emit check report "
-    "encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
+    "encoder_check request target targets companions on_device provenance calibration transcoded placement prefetch traffic "
     "offloading",
     3.5: "passes passes.* formats formats.*",
     4: "conversion verification inspection listing printing",
