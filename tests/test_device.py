@@ -30,7 +30,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_file_is_the_cpus(tmp_path: Path) -> None:
-    types = (r"blk\.0\.attn_k\.weight=q4_k", r"blk\.1\.attn_k\.weight=q6_k")
+    types = (r"blk\.0\.attn_k\.weight=q2_k", r"blk\.1\.attn_k\.weight=q6_k")
     for device in ("cpu", "cuda"):
         file = tmp_path / f"{device}.gguf"
         result = convert(TINY, quant="f16", tensor_types=types, output=file, device=device, check=False)
