@@ -126,6 +126,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--prefetch", type=click.IntRange(min=0), help="Blocks of look-ahead of what is offloaded. Default 1.")
 @click.option("--link-bandwidth", type=float, metavar="GB/S", help="To the GPU. Default 25 (mmap 12, disk 5).")
 @click.option("--memory-bandwidth", type=float, metavar="GB/S", help="Of the GPU. Default 1000.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+              help="cuda: quantize on a GPU, to the same bytes; needs torch with CUDA or ROCm, and Triton.")  # fmt: skip
 @click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it.")
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
 @click.option("--pooling", type=click.Choice(["peft", "repo", "paper", "sum"]),

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
-from qconvert import accountant, offloading, registry
+from qconvert import accountant, offloading, on_device, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
 from qconvert.build import build
@@ -100,6 +100,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
+    on_device.demand(request)
     offload(request)  # flags that go together, before anything is read
     if request.eval is not None:
         read_text(request.eval, "--eval")
@@ -132,7 +133,7 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
         described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
-        notes=[*job.notes, *runs_on(request)],
+        notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
         fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
     )  # fmt: skip
 
@@ -185,11 +186,12 @@ def write(
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
-    weights = Weights(graph, store)
+    weights = Weights(graph, store, device=request.device)
     threads = request.threads or default_threads()
     with written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
             proof = prove(weights, parts, threads)
+            proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
         else:
             proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
         report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
@@ -308,7 +310,10 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
             "calibration": dict(lowered.calibrated.coverage),
         },
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
-        notes=[*lowered.legal.notes, *grids, *lowered.calibrated.notes, *report.notes, *runs_on(request)],
+        notes=[
+            *lowered.legal.notes, *grids, *lowered.calibrated.notes, *report.notes, *runs_on(request),
+            *on_device.notes(request, lowered.graph),
+        ],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
     )

@@ -25,7 +25,7 @@ from qconvert.parallel import default_threads as default_threads
 from qconvert.parallel import in_parallel as in_parallel
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
-from qconvert.weights import Weights, rows_per_block
+from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
 log = logging.getLogger("qconvert")
 
@@ -215,6 +215,7 @@ class Todo:
     def __init__(self, plan: Plan, weights: Weights, journal: Journal, sync: Callable[[], None]) -> None:
         digests = Digests(weights)
         self.plan, self.journal, self.sync = plan, journal, sync
+        self.values = BLOCK_VALUES[weights.device]
         self.digests = {(f.path, e.name): digests.of(e.value, f.path.name, e) for f in plan.files for e in f.entries}
         self.done = {key for key, digest in self.digests.items() if digest in journal.done}
         self.done_nbytes = sum(e.nbytes for f in plan.files for e in f.entries if (f.path, e.name) in self.done)
@@ -229,7 +230,7 @@ class Todo:
                     continue
                 names = entry.files or (file.path.name,) * len(entry.pieces)
                 places = tuple(fds[file.path.with_name(name)] for name in names)
-                ranges = list(entry_ranges(entry))
+                ranges = list(entry_ranges(entry, self.values))
                 self._left[key] = len(ranges)
                 for begin, end in ranges:
                     yield Block(places, entry, begin, end, key)
@@ -281,11 +282,11 @@ def reserve(fd: int, nbytes: int) -> None:
 UNSUPPORTED = (95, 22)  # EOPNOTSUPP, EINVAL: file systems without fallocate
 
 
-def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
+def entry_ranges(entry: Entry, values: int = BLOCK_VALUES["cpu"]) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks in which an entry is written. Columns are written in long runs, one a value of a row."""
     together = math.lcm(*(p.step for p in entry.pieces))
     if not any(p.columns for p in entry.planes) and together == 1:
-        yield from row_ranges(entry.shape)
+        yield from row_ranges(entry.shape, values=values)
         return
     n, columns = n_rows(entry.shape), any(p.columns for p in entry.planes)
     step = rows_per_block(sum(p.nbytes for p in entry.planes), COLUMNS_NBYTES if columns else COLUMNS_NBYTES >> 4)
@@ -295,10 +296,12 @@ def entry_ranges(entry: Entry) -> Iterator[tuple[int, int]]:
         yield begin, min(n, begin + step)
 
 
-def row_ranges(shape: tuple[int, ...], begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+def row_ranges(
+    shape: tuple[int, ...], begin: int = 0, end: int | None = None, values: int = BLOCK_VALUES["cpu"]
+) -> Iterator[tuple[int, int]]:
     """(begin, end) of the blocks in which a tensor's rows, or some of them, are evaluated; a vector is one block."""
     n = n_rows(shape) if end is None else end
-    step = rows_per_block(shape[-1]) if len(shape) > 1 else n
+    step = rows_per_block(shape[-1], values) if len(shape) > 1 else n
     for i in range(begin, n, step):
         yield i, min(n, i + step)
 
@@ -327,7 +330,8 @@ def written_nbytes(entry: Entry, begin: int, end: int) -> int:
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
-    width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end))
+    values = BLOCK_VALUES[weights.device]
+    width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end, values))
     rows = np.empty((end - begin if len(ranges) > 1 else 0, width), np.uint8)
     for i, j in ranges:
         data = weights.encoded(entry.value, i, j)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from qconvert.errors import UsageError
 from qconvert.pipeline import Function, Pass
-from qconvert.scheme import ZeroPoint
+from qconvert.scheme import Device, ZeroPoint
 
 Fallback = Literal["error", "warn", "allow"]
 
@@ -77,6 +77,7 @@ class Request:
     link_bandwidth: float | None = None  # GB/s
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
+    device: Device = "cpu"  # that quantizes
 
 
 def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,26 +23,29 @@ from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.hessians import Factors
+from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.solved_weights import is_named, solved
 from qconvert.solvers import least_squares, line, rounded_to
 from qconvert.sources import Store
 
-if TYPE_CHECKING:
-    pass
-
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
+BLOCK_VALUES = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MB of f32, 16 MB: what is worth a launch and fits a few times
 
 
 @dataclass
 class Weights:
-    """The constants of `graph`, read from `store`. dtype is np.float32 (what is written) or np.float64 (reference)."""
+    """The constants of `graph`, read from `store`. dtype is np.float32 (what is written) or np.float64 (reference).
+
+    device: cpu or cuda, where what has kernels there is quantized, to the same bytes.
+    """
 
     graph: Graph
     store: Store
     dtype: type[np.floating] = np.float32
+    device: Device = "cpu"
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
     factors: Factors = field(default_factory=Factors)
     _whole: dict[str, Array] = field(default_factory=dict)
@@ -309,7 +312,8 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
     _must_be_finite(w, node.inputs[0], value)
     x, scheme = np.ascontiguousarray(value, np.float32), node.type.dtype
     if len(node.inputs) < 2:
-        return kernels.search(scheme, x)
+        search = on_gpu.search if w.device == "cuda" and on_gpu.has(node) else kernels.search
+        return search(scheme, x)
     importance = w.whole(node.inputs[1])
     if importance.ndim == 1:
         return kernels.search(scheme, x, importance=importance)
@@ -330,7 +334,7 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
 
 
-def rows_per_block(k: int, values: int = 1 << 19) -> int:
+def rows_per_block(k: int, values: int = BLOCK_VALUES["cpu"]) -> int:
     """Rows of k values in a block of about `values` (2 MB of f32), in multiples of 16 where that fits."""
     n = max(1, values // max(1, k))
     return n // 16 * 16 if n >= 16 else n

@@ -1,4 +1,5 @@
-"""Measure the fused products of packed weights on a GPU beside cuBLAS and the memory itself: one JSON line per case.
+"""Measure the fused products of packed weights on a GPU beside cuBLAS and the memory itself, and quantizing on it beside the
+CPU: one JSON line per case.
 
     python tools/bench_gpu.py                     every case
     python tools/bench_gpu.py gemv "4096 x 4096"  cases whose names contain one of these
@@ -7,6 +8,9 @@
 Weights are W4A16, groups of 128 with f16 scales; x is bf16, and so is cuBLAS's weight. GB/s count the packed weight, x and y
 once. The copy's bandwidth, of bytes read and written, is measured in the same run. Tiles are tuned first. Each round goes over
 as many copies of a weight as no cache holds.
+
+quantize: bf16 weights that lie in GPU memory to blocks there, against kernels.search on f32 rows with all cores (goal 20x);
+with_copies: f32 rows from and bytes to the CPU's memory too, by as many threads, as --device cuda does. wrong_bytes: of both.
 """
 
 from __future__ import annotations
@@ -15,19 +19,23 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from qconvert.kernels.gpu import reference
+from qconvert import kernels
+from qconvert.emit import default_threads, in_parallel
+from qconvert.kernels.gpu import quantize, reference
 from qconvert.kernels.gpu.check import relative
 from qconvert.kernels.gpu.launch import multiply
 from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part
 from qconvert.kernels.gpu.records import place
 from qconvert.kernels.gpu.tuning import fastest, n_copies, seconds
+from qconvert.weights import BLOCK_VALUES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench_results.jsonl"
@@ -35,6 +43,8 @@ Result = dict[str, str | float]
 SHAPES = ((4096, 4096), (11008, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 28672))  # N, K
 ROWS = {"gemv": 1, "gemm": 128}
 GROUP = 128
+QUANTIZED = (4096, 14336)  # N, K
+ROUNDS = 7
 
 
 def w4a16(n: int, k: int) -> Operand:
@@ -75,12 +85,53 @@ def measure(kind: str, n: int, k: int, bandwidth: float) -> Result:
     }
 
 
+def wall_seconds(work: Callable[[], object]) -> float:
+    """The median of ROUNDS calls after one that warms up."""
+    work()
+    taken = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken))
+
+
+def measure_quantize(scheme: str) -> Result:
+    (n, k), threads = QUANTIZED, default_threads()
+    half = (torch.randn((n, k), device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 0.02).bfloat16()
+    x = half.float().cpu().numpy()
+    out, launch = quantize.searching(scheme, half, interpreted=False)
+    launch.run()
+    there, here = out.cpu().numpy(), kernels.search(scheme, x)
+    taken = seconds([launch.run])
+
+    def in_blocks(search: Callable[..., object], values: int) -> None:
+        step = max(1, values // k)
+        in_parallel((x[i : i + step] for i in range(0, n, step)), partial(search, scheme), threads)
+
+    cpu = wall_seconds(partial(in_blocks, kernels.search, BLOCK_VALUES["cpu"]))
+    copied = wall_seconds(partial(in_blocks, quantize.search, BLOCK_VALUES["cuda"]))
+    return {
+        "case": f"quantize {scheme} {n} x {k}, bf16",
+        "m_weights_per_s": round(x.size / taken / 1e6),
+        "cpu_m_weights_per_s": round(x.size / cpu / 1e6),
+        "ratio": round(cpu / taken, 1),
+        "with_copies_m_weights_per_s": round(x.size / copied / 1e6),
+        "with_copies_ratio": round(cpu / copied, 1),
+        "threads": threads,
+        "wrong_bytes": int((there != here).sum()),
+    }
+
+
 def cases(wanted: list[str]) -> Iterator[Result]:
-    bandwidth = copy_bandwidth()
-    for kind in ROWS:
-        for n, k in SHAPES:
-            if not wanted or any(word in f"{kind} {n} x {k}" for word in wanted):
-                yield measure(kind, n, k, bandwidth)
+    for scheme in quantize.SEARCHES:
+        if not wanted or any(word in f"quantize {scheme}" for word in wanted):
+            yield measure_quantize(scheme)
+    products = [(kind, n, k) for kind in ROWS for n, k in SHAPES]
+    products = [p for p in products if not wanted or any(word in "{} {} x {}".format(*p) for word in wanted)]
+    bandwidth = copy_bandwidth() if products else 0.0
+    for kind, n, k in products:
+        yield measure(kind, n, k, bandwidth)
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from qconvert.scheme import F32, SCHEMES, Array, Bytes
 if TYPE_CHECKING:
     import torch
 
+    from qconvert.graph import Node
     from qconvert.kernels.gpu.launch import Launch
 
 
@@ -65,6 +66,11 @@ def device() -> str:
             hint="--device cpu writes the same bytes; a GPU needs its driver and a torch built for CUDA or ROCm",
         )
     return "cuda"
+
+
+def has(node: Node) -> bool:
+    """Whether this kind of quantize node has a kernel here."""
+    return node.attrs.get("solver") == "search" and node.type.dtype in SEARCHES and len(node.inputs) == 1
 
 
 @cache
