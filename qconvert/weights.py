@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from qconvert import float_weights, kernels, peer_weights, stored_weights
+from qconvert import float_weights, kernels, lattice_weights, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
 from qconvert.graph import Graph, Node
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, LATTICES, MINIFLOATS, SCHEMES, Array, Bytes, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.solvers import least_squares, line, rounded_to
 from qconvert.sources import Store
@@ -41,6 +41,7 @@ class Weights:
     store: Store
     dtype: type[np.floating] = np.float32
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
+    kept: lattice_weights.Kept = field(default_factory=lattice_weights.Kept)
     _whole: dict[str, Array] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -292,6 +293,8 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
     if node.type.dtype in SCHEMES:
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
+    if node.type.dtype in LATTICES:
+        return lattice_weights.quantized(w, name, node, begin, end)
     scheme, packed, levels = _solved(w, node, begin, end)
     codes = from_bits(packed, scheme.bits, node.type.dims[-1])
     signed = (codes - np.uint8(scheme.centre)).view(np.int8) if scheme.centre else codes
@@ -373,5 +376,5 @@ OPS: dict[str, Op] = {
     "cast": _cast, "merge": _merge, "dora": _dora,
     "column_norm": _column_norm, "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
-    **stored_weights.OPS, **peer_weights.OPS, "amax": float_weights.amax,
+    **stored_weights.OPS, **peer_weights.OPS, **lattice_weights.OPS, "amax": float_weights.amax,
 }  # fmt: skip
