@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -147,7 +147,9 @@ def read_apart(graph: Graph, store: Store) -> dict[str, dict[str, Node]]:
         n, k = graph.nodes[name].type.dims
         nodes = form.parameter(name, (n, k), {}, tensors)
         assert nodes is not None, name
-        new[name] = nodes
+        apart_from = {i: i if i == name else f"{i}~read" for i in nodes}  # the graph may have read such a weight before
+        new[name] = {apart_from[i]: replace(each, inputs=tuple(map(apart_from.__getitem__, each.inputs)))
+                     for i, each in nodes.items()}  # fmt: skip
     return new
 
 

@@ -8,16 +8,16 @@ from qconvert.companions import n_vocab
 from qconvert.errors import UnsupportedError
 from qconvert.graph import Graph
 from qconvert.passes.untie_head import is_tied
+from qconvert.stored_forms import SAID_IN
 from qconvert.target import Source
 
 TORCH: Mapping[str, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-OF_THE_SOURCE = ("quantization_config", "quantization")  # says how the source's weights were stored
 
 
 def config_of(source: Source, graph: Graph, dtype: str) -> dict[str, object]:
     """dtype: of the weights that are not quantized. UnsupportedError where the model has what config.json cannot say."""
-    config = {k: v for k, v in source.checkpoint.config.items() if k not in OF_THE_SOURCE}
+    config = {k: v for k, v in source.checkpoint.config.items() if k not in SAID_IN}
     if source.checkpoint.gguf is not None:  # its special tokens stand apart
         config |= {k: source.checkpoint.generation_config.get(k) for k in TOKENS}
     if new := new_biases(source, graph):

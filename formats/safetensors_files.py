@@ -63,9 +63,7 @@ def stored(name: str, value: str, kind: Type, transposed: bool = False) -> Store
             shape = part.shape(layout.scheme, n, k)
             assert math.prod(shape) * ITEMSIZE[part.dtype] == plane.file_nbytes(n), (name, part.name, shape)
             found.append(Tensor(f"{module}.{part.name}", part.dtype, shape, plane.file_nbytes(n), plane))
-        for constant in layout.constants:
-            data = constant.data(n, k)
-            found.append(Tensor(f"{module}.{constant.name}", constant.dtype, constant.dims(n, k), len(data), None, data))
+        found += constants_of(layout, module, n, k)
     else:
         dtype = DTYPES[kind.dtype]
         width = math.prod(kind.dims) // n * dtype.nbytes
@@ -74,6 +72,12 @@ def stored(name: str, value: str, kind: Type, transposed: bool = False) -> Store
         found.append(Tensor(name, dtype.safetensors, shape, plane.file_nbytes(n), plane))
     planes = tuple(t.plane for t in found if t.plane is not None)
     return Stored(Entry(name, value, kind.dtype, kind.dims, sum(p.file_nbytes(n) for p in planes), 0, planes), tuple(found))
+
+
+def constants_of(layout: Tensors, module: str, n: int, k: int) -> Iterator[Tensor]:
+    for each in layout.constants:
+        data = each.data(n, k)
+        yield Tensor(f"{module}.{each.name}", each.dtype, each.dims(n, k), len(data), None, data)
 
 
 def shards(all_stored: Sequence[Stored], max_nbytes: int = MAX_NBYTES, stem: str = "model") -> list[Shard]:
@@ -125,16 +129,18 @@ def index(files: Sequence[Shard]) -> bytes:
 
 
 def stored_beside(name: str, layout: Tensors, shape: tuple[int, int], values: Mapping[str, Type]) -> list[Stored]:
-    """Tensors of the weight `name` that hold other values of the graph; values: their types."""
-    found = []
+    """Tensors of the weight `name` that hold other values of the graph, and constants where nothing else has them."""
+    found, module = [], name.removesuffix(".weight")
+    constants = tuple(constants_of(layout, module, *shape)) if not layout.parts else ()
     for each in layout.beside:
         value = f"{name}~{each.suffix}"
         kind, dims = values[value], each.dims(*shape)
         nbytes = math.prod(dims) * ITEMSIZE[each.dtype]
         assert math.prod(kind.dims) == math.prod(dims), (value, kind, dims)
         plane = Plane(0, nbytes // kind.rows)
-        tensor = Tensor(f"{name.removesuffix('.weight')}.{each.name}", each.dtype, dims, nbytes, plane)
-        found.append(Stored(Entry(tensor.name, value, kind.dtype, kind.dims, nbytes, 0, (plane,)), (tensor,)))
+        tensor = Tensor(f"{module}.{each.name}", each.dtype, dims, nbytes, plane)
+        found.append(Stored(Entry(tensor.name, value, kind.dtype, kind.dims, nbytes, 0, (plane,)), (tensor, *constants)))
+        constants = ()
     return found
 
 

@@ -191,7 +191,7 @@ def why_not_whole(graph: Graph) -> str | None:
 
 
 def layout_name(graph: Graph, name: str) -> str | None:
-    """Of a weight that is packed, or that a folder holds packed."""
+    """Of a weight that is packed, or that a folder holds packed; None for lattices, which no kernel here reads."""
     node = graph.nodes[name]
     layout = str(node.attrs["layout"]) if node.op == "assemble" else node.type.dtype
-    return layout if "." in layout else None
+    return layout if "." in layout and not layout_of(layout).scheme.lattice else None

@@ -23,7 +23,7 @@ from qconvert.scheme import Array
 from qconvert.settings import Experts, Settings, read_settings
 from qconvert.shapes import FUSED_EXPERTS, SHAPES, product
 from qconvert.sources import Checkpoint, Store, TensorInfo
-from qconvert.stored_forms import StoredForm, Tensors, gguf_parameter, stored_form, trained_as
+from qconvert.stored_forms import SAID_IN, StoredForm, Tensors, gguf_parameter, stored_form, trained_as
 
 BLOCK = 1 << 22  # values compared at a time
 
@@ -41,7 +41,7 @@ def build(checkpoint: Checkpoint) -> Graph:
     family = family_of(checkpoint.config, where)
     family = family.in_gguf() if checkpoint.gguf else family
     form = stored_form(checkpoint.config, where)
-    how = [k for k in ("quantization_config", "quantization") if form and k in checkpoint.config]
+    how = [k for k in SAID_IN if form and k in checkpoint.config]
     ours = {k: v for k, v in checkpoint.config.items() if k not in how}
     settings = read_settings(family, ours, where)
     b = _Builder(checkpoint, family, settings, form)

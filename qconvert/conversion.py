@@ -36,6 +36,7 @@ from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
+from qconvert.passes.incoherence import Incoherence
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
@@ -241,7 +242,7 @@ def with_solver(legal: Legal, solver: str | None) -> Legal:
     if solver is None:
         return legal
     chosen(solver)  # a name or an option that no solver has is refused before anything is read
-    passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize) else p for p in legal.passes)
+    passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize | Incoherence) else p for p in legal.passes)
     return legal._replace(passes=passes)
 
 

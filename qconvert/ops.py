@@ -139,6 +139,13 @@ def _gptq(i: tuple[Type, ...], attrs: dict[str, Attr]) -> None:
         raise GraphError(f"qweight {i[0]}, qzeros {i[1]} and scales {i[2]} do not fit together")
 
 
+def _turned(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    w, su, sv = i
+    if (*sv.shape, *su.shape) != w.shape:
+        raise GraphError(f"signs {su} and {sv} do not fit a weight {w}")
+    return Type("f32", w.shape)
+
+
 def _take(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type(i[0].dtype, (*i[0].shape[:-1], *i[1].shape))
 
@@ -229,6 +236,16 @@ OPS: dict[str, Op] = {
         True,
     ),
     "unfold": Op(_declared, "(codes, level, ...) {parts, high_first, inverse?}: what fold was given; inverse: 1 / level", True),
+    "signs": Op(_declared, "() {seed}: f32[n], 1 and -1 at random", True),
+    "incoherent": Op(
+        _turned, "(w[N,K], su[K], sv[N]): H.T diag(sv) w diag(su) H, Hadamard matrices over their orders' roots", True
+    ),
+    "coherent": Op(_turned, "(w[N,K], su[K], sv[N]): diag(sv) H w H.T diag(su), the inverse for signs su and sv", True),
+    "lattice_unit": Op(lambda _, __: Type("f16", (1,)), "(q): what points of a lattice are multiplied by", True),
+    "tile": Op(
+        lambda i, _: Type("i64", (i[0].rows, i[0].dims[-1] // 32)), "(q[N,K]): e8p's codes in tiles of 16 by 64", True
+    ),
+    "untile": Op(_declared, "(words i64[N,K/32], unit[1]): what tile was given", True),
     "note": Op(_declared, "(v[1]) {json, key}: the object `json` with v under `key`, as text filled up with spaces, u8", True),
     "awq_scales": Op(
         _declared, "(moments, w, ...) {dtypes, solver, times?, head_dim?}: for least error of the quantized w", True
@@ -295,7 +312,7 @@ OPS: dict[str, Op] = {
 
 # what gives codes and metadata
 KEEPING = ("unpermute_rope", "permute_rope", "stack", "interleave", "merge_pooled")  # codes as codes, reals as reals
-QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "gptq")
+QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "untile", "gptq")
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

@@ -55,8 +55,7 @@ class Bpw(NamedTuple):
 
 def size_of(plan: Plan) -> Size:
     codes, others = sum(code_nbytes(e) for e in plan.entries), metadata_beside(plan)
-    whole = {e.value for e in plan.entries if "." in e.dtype}
-    codes += sum(e.nbytes for e in plan.entries if e.value.endswith(f"~{FOLDED}") and e.value.partition("~")[0] not in whole)
+    codes += sum(codes_alone(plan).values())
     quantized = sum(e.nbytes for e in plan.entries if "." in e.dtype or e.value in others)
     dense = sum(e.nbytes for e in plan.entries) - quantized
     header = sum(f.known_nbytes for f in plan.files)
@@ -68,6 +67,13 @@ def metadata_beside(plan: Plan) -> set[str]:
     packed = {e.value for e in plan.entries if "." in e.dtype}
     packed |= {e.value.partition("~")[0] for e in plan.entries if e.value.endswith(f"~{FOLDED}")}
     return {e.value for e in plan.entries if e.value not in packed and e.value.partition("~")[0] in packed}
+
+
+def codes_alone(plan: Plan) -> dict[str, int]:
+    """Weights that have no packed rows, only codes that rows share and what lies beside: the nbytes of those codes."""
+    packed = {e.value for e in plan.entries if "." in e.dtype}
+    folded = ((e.value.partition("~")[0], e.nbytes) for e in plan.entries if e.value.endswith(f"~{FOLDED}"))
+    return {name: nbytes for name, nbytes in folded if name not in packed}
 
 
 def code_nbytes(entry: Entry) -> int:
@@ -86,10 +92,13 @@ def bpw_of(plan: Plan, graph: Graph) -> tuple[Bpw, Nbytes]:
     written = set(graph.parameters())
     linears = [e for e in plan.entries if len(e.shape) > 1 and e.value in written and not _embeds(graph, e)]
     others = metadata_beside(plan)
-    names = {e.value for e in linears} | {v for v in others if v.partition("~")[0] in {e.value for e in linears}}
-    n = max(1, sum(math.prod(e.shape) for e in linears))
-    everything = max(1, sum(math.prod(e.shape) for e in plan.entries if e.value not in others))
-    codes = sum(code_nbytes(e) or e.nbytes for e in linears)
+    alone = codes_alone(plan)
+    weights = {e.value for e in linears} | alone.keys()
+    names = weights | {v for v in others if v.partition("~")[0] in weights}
+    n_alone = sum(math.prod(graph.nodes[name].type.dims) for name in alone)
+    n = max(1, sum(math.prod(e.shape) for e in linears) + n_alone)
+    everything = max(1, sum(math.prod(e.shape) for e in plan.entries if e.value not in others) + n_alone)
+    codes = sum(code_nbytes(e) or e.nbytes for e in linears) + sum(alone.values())
     nbytes = sum(e.nbytes for e in plan.entries if e.value in names)
     return Bpw(8 * codes / n, 8 * nbytes / n, 8 * plan.nbytes / everything), Nbytes(codes, nbytes, plan.nbytes)
 

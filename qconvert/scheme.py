@@ -56,11 +56,12 @@ class Scheme:
     levels: tuple[Level, ...]
     table: tuple[float, ...] = ()  # a code is an index into it; empty: the code is the value
     unsigned: bool = False  # codes begin at 0 though none has a zero point: an offset says where the grid lies
+    lattice: int = 0  # so many codes together are a point of a lattice: coordinates i8, of more bits than are stored
 
     @property
     def block(self) -> int:
         """Rows must be a multiple of this many weights."""
-        return max(level.group or 1 for level in self.levels)
+        return max(self.lattice, *(level.group or 1 for level in self.levels))
 
     @property
     def zero_point(self) -> ZeroPoint:
@@ -243,6 +244,11 @@ TERNARY: dict[str, Scheme] = {
 }
 
 
+# QuIP#'s: codes are 4 times the coordinates of points (kernels/lattice.py), one scale for the whole weight, which was turned
+# by Hadamard matrices before
+LATTICES: dict[str, Scheme] = {"e8p": Scheme("e8p", 2, (Level("scale", "f16", None, None),), lattice=8)}
+
+
 # Small floats: e4m3 (fp8) with a scale for each row, tensor or block of 128 by 128; fp4 and fp8 with scales that are small
 # floats too. What a whole tensor shares may be chosen for several at once.
 MINIFLOATS: dict[str, Scheme] = {
@@ -284,7 +290,7 @@ def scheme_of(name: str) -> Scheme | None:
             return None  # it has one
         levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
         return replace(base, name=name, levels=tuple(levels))
-    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS)
+    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS, LATTICES)
     return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
 
 

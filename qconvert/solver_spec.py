@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from qconvert.graph import Attr
 from qconvert.pipeline import parsed
-from qconvert.scheme import MINIFLOATS, SCB, SCHEMES, TERNARY, Scheme
+from qconvert.scheme import LATTICES, MINIFLOATS, SCB, SCHEMES, TERNARY, Scheme
 
 
 class Chosen(NamedTuple):
@@ -25,7 +25,7 @@ def chosen(spec: str) -> Chosen:
     """UsageError, UnsupportedError for a name or options that no solver has."""
     if spec in OWN or spec == "rtn":
         attrs: dict[str, Attr] = {"solver": spec}
-        return Chosen(spec, "moments?" if spec == "search" else "", attrs, OWN.get(spec) or _registered("rtn"))
+        return Chosen(spec, NEEDS.get(spec, ""), attrs, OWN.get(spec) or _registered("rtn"))
     solver = cast(Any, parsed(spec, "solvers"))
     options = {f.name: getattr(solver, f.name) for f in fields(solver) if getattr(solver, f.name) != f.default}
     return Chosen(solver.name, solver.needs, {"solver": solver.name, **options}, solver.refuses)
@@ -65,4 +65,6 @@ OWN: Mapping[str, Callable[[Scheme], str | None]] = {
     "absmax": partial(_only, "NF4, FP4 and bitsandbytes' int8", lambda s: s.name in SCB or len(s.table) == 16),
     "mlx": partial(_only, "codes with offsets", lambda s: any(v.role == "offset" for v in s.levels)),
     "absmean": partial(_only, "ternary codes with one scale", lambda s: s.name in TERNARY),
+    **{name: partial(_only, "points of a lattice (--quant quip)", lambda s: s.name in LATTICES) for name in ("nearest", "ldlq")},
 }
+NEEDS = {"search": "moments?", "ldlq": "hessian"}

@@ -20,6 +20,7 @@ from qconvert.sources import TensorInfo
 
 Nodes = dict[str, Node]
 BITS = (2, 3, 4, 8)
+SAID_IN = ("quantization_config", "quantization", "quip_params")
 
 
 class Tensors(NamedTuple):
@@ -49,11 +50,15 @@ class StoredForm(Protocol):
 
 
 def method_of(config: Mapping[str, object]) -> tuple[str, dict[str, object]] | None:
-    """quant_method and settings, where config.json says that the weights are quantized. MLX has no method: "mlx"."""
-    found = config.get("quantization_config") or config.get("quantization")
+    """quant_method and settings, where config.json says that the weights are quantized: under SAID_IN.
+
+    MLX and quip-sharp name no method: "mlx", "quip".
+    """
+    key = next((key for key in SAID_IN if config.get(key)), "")
+    found = config.get(key)
     if not isinstance(found, dict) or not found:
         return None
-    return str(found.get("quant_method", "mlx" if "quantization" in config else "?")), found
+    return str(found.get("quant_method", {"quantization": "mlx", "quip_params": "quip"}.get(key, "?"))), found
 
 
 def stored_form(config: Mapping[str, object], where: str) -> StoredForm | None:

@@ -154,6 +154,7 @@ BITS: Mapping[str, int] = {
     "hqq-2bit": 2,
     "hqq-8bit": 8,
     "bitnet": 2,
+    "quip": 2,
     "fp32": 32,
 }
 

@@ -55,15 +55,17 @@ def notes(graph: Graph, types: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def stored_dtype(graph: Graph, name: str) -> str:
-    """The scheme that a value was stored in, columns in whatever order, or its plain dtype."""
+    """The scheme that a value was stored in, columns in whatever order or turned, or its plain dtype."""
     node = graph.nodes[name]
-    return graph.nodes[node.inputs[0]].type.dtype if node.op == "unsort" else node.type.dtype
+    return graph.nodes[node.inputs[0]].type.dtype if node.op in ("unsort", "coherent") else node.type.dtype
 
 
 def carried(graph: Graph) -> Iterator[Carried]:
     """Parameters of a graph of packed weights that a source has quantized."""
     for name, packed in graph.nodes.items():
         code = graph.nodes[packed.inputs[0]] if packed.op == "pack" else None
+        if code is not None and code.op == "coherent":
+            code = graph.nodes[code.inputs[0]]
         if code is None:
             continue
         if code.op not in ("quantize", "transcode"):

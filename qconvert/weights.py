@@ -17,7 +17,7 @@ from typing import cast
 
 import numpy as np
 
-from qconvert import adapter_weights, float_weights, fold_weights, kernels, peer_weights, stored_weights
+from qconvert import adapter_weights, float_weights, fold_weights, kernels, lattice_weights, peer_weights, stored_weights
 from qconvert.bits import from_bits
 from qconvert.dtypes import FLOATS
 from qconvert.errors import GraphError, InputError
@@ -25,7 +25,7 @@ from qconvert.graph import Graph, Node
 from qconvert.hessians import Factors
 from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, LATTICES, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.solved_weights import is_named, solved
 from qconvert.solvers import least_squares, line, rounded_to
@@ -48,6 +48,7 @@ class Weights:
     device: Device = "cpu"
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
     factors: Factors = field(default_factory=Factors)
+    kept: lattice_weights.Kept = field(default_factory=lattice_weights.Kept)
     _whole: dict[str, Array] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -257,6 +258,8 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
+    if node.type.dtype in LATTICES:
+        return lattice_weights.quantized(w, name, node, begin, end)
     if is_named(node):
         return solved(w, name, node, begin, end, partial(_must_be_finite, w))
     if node.type.dtype in SCHEMES:
@@ -353,5 +356,6 @@ OPS: dict[str, Op] = {
     "cast": _cast,
     "blend": _blend, "set_rows": _set_rows, "add_scaled": _add_scaled, "scaled": _scaled,
     "shifted": _shifted, "quantize": _quantize, "second_level": _second_level, "pack": _pack,
-    **adapter_weights.OPS, **stored_weights.OPS, **peer_weights.OPS, **fold_weights.OPS, "amax": float_weights.amax,
+    **adapter_weights.OPS, **stored_weights.OPS, **peer_weights.OPS, **fold_weights.OPS, **lattice_weights.OPS,
+    "amax": float_weights.amax,
 }  # fmt: skip

@@ -12,10 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS: dict[float, str] = {
     0: "errors dtypes",
-    1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope parallel adapter_ops",
+    1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope parallel adapter_ops "
+    "quip_words",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
     "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
-    "hessians solving solved_weights recover",
+    "hessians solving solved_weights recover lattice_weights",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "

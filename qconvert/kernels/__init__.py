@@ -20,6 +20,10 @@ line_codes(x f32[N,K], group, bits, scales, biases) -> packed u8[N,K*bits/8]: th
 recover(x f32[N,K], group, low, high, dtype) -> codes, scales, found: the grid that weights lie on
 ternary_codes(x f32[N,K], factor) -> i8[N,K]         -1, 0 and 1
 magnitude_sums(f32[N,K]) -> f64[N]
+e8p_nearest(x f32[N,K], scale) -> i8[N,K]            the nearest points of QuIP#'s lattice, in quarters
+e8p_points(codes u16[N,K/8]) -> i8[N,K]; e8p_codes(points) -> codes
+incoherent, coherent(x[N,K], su[K], sv[N]) -> x      turned by Hadamard matrices and back, in place
+known_width(n) -> bool                               whether quip-sharp has the matrix of that order
 add_low_rank(w f32[N,K], a f32[r,K], b f32[N,r], scale) -> w, changed in place: w += scale * b @ a
 row_norms(f32[N,K]) -> f64[N]
 all_finite(x) -> bool
@@ -46,6 +50,12 @@ if TYPE_CHECKING:
     from qconvert.kernels.float_quants import nvfp4 as nvfp4
     from qconvert.kernels.float_quants import scales_of as scales_of
     from qconvert.kernels.ggml_search import search as search
+    from qconvert.kernels.hadamard import coherent as coherent
+    from qconvert.kernels.hadamard import incoherent as incoherent
+    from qconvert.kernels.hadamard import known_width as known_width
+    from qconvert.kernels.lattice import e8p_codes as e8p_codes
+    from qconvert.kernels.lattice import e8p_nearest as e8p_nearest
+    from qconvert.kernels.lattice import e8p_points as e8p_points
     from qconvert.kernels.line_quants import line_codes as line_codes
     from qconvert.kernels.line_quants import mlx_affine as mlx_affine
     from qconvert.kernels.real import add_low_rank as add_low_rank
@@ -67,6 +77,8 @@ _WHERE = dict.fromkeys(_REAL, "real") | dict.fromkeys(_FLOATS, "float_quants") |
 }  # fmt: skip
 _BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes")
 _WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")
+_LATTICE = ("e8p_codes", "e8p_nearest", "e8p_points")
+_WHERE |= dict.fromkeys(_LATTICE, "lattice") | dict.fromkeys(("coherent", "incoherent", "known_width"), "hadamard")
 _WHERE |= dict.fromkeys(("ternary_codes", "magnitude_sums"), "ternary_quants")
 
 
