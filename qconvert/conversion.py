@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, cast
 from qconvert import accountant, offloading, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
+from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
@@ -30,7 +32,7 @@ from qconvert.errors import (
     VerificationError,
     uninterrupted,
 )
-from qconvert.evaluation import affordable, evaluation_text, read_text
+from qconvert.evaluation import affordable, calibration_text, calibration_tokens, evaluation_text, read_text
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
@@ -42,7 +44,7 @@ from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.sources import Store, find_model, read_checkpoint
-from qconvert.target import Format, Lowered, Rewriter, Source, Stage
+from qconvert.target import Format, Lowered, Mixing, Rewriter, Source, Stage
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
@@ -106,7 +108,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        found = measured(request, source, lowered, weights, threads)
+        found = measured(request, source, lowered, weights)
         return Proof([*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)], runtime, found)
 
     return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
@@ -139,7 +141,13 @@ class Proof(NamedTuple):
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def measured(request: Request, source: Source, lowered: Lowered, weights: Weights, threads: int) -> dict[str, Any]:
+def torch_threads_of(request: Request) -> AbstractContextManager[None]:
+    with uninterrupted():
+        from qconvert.check import torch_threads  # loads torch
+    return torch_threads(request.threads or default_threads())
+
+
+def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
     """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
     reference, final = lowered.stages[0].graph, lowered.graph
     tokenizer = tokenizer_of(source, final)
@@ -150,13 +158,12 @@ def measured(request: Request, source: Source, lowered: Lowered, weights: Weight
     if request.eval_tokens == 0:
         return {"skipped": "--eval-tokens 0"}
     with uninterrupted():
-        from qconvert.check import torch_threads  # loads torch
-        from qconvert.quality import Model, quality
+        from qconvert.quality import Model, quality  # loads torch
     tuned = bool(source.adapters) and not source.swap
     n = request.eval_tokens or affordable(final, 3 if tuned else 2)
     text = evaluation_text(request.eval, tokenizer, final, n)
     base = Model(source.base, Weights(source.base, source.store)) if tuned else None
-    with torch_threads(threads):
+    with torch_threads_of(request):
         return quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
 
 
@@ -206,13 +213,43 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
     stages, spec, done = transform(request, source)
     merged = stages[-1].graph
-    options = target.options(request, source, merged)
+    path = Path(request.output or "out")
+    options, budget = budgeted(request, source, target, merged, target.options(request, source, merged), path)
     legal = target.legalize(merged, options)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))
+    if budget:
+        assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
+    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))), budget)
+
+
+def budgeted(
+    request: Request, source: Source, target: Format, merged: Graph, options: Any, path: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The format's options with a type for each weight, where the user says a size or a KL; and how they were found."""
+    wish = wish_of(request, merged)
+    if wish is None:
+        return options, {}
+    tokenizer = tokenizer_of(source, merged)
+    if not isinstance(target, Mixing):
+        raise refuse(request.to, wish)
+    if tokenizer is None or len(merged.outputs) > 1:
+        raise UnsupportedError(f"{wish.said}: needs a model with logits, and a tokenizer to cut a text for it", hint="--bits 4")
+
+    def lowered(types: Mapping[str, str]) -> tuple[Weights, int]:
+        chosen = target.with_types(merged, options, types)
+        legal = target.legalize(merged, chosen)
+        graph = Pipeline(legal.passes).run(merged)
+        return Weights(graph, source.store), target.plan(graph, chosen, legal, path).nbytes
+
+    with torch_threads_of(request):
+        n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)
+        evaluation = evaluation_text(request.eval, tokenizer, merged, n)
+        calibration = calibration_text(request.calibrate, tokenizer, merged, calibration_tokens(merged))
+        choice = choose(wish, target.menu(merged, options), lowered, calibration, evaluation)
+    return target.with_types(merged, options, choice.types), choice.facts
 
 
 def offload(request: Request) -> tuple[Pass, ...]:
@@ -277,6 +314,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
         notes=[*lowered.legal.notes, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
+        budget=dict(lowered.budget),
     )
 
 

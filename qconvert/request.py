@@ -39,7 +39,9 @@ class Request:
     calibrate: Path | None = None
     eval: Path | None = None
     eval_tokens: int | None = None  # 0: quality is not measured
-    max_kl: float | None = None
+    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
+    target_size: str | None = None
+    target_bpw: float | None = None
     min_top1: float | None = None
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
@@ -68,6 +70,12 @@ class Request:
     link_bandwidth: float | None = None  # GB/s
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
+
+    @property
+    def chooses_types(self) -> bool:
+        """Whether each weight's type is chosen by what it costs."""
+        by_kl = self.max_kl is not None and self.quant is None and self.bits is None
+        return by_kl or self.target_size is not None or self.target_bpw is not None
 
 
 def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:

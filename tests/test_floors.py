@@ -18,9 +18,10 @@ FLOORS: dict[float, str] = {
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline emit check report "
     "encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
-    "offloading accountant shape_checkpoint evaluation quality",
+    "offloading accountant shape_checkpoint evaluation quality "
+    "sensitivity budget plots",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion verification inspection listing printing",
+    4: "conversion verification inspection listing printing html_report",
     5: "cli __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
