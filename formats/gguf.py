@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, cast
@@ -15,7 +16,7 @@ from qconvert import __version__, gguf_reader
 from qconvert.dtypes import FLOATS
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UnsupportedError, UsageError, uninterrupted
-from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_mix
+from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_menu, gguf_mix
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_names import gguf_name, sort_key
 from qconvert.formats.gguf_vocabulary import Vocabulary, vocabulary
@@ -28,7 +29,7 @@ from qconvert.passes.rope_factors import RopeFactors
 from qconvert.pipeline import Function, Pass
 from qconvert.report import Report, Row
 from qconvert.request import Request, parse_nbytes
-from qconvert.target import Contents, Item, Legal, Lowered, Source
+from qconvert.target import Contents, Item, Legal, Lowered, Menu, Source
 from qconvert.transcoded import notes
 from qconvert.weights import Weights
 
@@ -102,6 +103,15 @@ class GGUF:
         fallbacks = tuple({"tensor": c.name, "wanted": c.wanted, "got": c.got, "reason": c.reason} for c in choices if c.reason)
         told = (*arch.notes, *options.vocabulary.notes, *notes(graph, types))
         return Legal(tuple(passes), options.mix.name, fallbacks, told, (*arch.kvs, *imatrix_kvs(graph)))
+
+    def menu(self, graph: Graph, options: Options) -> Menu:
+        """Every type that a row divides into, for every weight."""
+        tensors = {p: gguf_mix.TensorShape(gguf_name(graph, p), graph.nodes[p].type.dims) for p in graph.parameters()}
+        return gguf_menu.menu(tensors, options.mix, gguf_arch.describe(graph).hyper, options.choice)
+
+    def with_types(self, graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
+        mix, choice = gguf_menu.with_types({p: gguf_name(graph, p) for p in types}, options.mix, options.choice, types)
+        return replace(options, mix=mix, choice=choice)
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """Header bytes and entries of every file, from types alone."""

@@ -143,8 +143,8 @@ def choose(
     """
     options = options or Options()
     ordered = sorted(tensors, key=lambda t: (layer_of(t.name), t.name))
-    mix = _Mix(file, hyper, options, ordered)
-    choices = [_fit(t, mix.wanted(t)) for t in ordered]
+    mix = Mix(file, hyper, options, ordered)
+    choices = [fitting(t, mix.wanted(t)) for t in ordered]
     mix.refuse_unused_patterns()
     for choice, tensor in zip(choices, ordered, strict=True):
         if options.fallback == "error" and choice.reason:
@@ -241,7 +241,7 @@ ATTN_OUTPUT_OF_8_EXPERTS = dict.fromkeys(("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", 
 
 
 @dataclass
-class _Mix:
+class Mix:
     """The types of one file's tensors, asked for in order: the rules count the attn_v and ffn_down tensors they see.
 
     A tensor that the user typed by name is not counted, so the ones after it move up: llama-quantize does that too.
@@ -327,7 +327,7 @@ class _Mix:
                 )
 
 
-def _fit(tensor: TensorShape, wanted: str) -> Choice:
+def fitting(tensor: TensorShape, wanted: str) -> Choice:
     """The wanted type, or the one that fits the tensor's row."""
     k = tensor.shape[-1] if tensor.shape else 1
     if k % _block(wanted) == 0:

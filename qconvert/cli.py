@@ -60,6 +60,7 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("-q", "--quiet", is_flag=True, help="Errors only."),
         click.option("-v", "--verbose", is_flag=True, help="Say why, too: declined rewrites, chosen types."),
         click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."),
+        click.option("--html", "html_file", metavar="FILE", help="Write the report as one HTML page, with plots."),
         click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
     ):
         command = option(command)
@@ -98,7 +99,10 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--eval", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that quality is measured on. Default: one that ships with qconvert.")  # fmt: skip
 @click.option("--eval-tokens", type=click.IntRange(min=0), help="Of that text; 0: none. Default: 512 to 4096, by model size.")
-@click.option("--max-kl", type=float, help="Exit 7 where the mean KL to the model as it was trained is more, in nats.")
+@click.option("--target-size", metavar="SIZE", help="GGUF: a type for each weight, the best that fit: 1.5g, 800m.")
+@click.option("--target-bpw", type=float, metavar="BITS", help="GGUF: the same by bits per weight of the whole file: 4.2.")
+@click.option("--max-kl", type=float, help="Mean KL to the model as trained, in nats: with a type exit 7 where it is more; "
+              "without, GGUF: the smallest file that keeps it.")
 @click.option("--min-top1", type=float, help="Exit 7 where the top token is the same in fewer positions than this share.")
 @click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
               help="In place of the model's own, which a GGUF may hold in a form that is not read.")  # fmt: skip
@@ -155,6 +159,7 @@ def convert(model: str | None, listing: str | None, **options: Any) -> None:
 def run_convert(
     model: str,
     json_file: str | None,
+    html_file: str | None,
     quiet: bool,
     verbose: bool,
     no_check: bool,
@@ -175,7 +180,7 @@ def run_convert(
         click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
     if not quiet and not dry_run:
         click.echo(report_text(result.report), err=True)
-    write_json(result.report, json_file)
+    write_report(result.report, json_file, html_file)
 
 
 @cli.command()
@@ -205,6 +210,7 @@ def verify(
     against: str,
     adapters: tuple[str, ...],
     json_file: str | None,
+    html_file: str | None,
     quiet: bool,
     verbose: bool,
     threads: int | None,
@@ -217,7 +223,7 @@ def verify(
     report = verify_file(file, against, adapters, threads)
     if not quiet:
         click.echo(report_text(report), err=json_file == "-")
-    write_json(report, json_file)
+    write_report(report, json_file, html_file)
     sys.exit(report.exit)
 
 
@@ -256,8 +262,12 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
     return progress
 
 
-def write_json(report: Report, file: str | None) -> None:
-    dump(report.data(), file)
+def write_report(report: Report, json_file: str | None, html_file: str | None) -> None:
+    dump(report.data(), json_file)
+    if html_file is not None:
+        from qconvert.html_report import html_page
+
+        Path(html_file).write_text(html_page(report), encoding="utf-8")
 
 
 def dump(facts: dict[str, Any], file: str | None) -> None:
@@ -278,7 +288,9 @@ def fail(error: QConvertError, args: list[str]) -> int:
         from qconvert.printing import report_text
 
         click.echo(report_text(report), err=True)
-    if target := json_target(args):
+        if page := value_of("--html", args):
+            write_report(report, None, page)
+    if target := value_of("--json", args):
         dump({**facts, "exit": error.exit_code, "error": error.message, "hint": error.hint}, target)
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
@@ -286,12 +298,12 @@ def fail(error: QConvertError, args: list[str]) -> int:
     return error.exit_code
 
 
-def json_target(args: list[str]) -> str | None:
-    """What --json was given, also where no command got to read it."""
+def value_of(flag: str, args: list[str]) -> str | None:
+    """What a flag was given, also where no command got to read it."""
     for i, arg in enumerate(args):
-        if arg.startswith("--json="):
+        if arg.startswith(f"{flag}="):
             return arg.partition("=")[2]
-        if arg == "--json" and i + 1 < len(args):
+        if arg == flag and i + 1 < len(args):
             return args[i + 1]
     return None
 

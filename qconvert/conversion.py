@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, cast
 from qconvert import accountant, offloading, on_device, registry
 from qconvert.adapter_delta import check_delta
 from qconvert.adapters import read_adapter
+from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.calibrated import calibrated, statistics_wanted
 from qconvert.companions import n_vocab, tokenizer_of
@@ -31,7 +33,7 @@ from qconvert.errors import (
     VerificationError,
     uninterrupted,
 )
-from qconvert.evaluation import affordable, evaluation_text, overlap, read_text
+from qconvert.evaluation import affordable, calibration_text, calibration_tokens, evaluation_text, overlap, read_text
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import AdapterSlots, alone
@@ -49,7 +51,7 @@ from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.solver_spec import chosen
 from qconvert.sources import Store, find_model, read_checkpoint
 from qconvert.statistics import ALIAS
-from qconvert.target import Format, Legal, Lowered, Rewriter, Source, Stage
+from qconvert.target import Format, Legal, Lowered, Mixing, Rewriter, Source, Stage
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
@@ -114,7 +116,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        found = measured(request, source, lowered, weights, threads)
+        found = measured(request, source, lowered, weights)
         rows += recovered_rows(lowered.graph, weights)
         rows = [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)]
         if share := found.get("read_by_calibration", 0):
@@ -152,7 +154,13 @@ class Proof(NamedTuple):
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def measured(request: Request, source: Source, lowered: Lowered, weights: Weights, threads: int) -> dict[str, Any]:
+def torch_threads_of(request: Request) -> AbstractContextManager[None]:
+    with uninterrupted():
+        from qconvert.check import torch_threads  # loads torch
+    return torch_threads(request.threads or default_threads())
+
+
+def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
     """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
     reference, final = lowered.stages[0].graph, lowered.graph
     tokenizer = tokenizer_of(source, final)
@@ -163,13 +171,12 @@ def measured(request: Request, source: Source, lowered: Lowered, weights: Weight
     if request.eval_tokens == 0:
         return {"skipped": "--eval-tokens 0"}
     with uninterrupted():
-        from qconvert.check import torch_threads  # loads torch
-        from qconvert.quality import Model, quality
+        from qconvert.quality import Model, quality  # loads torch
     tuned = bool(source.adapters) and not source.swap
     n = request.eval_tokens or affordable(final, 3 if tuned else 2)
     text = evaluation_text(request.eval, tokenizer, final, n)
     base = Model(source.base, Weights(source.base, source.store)) if tuned else None
-    with torch_threads(threads):
+    with torch_threads_of(request):
         found = quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
     if lowered.calibrated.texts:
         found["read_by_calibration"] = overlap(lowered.calibrated.texts, text.sequences)
@@ -227,6 +234,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     found = calibrated(request, source, merged, statistics_wanted(request))
     first = Pipeline((found.step,) if found.step else ())
     merged = first.run(merged, request.dump_ir, log.info, done)
+    options, budget = budgeted(request, source, target, merged, options, Path(request.output or "out"))
     legal = with_solver(target.legalize(merged, options), request.solver)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
@@ -234,7 +242,10 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
-    return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(first), str(last)))), found)
+    if budget:
+        assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
+    pipeline = ",".join(filter(None, (spec, str(first), str(last))))
+    return Lowered(stages, final, options, legal, plan, pipeline, found, budget)
 
 
 def with_solver(legal: Legal, solver: str | None) -> Legal:
@@ -244,6 +255,33 @@ def with_solver(legal: Legal, solver: str | None) -> Legal:
     chosen(solver)  # a name or an option that no solver has is refused before anything is read
     passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize | Incoherence) else p for p in legal.passes)
     return legal._replace(passes=passes)
+
+
+def budgeted(
+    request: Request, source: Source, target: Format, merged: Graph, options: Any, path: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The format's options with a type for each weight, where the user says a size or a KL; and how they were found."""
+    wish = wish_of(request, merged)
+    if wish is None:
+        return options, {}
+    tokenizer = tokenizer_of(source, merged)
+    if not isinstance(target, Mixing):
+        raise refuse(request.to, wish)
+    if tokenizer is None or len(merged.outputs) > 1:
+        raise UnsupportedError(f"{wish.said}: needs a model with logits, and a tokenizer to cut a text for it", hint="--bits 4")
+
+    def lowered(types: Mapping[str, str]) -> tuple[Weights, int]:
+        mixed = target.with_types(merged, options, types)
+        legal = with_solver(target.legalize(merged, mixed), request.solver)
+        graph = Pipeline(legal.passes).run(merged)
+        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+
+    with torch_threads_of(request):
+        n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)
+        evaluation = evaluation_text(request.eval, tokenizer, merged, n)
+        calibration = calibration_text(request.calibrate, tokenizer, merged, calibration_tokens(merged))
+        choice = choose(wish, target.menu(merged, options), lowered, calibration, evaluation)
+    return target.with_types(merged, options, choice.types), choice.facts
 
 
 def offload(request: Request) -> tuple[Pass, ...]:
@@ -317,6 +355,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
         ],
         pipeline=lowered.pipeline,
         provenance=provenance(source),
+        budget=dict(lowered.budget),
     )
 
 

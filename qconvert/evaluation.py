@@ -11,11 +11,12 @@ from typing import NamedTuple
 from qconvert.companions import n_vocab
 from qconvert.errors import InputError, UsageError
 from qconvert.graph import Graph
-from qconvert.tokenizer import Tokenizer
+from qconvert.tokenizer import Tokenizer, hard_corpus
 
 LENGTH = 256  # tokens of a sequence, at most
 MOST, LEAST = 4096, 512  # tokens of a text
 OPERATIONS = 1e12  # of one evaluation: a quarter of a minute of two cores
+LOGITS = 1 << 24  # that are kept
 RUN = 16  # tokens in a row that two texts have in common, not by chance
 SHIPPED = "the text that ships with qconvert"
 
@@ -30,12 +31,24 @@ class Text(NamedTuple):
     def n_tokens(self) -> int:
         return sum(map(len, self.sequences))
 
+    def part(self, n_tokens: int) -> list[list[int]]:
+        """The first sequences, of about n_tokens."""
+        return self.sequences[: max(1, n_tokens // len(self.sequences[0]))]
+
 
 def evaluation_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tokens: int) -> Text:
     """About n_tokens of a file, or of the text that ships with the package."""
     name, vocab, context = str(path) if path else SHIPPED, n_vocab(graph), context_of(graph)
     text = read_text(path, "--eval") if path else (Path(__file__).parent / "evaluation.txt").read_text("utf-8")
     ids = [i for i in tokenizer.reference()(text) if i < vocab]
+    return Text(name, cut(ids, tokenizer.around, min(LENGTH, context), n_tokens, name))
+
+
+def calibration_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tokens: int) -> Text:
+    """About n_tokens of --calibrate FILE, or of our own."""
+    vocab, context = n_vocab(graph), context_of(graph)
+    text = read_text(path, "--calibrate") if path else "\n".join(hard_corpus())
+    ids, name = [i for i in tokenizer.reference()(text) if i < vocab], str(path) if path else SHIPPED
     return Text(name, cut(ids, tokenizer.around, min(LENGTH, context), n_tokens, name))
 
 
@@ -69,10 +82,22 @@ def context_of(graph: Graph) -> int:
 
 def affordable(graph: Graph, n_runs: int) -> int:
     """Tokens of an evaluation: QCONVERT_EVAL_TOKENS, else many for a small model, fewer for a large one."""
-    if (wanted := os.environ.get("QCONVERT_EVAL_TOKENS", "")).isdigit() and int(wanted):
-        return int(wanted)
+    if wanted := asked():
+        return wanted
     n = sum(math.prod(graph.nodes[p].type.dims) for p in graph.parameters())
     return max(LEAST, min(MOST, int(OPERATIONS / (2 * n * n_runs))))
+
+
+def asked() -> int | None:
+    wanted = os.environ.get("QCONVERT_EVAL_TOKENS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else None
+
+
+def calibration_tokens(graph: Graph) -> int:
+    """On which the costs of types are measured; their logits are kept."""
+    if wanted := asked():
+        return wanted
+    return max(LENGTH, min(4 * LENGTH, LOGITS // n_vocab(graph)))
 
 
 def overlap(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], run: int = RUN) -> float:

@@ -138,6 +138,7 @@ class Report:
     runtime: dict[str, str] | None = None
     accounting: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)  # what quality.quality measured, or why nothing was
+    budget: dict[str, Any] = field(default_factory=dict)  # how each weight's type was found, by size or KL
     quant: str = ""
     fallbacks: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -166,6 +167,7 @@ class Report:
             "checks": [r._asdict() for r in self.checks],
             "accounting": self.accounting,
             "quality": self.quality,
+            "budget": self.budget,
             "quant": self.quant,
             "fallbacks": self.fallbacks,
             "notes": self.notes,

@@ -46,7 +46,9 @@ class Request:
     no_data: Literal["search", "error"] = "search"
     eval: Path | None = None
     eval_tokens: int | None = None  # 0: quality is not measured
-    max_kl: float | None = None
+    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
+    target_size: str | None = None
+    target_bpw: float | None = None
     min_top1: float | None = None
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
@@ -78,6 +80,12 @@ class Request:
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
     device: Device = "cpu"  # that quantizes
+
+    @property
+    def chooses_types(self) -> bool:
+        """Whether each weight's type is chosen by what it costs."""
+        by_kl = self.max_kl is not None and self.quant is None and self.bits is None
+        return by_kl or self.target_size is not None or self.target_bpw is not None
 
 
 def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:

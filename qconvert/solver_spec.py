@@ -65,6 +65,6 @@ OWN: Mapping[str, Callable[[Scheme], str | None]] = {
     "absmax": partial(_only, "NF4, FP4 and bitsandbytes' int8", lambda s: s.name in SCB or len(s.table) == 16),
     "mlx": partial(_only, "codes with offsets", lambda s: any(v.role == "offset" for v in s.levels)),
     "absmean": partial(_only, "ternary codes with one scale", lambda s: s.name in TERNARY),
-    **{name: partial(_only, "points of a lattice (--quant quip)", lambda s: s.name in LATTICES) for name in ("nearest", "ldlq")},
+    **dict.fromkeys(("nearest", "ldlq"), partial(_only, "points of a lattice (--quant quip)", lambda s: s.name in LATTICES)),
 }
 NEEDS = {"search": "moments?", "ldlq": "hessian"}

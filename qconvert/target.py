@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
 from qconvert.adapters import Adapter
@@ -59,6 +59,16 @@ class Legal(NamedTuple):
     header: Any = None  # the format's own
 
 
+class Menu(NamedTuple):
+    """What one file of a format may hold: for each weight its types, and the bytes that each takes with its padding.
+
+    stock: usual mixes by name, as types of the same weights.
+    """
+
+    sizes: Mapping[str, Mapping[str, int]]
+    stock: Mapping[str, Mapping[str, str]]
+
+
 class Stage(NamedTuple):
     """A graph on the way from what was trained to what is written; `exact`: it computes what the one before it does.
 
@@ -94,6 +104,7 @@ class Lowered(NamedTuple):
     plan: Plan
     pipeline: str
     calibrated: Calibrated = Calibrated()
+    budget: Mapping[str, Any] = {}  # how types were found, where they were chosen by size or KL
 
 
 class Rewritten(Protocol):
@@ -141,6 +152,17 @@ class Format(Protocol):
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
     ) -> tuple[list[Row], dict[str, str] | None]: ...
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """A format whose files may have another type for each weight."""
+
+    def menu(self, graph: Graph, options: Any) -> Menu: ...
+
+    def with_types(self, graph: Graph, options: Any, types: Mapping[str, str]) -> Any:
+        """The options with which these weights get these types."""
+        ...
 
 
 class Item(NamedTuple):

@@ -21,9 +21,9 @@ FLOORS: dict[float, str] = {
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
-    "solver_spec qat_grids on_device",
+    "solver_spec qat_grids on_device sensitivity budget plots",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion calibrated verification inspection listing printing",
+    4: "conversion calibrated verification inspection listing printing html_report",
     5: "cli __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
