@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from qconvert.errors import UnsupportedError
 from qconvert.formats.safetensors_dialects import Dialect, Wanted, Written
 from qconvert.formats.safetensors_names import family_of
-from qconvert.graph import Graph, Node, Type
+from qconvert.graph import STATISTICS, Graph, Node, Type
 from qconvert.ops import infer
 from qconvert.scheme import scheme_of
 from qconvert.transcoded import stored_dtype
@@ -49,6 +49,10 @@ class SplitExperts:
             module = family.module(str(attrs["role"]), int(str(attrs["layer"])))
             parts = tuple(f"{module.format(e=e)}.weight" for e in range(node.type.dims[0]))
             stack = {name: Node("stack", parts, whole, {"apart": True})}
+            for kind in STATISTICS:
+                if beside := graph.nodes.get(f"{name}{kind}"):
+                    own = infer("expert", (beside.type,), e=0)
+                    stack |= {f"{p}{kind}": Node("expert", (f"{name}{kind}",), own, {"e": e}) for e, p in enumerate(parts)}
             if node.op == "stack" and node.inputs == parts:
                 return stack
             below = f"{name}~stacked"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from qconvert.errors import GraphError
-from qconvert.graph import Attr, Graph, Node
+from qconvert.graph import STATISTICS, Attr, Graph, Node
 
 HEAD = "lm_head.weight"  # what a checkpoint calls it where it is not tied, in every family
 PATHS = ("lora", "dora_path", "lora_embed", "dora_embed")
@@ -25,8 +25,11 @@ class UntieHead:
             return graph
         head = head_of(graph)
         linear = graph.nodes[head]
+        beside = [f"{embedding}{kind}" for kind in STATISTICS if f"{embedding}{kind}" in graph.nodes]  # of what the head reads
 
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
+            if name in beside:
+                return {HEAD + name.removeprefix(embedding): node}
             if name == head:
                 own = copied(graph, embedding, HEAD, "output")
                 return {**own, head: replace(linear, inputs=(linear.inputs[0], HEAD, *linear.inputs[2:]))}

@@ -93,7 +93,7 @@ class Graph:
 
     def prune(self) -> Graph:
         live = self.needed(self.outputs)
-        live |= {n for n in self.nodes if n.endswith(STATISTICS) and n.rpartition("~")[0] in live}
+        live |= self.needed(n for n in self.nodes if n.endswith(STATISTICS) and n.rpartition("~")[0] in live)
         return replace(self, nodes={n: v for n, v in self.nodes.items() if n in live or (v.op == "input" and not v.inputs)})
 
     def sorted(self) -> Graph:

@@ -189,7 +189,7 @@ OPS: dict[str, Op] = {
         "matrices, each with a type of its own, and the whole is f32",
         True,
     ),
-    "expert": Op(_expert, "(w[E,N,K]) {e}: matrix e, [N,K]", True),
+    "expert": Op(_expert, "(w[E,N,K] or [E,K]) {e}: matrix e, [N,K], or row e, [K]", True),
     "part": Op(_part, "(w[E,N,K]) {begin, end}: rows begin..end of every expert", True),
     "interleave": Op(_interleave, "(w[E,N,K], u[E,N,K]): their rows in turn, [E,2N,K]", True),
     "flat": Op(lambda i, _: Type("f32", (i[0].rows, i[0].dims[-1])), "(w[E,N,K]): one below the other, [E*N,K]", True),

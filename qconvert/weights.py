@@ -164,7 +164,10 @@ def _stack(w: Weights, name: str, node: Node, begin: int, end: int) -> Array | Q
 
 
 def _expert(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
-    first = int(_number(node, "e")) * node.type.dims[0]
+    e = int(_number(node, "e"))
+    if len(node.type.dims) == 1:
+        return w.real(node.inputs[0], e, e + 1)[0, begin:end]
+    first = e * node.type.dims[0]
     return w.real(node.inputs[0], first + begin, first + end)
 
 

@@ -16,11 +16,16 @@ from qconvert import convert
 from qconvert.build import build
 from qconvert.calibration import Calibration, cut
 from qconvert.errors import InputError, UsageError
+from qconvert.graph import Graph, Type
 from qconvert.layerwise import run_layerwise, segments
 from qconvert.observers import SiteWatcher
+from qconvert.passes.calibrate import Calibrate
+from qconvert.passes.untie_head import UntieHead
+from qconvert.pipeline import Pipeline
 from qconvert.run import run
 from qconvert.sources import Store, read_checkpoint
-from qconvert.statistics import Found, Site, sites_of
+from qconvert.statistics import ALIAS, FILE, Facts, Found, Site, StatisticsFile, sites_of
+from qconvert.text import format, parse
 from qconvert.tokenizer import read_tokenizer
 from qconvert.weights import Weights
 
@@ -230,3 +235,55 @@ def test_a_dry_run_knows_the_exact_bytes_and_reads_no_text(text: Path, tmp_path:
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((UsageError, InputError), match=message):
         convert(TINY, dry_run=True, **options)
+
+
+# beside the weights -------------------------------------------------------------------------------
+
+
+def laid_beside(graph: Graph) -> Graph:
+    sites = sites_of(graph)
+    return Pipeline((Calibrate(sites=sites, hessians=frozenset(s.key for s in sites)),)).run(graph)
+
+
+def test_statistics_stay_beside_a_weight_as_long_as_it_is_there(store: Store) -> None:
+    graph = laid_beside(build(read_checkpoint(TINY, store)))
+    q, k = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight")
+    assert graph.nodes[f"{q}~moments"] == graph.nodes[f"{k}~moments"]
+    assert graph.nodes[f"{q}~moments"].attrs == {"tensor": "statistics/statistics.safetensors#l0.attn_norm.moments"}
+    assert graph.nodes[f"{q}~hessian"].type == Type("f32", (256, 256))
+    assert graph.prune() == graph and parse(format(graph)) == graph
+    assert f"{q}~moments" not in Graph({n: v for n, v in graph.nodes.items() if n != q}, (k,)).prune().nodes
+
+
+def test_an_untied_head_takes_what_it_reads_with_it(store: Store) -> None:
+    graph = UntieHead()(laid_beside(build(read_checkpoint(TINY, store))))
+    assert graph.nodes["lm_head.weight~moments"].attrs == {"tensor": "statistics/statistics.safetensors#norm.moments"}
+    assert "lm_head.weight~hessian" in graph.nodes and "model.embed_tokens.weight~moments" not in graph.nodes
+
+
+def test_each_matrix_of_split_experts_has_its_own_expert(tmp_path: Path) -> None:
+    from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices
+
+    tiny_models.save_random(tmp_path, "Qwen3Moe", tiny_models.SMALL_QWEN3_MOE)
+    opened = Store()
+    graph = laid_beside(build(read_checkpoint(tmp_path, opened)))
+    found: dict[str, Found] = {}
+    with StatisticsFile(tmp_path / FILE, sites_of(graph), {s.key for s in sites_of(graph)}, Facts("t", 60, 20), "") as file:
+
+        def done(site: Site, what: Found) -> None:
+            file.write(site, what)
+            found.update(dict.fromkeys(site.weights, what))
+
+        texts = np.random.default_rng(1).integers(0, 61, (3, 20)).tolist()
+        run_layerwise(graph, Weights(graph, opened), texts, SiteWatcher(sites_of(graph), [s.key for s in sites_of(graph)], done))
+    opened.add(ALIAS, tmp_path / FILE)
+    split = Pipeline((SplitExperts(),)).run(graph)
+    weights = Weights(split, opened)
+    assert len(expert_matrices(split)) == 2 * 3 * 5
+    for name in expert_matrices(split):
+        e = int(name.split("experts.")[1].split(".")[0])
+        stack = next(n for n, node in split.nodes.items() if node.op == "stack" and name in node.inputs)
+        assert np.array_equal(weights.real(f"{name}~moments"), found[stack].moments[e])
+        hessian = found[stack].hessian
+        assert hessian is not None and np.array_equal(weights.real(f"{name}~hessian"), hessian[e])
+    opened.close()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import bench_calibrate
 import bench_export
 import bench_onnx
 import bench_pipeline
@@ -93,6 +94,7 @@ def low_rank(r: int) -> Iterator[Result]:
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_pipeline.CASES,
+    **bench_calibrate.CASES,
     **bench_onnx.CASES,
     **bench_export.CASES,
     **bench_safetensors.CASES,
