@@ -290,7 +290,7 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 
 
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
-    if node.type.dtype in SCHEMES:
+    if node.type.dtype in SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
     codes = from_bits(packed, scheme.bits, node.type.dims[-1])

@@ -203,7 +203,7 @@ def test_rows_that_no_block_divides_become_f16() -> None:
 
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 def test_layer_counts_of_large_models_choose_what_llama_quantize_chooses(shape: Shape, tmp_path: Path) -> None:
-    check(tmp_path, shape, ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS"])
+    check(tmp_path, shape, ["Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE"])
 
 
 OPTIONS = {

@@ -57,7 +57,7 @@ def weights(n: int = ROWS, k: int = COLUMNS) -> np.ndarray:
 
 
 def quantize(scheme: str, imatrix: bool = False) -> Iterator[Result]:
-    """Our search against ggml_quantize_chunk, with importance or without. `ratio` is the median of those of neighbouring runs."""
+    """Our search against ggml_quantize_chunk, with importance or without. `ratio` is the median of those of neighbours."""
     import ggml_oracle
 
     from qconvert import kernels

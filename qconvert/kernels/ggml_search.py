@@ -34,6 +34,11 @@ KERNELS: dict[str, Kernel] = {
     "q5_k": Kernel("min_quants", 176, 16, 32),
     "q3_k": Kernel("scale_quants", 110, 16, 32),
     "q6_k": Kernel("scale_quants", 210, 16, 32),
+    "tq1_0": Kernel("nearest_blocks", 54, 16, 16),
+    "tq2_0": Kernel("nearest_blocks", 66, 16, 16),
+    "q1_0": Kernel("nearest_blocks", 18, 16, 16),
+    "q2_0": Kernel("nearest_blocks", 18, 16, 16),
+    "mxfp4": Kernel("nearest_blocks", 17, 16, 16),
     "iq4_nl": Kernel("iq4_quants", 18, 16, 32),
     "iq4_xs": Kernel("iq4_quants", 136, 16, 32),
 }
@@ -44,7 +49,7 @@ def search(
 ) -> Bytes:
     """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes with that importance f32[K], or without one.
 
-    K is a multiple of the scheme's block; importance is not negative, and q8_0 has no use for it. `lanes` (or
+    K is a multiple of the scheme's block; importance is not negative, and what only rounds has no use for it. `lanes` (or
     QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the bytes are the same. `out` is a contiguous array to
     write to. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache. The bytes are
     those of a stock ggml, built without contraction of a*b+c; one built with -march=native writes others.
