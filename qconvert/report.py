@@ -71,7 +71,7 @@ def metadata_beside(plan: Plan) -> set[str]:
 
 
 def code_nbytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * layout_of(entry.dtype).scheme.bits // 8 if "." in entry.dtype else 0
+    return int(math.prod(entry.shape) * layout_of(entry.dtype).scheme.code_bits) // 8 if "." in entry.dtype else 0
 
 
 def bpw_of(plan: Plan, graph: Graph) -> Bpw:

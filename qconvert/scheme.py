@@ -79,10 +79,15 @@ class Scheme:
         return 0 if self.table or self.unsigned or self.zero_point != "none" else 1 << (self.bits - 1)
 
     @property
+    def code_bits(self) -> float:
+        """Of one code in a file."""
+        return self.bits if self.stored_bits is None else self.stored_bits
+
+    @property
     def bits_per_weight(self) -> float:
         """What whole rows share is not counted."""
         metadata = sum(level.bits / level.group / level.rows for level in self.levels if level.group and level.rows)
-        return metadata + (self.bits if self.stored_bits is None else self.stored_bits)
+        return self.code_bits + metadata
 
 
 class QTensor(NamedTuple):

@@ -67,11 +67,11 @@ def search(
     if x.size:
         wide = choose(where.on_avx2, where.on_avx512, lanes)
         row = Lanes(min(wide.n, 16), wide.wide)
-        kernel(wide, row, x.reshape(-1), k, None if importance is None else _cyclic(importance, k), out.reshape(-1))
+        kernel(wide, row, x.reshape(-1), k, None if importance is None else cyclic(importance, k), out.reshape(-1))
     return out
 
 
-def _cyclic(importance: F32, k: int) -> F32:
+def cyclic(importance: F32, k: int) -> F32:
     """It, and then its beginning again: as far as the widest vector of blocks reaches that begins in a row."""
     if importance.shape != (k,) or not (importance >= 0).all():
         raise InputError(f"importance {list(importance.shape)} is not {k} numbers of 0 or more")

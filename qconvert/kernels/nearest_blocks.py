@@ -115,7 +115,7 @@ def mxfp4(lanes, row, x, k, importance, out):  # type: ignore[no-untyped-def]
         at, o = block * 32, block * 17
         peak = _magnitude(row, x, at, 32)
         # log2f is rounded: just below a power of two it is the next integer
-        exponent = (int(math.floor(F(math.log2(np.float64(peak))))) + 125) & 255 if peak > F(0) else 0
+        exponent = (np.int64(np.floor(F(math.log2(np.float64(peak))))) + 125) & 255 if peak > F(0) else 0
         out[o] = U8(exponent)
         bits[0] = 0x200000 << exponent if exponent < 2 else (exponent - 1) << 23
         for i in range(0, 32, n):
