@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 
 from qconvert import check
 from qconvert.check import Tokens
 from qconvert.emit import Entry, in_parallel, row_ranges
-from qconvert.errors import InputError
 from qconvert.formats import gguf_vocabulary_check
 from qconvert.formats.gguf_activations import as_ggml, round_q8_0, round_q8_k
 from qconvert.formats.gguf_kernels import kernel_rows
+from qconvert.formats.gguf_values import BY_GGML, Tensor, by_rows, dequantized, read_tensors
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.graph import Graph
 from qconvert.report import Row, judged
@@ -31,13 +31,6 @@ from qconvert.weights import Weights
 RUNTIME = "runtime llama.cpp"
 
 
-class Tensor(NamedTuple):
-    """A tensor as gguf-py read it: data u8[N, row nbytes] (or f32, f16 [N,K])."""
-
-    data: Any
-    type: Any
-
-
 @dataclass(frozen=True)
 class FileReals:
     """The file's weights as real numbers, dequantized by gguf-py; names are the graph's (see `names`)."""
@@ -46,31 +39,11 @@ class FileReals:
     names: Mapping[str, str]  # parameter -> tensor
 
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
-        from gguf.quants import dequantize
-
         tensor = self.tensors[self.names[name]]
-        return cast(Array, dequantize(np.asarray(by_rows(tensor.data)[begin:end]), tensor.type))
+        return dequantized(np.asarray(by_rows(tensor.data)[begin:end]), tensor.type.name)
 
     def dtype(self, name: str) -> str:
         return str(self.tensors[self.names[name]].type.name).lower()
-
-
-def by_rows(data: Any) -> Any:
-    """Stacked experts [E,N,...] as [E*N,...]: how weights count rows."""
-    return data.reshape(-1, data.shape[-1]) if data.ndim > 2 else data
-
-
-def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Every tensor of a (split) file through gguf-py. InputError where gguf-py refuses it."""
-    from gguf import GGUFReader
-
-    out: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            out |= {str(t.name): Tensor(t.data, t.tensor_type) for t in GGUFReader(path).tensors}
-        except (ValueError, KeyError, IndexError, OverflowError) as e:
-            raise InputError(f"{path}: gguf-py cannot read it: {e}") from e
-    return out
 
 
 def prove(
@@ -88,7 +61,8 @@ def prove(
         rows += [*steps, *check.price_rows(check.distance(merged, quantized, prompts))]
         rows += stored_rows(graph, weights, reals)
         read = check.log_probs(graph, reals, prompts)
-        rows.append(check.arithmetic_row("file read by gguf-py", "file", check.distance(quantized, read, prompts)))
+        reader = "ggml" if any(t.type.name.lower() in BY_GGML for t in tensors.values()) else "gguf-py"
+        rows.append(check.arithmetic_row(f"file read by {reader}", "file", check.distance(quantized, read, prompts)))
         del merged, quantized, read
         answers, runtime = in_runtime(parts, tokenizer, graph, reals, prompts, threads)
     return rows + answers, runtime

@@ -10,18 +10,13 @@ import numpy as np
 
 from qconvert.check import LIMITS
 from qconvert.formats.gguf_activations import as_ggml
+from qconvert.formats.gguf_values import InitParams, declare, dequantized
 from qconvert.formats.llama_cpp import library
 from qconvert.gguf_reader import GGML_TYPES
 from qconvert.report import Row, judged
 
 ROWS, COLUMNS = 64, 4
 ARENA_NBYTES = 64 << 20
-
-
-class InitParams(c.Structure):
-    """ggml_init_params, ggml/include/ggml.h."""
-
-    _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
 
 
 def kernel_rows(tensors: Mapping[str, Any]) -> list[Row]:
@@ -47,12 +42,11 @@ def kernel_rows(tensors: Mapping[str, Any]) -> list[Row]:
 def product_error(tensor: Any, dtype: str, k: int) -> float:
     """|ggml(W x) - W x'| / |W x'| with W[<=64, K] of the file, x[4, K] normal and x' = x rounded as ggml does."""
     import torch
-    from gguf.quants import dequantize
 
     data = np.ascontiguousarray(tensor.data.reshape(-1, tensor.data.shape[-1])[:ROWS])
     x = np.random.default_rng(0).standard_normal((COLUMNS, k)).astype(np.float32)
     rounded = as_ggml(dtype)(torch.from_numpy(x)).numpy().astype(np.float64)
-    want = rounded @ np.asarray(dequantize(data, tensor.type), np.float64).T
+    want = rounded @ dequantized(data, tensor.type.name).astype(np.float64).T
     got = ggml_product(data, GGML_TYPES[dtype][0], len(data), x)
     return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
 
@@ -60,7 +54,7 @@ def product_error(tensor: Any, dtype: str, k: int) -> float:
 def ggml_product(data: np.ndarray[Any, Any], kind: int, n: int, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """x[C,K] times the rows that `data` holds in ggml's type `kind`: f32[C,N], by ggml's CPU kernels."""
     lib = library().call
-    _declare(lib)
+    declare(lib)
     context = lib.ggml_init(InitParams(ARENA_NBYTES, None, False))
     try:
         w = lib.ggml_new_tensor_2d(context, kind, x.shape[1], n)
@@ -76,14 +70,3 @@ def ggml_product(data: np.ndarray[Any, Any], kind: int, n: int, x: np.ndarray[An
         return out
     finally:
         lib.ggml_free(context)
-
-
-def _declare(lib: Any) -> None:
-    p, i64, i32 = c.c_void_p, c.c_int64, c.c_int32
-    for name, result, arguments in (
-        ("ggml_init", p, (InitParams,)), ("ggml_free", None, (p,)), ("ggml_new_tensor_2d", p, (p, i32, i64, i64)),
-        ("ggml_get_data", p, (p,)), ("ggml_mul_mat", p, (p, p, p)), ("ggml_new_graph", p, (p,)),
-        ("ggml_build_forward_expand", None, (p, p)), ("ggml_graph_compute_with_ctx", i32, (p, p, i32)),
-    ):  # fmt: skip
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments

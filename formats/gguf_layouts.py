@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.scheme import F32, SCHEMES, Array, Bytes, Layout, QTensor, Scheme
+from qconvert.scheme import E8M0_TABLE, F32, SCHEMES, Array, Bytes, Layout, QTensor, Scheme
 
 U8 = npt.NDArray[np.uint8]
 U4 = np.uint8(15)
@@ -38,6 +38,8 @@ class Struct(NamedTuple):
     zero: int
     read_levels: Callable[[Blocks], list[Array]]  # one array[N, K/block, entries] per level
     write_levels: Callable[[Blocks, list[F32]], None]
+    read_codes: Callable[[Blocks], U8] | None = None  # -> u8[N, K/block, block], where codes lie in no planes
+    write_codes: Callable[[Blocks, U8], None] | None = None
 
 
 def weave(codes: U8, bits: int, run: int) -> U8:
@@ -65,6 +67,8 @@ def _pack(name: str, q: QTensor) -> Bytes:
     n, k = q.codes.shape
     blocks: Blocks = np.zeros((n, k // layout.scheme.block), layout.block)
     stored = (q.codes.astype(np.int16) + struct.zero).astype(np.uint8).reshape(*blocks.shape, -1)
+    if struct.write_codes is not None:
+        struct.write_codes(blocks, stored)
     shift = 0
     for field, bits, run in struct.planes:
         blocks[field] = weave((stored >> np.uint8(shift)) & np.uint8((1 << bits) - 1), bits, run)
@@ -81,7 +85,7 @@ def _unpack(name: str, packed: Bytes) -> QTensor:
         raise InputError(f"{name}: rows of {nbytes} bytes are no multiple of the block's {layout.block.itemsize}")
     struct = STRUCTS[layout.scheme.name]
     blocks: Blocks = np.ascontiguousarray(packed).view(layout.block)
-    stored = np.zeros((n, blocks.shape[1], layout.scheme.block), np.uint8)
+    stored = struct.read_codes(blocks) if struct.read_codes else np.zeros((*blocks.shape, layout.scheme.block), np.uint8)
     shift = 0
     for field, bits, run in struct.planes:
         stored |= unweave(blocks[field], bits, run) << np.uint8(shift)
@@ -161,6 +165,34 @@ def _write_iq4_xs(blocks: Blocks, levels: list[F32]) -> None:
     blocks["scales_h"] = weave(stored >> np.uint8(4), 2, 1)
 
 
+def _read_trits(blocks: Blocks) -> U8:
+    """Bytes of five trits: byte * 3**i mod 256, times 3, has trit i above its low 8 bits."""
+    parts = []
+    for field, begin, run, n in TRITS:
+        powers = np.uint8(3) ** np.arange(n, dtype=np.uint8)[:, None]
+        moved: U8 = blocks[field][..., None, begin : begin + run] * powers
+        parts.append((moved.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(*blocks.shape, -1))
+    return np.concatenate(parts, axis=-1)
+
+
+def _write_trits(blocks: Blocks, codes: U8) -> None:
+    at = 0
+    for field, begin, run, n in TRITS:
+        trits = codes[..., at : at + n * run].reshape(*blocks.shape, n, run).astype(np.uint16)
+        value = (trits * (3 ** np.arange(4, 4 - n, -1, dtype=np.uint16))[:, None]).sum(-2, dtype=np.uint16)
+        blocks[field][..., begin : begin + run] = (value * np.uint32(256) + np.uint32(242)) // 243
+        at += n * run
+
+
+def _read_exponent(blocks: Blocks) -> list[Array]:
+    return [np.asarray(E8M0_TABLE, np.float32)[blocks["e"]]]
+
+
+def _write_exponent(blocks: Blocks, levels: list[F32]) -> None:
+    blocks["e"] = (np.frexp(levels[0].reshape(blocks.shape))[1] + 126).astype(np.uint8)
+
+
+TRITS = (("qs", 0, 32, 5), ("qs", 32, 16, 5), ("qh", 0, 4, 4))  # field, first byte, bytes, and trits in each
 NIBBLES_16 = (Plane("qs", 4, 16),)
 NIBBLES_32 = (Plane("qs", 4, 32),)
 
@@ -196,6 +228,13 @@ STRUCTS: dict[str, Struct] = {
         [("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")],
         (Plane("ql", 4, 64), Plane("qh", 2, 32)), 32, *_fields("d", "scales"),
     ),
+    "tq1_0": Struct(
+        [("qs", "u1", 48), ("qh", "u1", 4), ("d", "<f2")], (), 0, *_fields("d"), _read_trits, _write_trits,
+    ),
+    "tq2_0": Struct([("qs", "u1", 64), ("d", "<f2")], (Plane("qs", 2, 32),), 0, *_fields("d")),
+    "q1_0": Struct([("d", "<f2"), ("qs", "u1", 16)], (Plane("qs", 1, 1),), 0, *_fields("d")),
+    "q2_0": Struct([("d", "<f2"), ("qs", "u1", 16)], (Plane("qs", 2, 1),), 0, *_fields("d")),
+    "mxfp4": Struct([("e", "u1"), ("qs", "u1", 16)], NIBBLES_16, 0, _read_exponent, _write_exponent),
     "iq4_nl": Struct([("d", "<f2"), ("qs", "u1", 16)], NIBBLES_16, 0, *_fields("d")),
     "iq4_xs": Struct(
         [("d", "<f2"), ("scales_h", "u1", 2), ("scales_l", "u1", 4), ("qs", "u1", 128)],

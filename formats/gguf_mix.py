@@ -92,6 +92,11 @@ FILE_TYPES: Mapping[str, FileType] = {
         ("Q5_K_S", 16, "q5_k"),
         ("Q5_K_M", 17, "q5_k"),
         ("Q6_K", 18, "q6_k"),
+        ("TQ1_0", 36, "tq1_0"),
+        ("TQ2_0", 37, "tq2_0"),
+        ("MXFP4_MOE", 38, "mxfp4"),
+        ("Q1_0", 40, "q1_0"),
+        ("Q2_0", 41, "q2_0"),
         ("IQ4_NL", 25, "iq4_nl"),
         ("IQ4_XS", 30, "iq4_xs"),
     )
@@ -100,7 +105,8 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
 PLAIN = ("f32", "f16", "bf16")
 # A row that is no multiple of 256 gets a type of blocks of 32. Where that does not divide either, or none is here: f16.
-FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
+            "tq1_0": "q4_0", "tq2_0": "q4_0", "q2_0": "q4_0"}  # fmt: skip
 NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "attn_rel_b.weight", ".position_embd")
 
 
@@ -270,6 +276,8 @@ class Mix:
             return explicit
         if self.options.pure or self.file.default in PLAIN:
             return self.file.default
+        if self.file.name == "MXFP4_MOE":  # experts alone
+            return "mxfp4" if len(tensor.shape) > 2 and tensor.shape[-3] > 1 else "q8_0"
         return self.by_rule(tensor.name) or self.file.default
 
     def explicit(self, name: str) -> str | None:
@@ -288,6 +296,8 @@ class Mix:
         role, file, eight = role_of(name), self.file.name, self.hyper.experts == 8
         if role == "output" or (role == "token_embd" and self.tied):
             return "q8_0" if self.file.default == "q8_0" else "q6_k"
+        if role == "token_embd" and self.file.name in ("TQ1_0", "TQ2_0", "Q2_0"):
+            return "q4_k"
         if role == "attn_v":
             type_ = self._at(ATTN_V, self._count(role), self.n_attn_v)
             if self._is_70b() and (type_ or self.file.default) in ("q3_k", "q4_k"):

@@ -14,8 +14,9 @@ import numpy as np
 from qconvert import check, kernels
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats import gguf_arch
-from qconvert.formats.gguf_check import FileReals, Tensor, by_rows, context, in_runtime, n_vocab, read_tensors
+from qconvert.formats.gguf_check import FileReals, context, in_runtime, n_vocab
 from qconvert.formats.gguf_names import gguf_name
+from qconvert.formats.gguf_values import Tensor, by_rows, read_tensors
 from qconvert.formats.gguf_vocabulary import vocabulary
 from qconvert.gguf_reader import read_header
 from qconvert.graph import Graph

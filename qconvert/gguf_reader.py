@@ -50,7 +50,7 @@ def _quantized(name: str, number: int) -> GGMLType:
 
 _IDS = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
-    "iq4_nl": 20, "iq4_xs": 23,
+    "iq4_nl": 20, "iq4_xs": 23, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39, "q1_0": 41, "q2_0": 42,
 }  # fmt: skip
 GGML_TYPES: dict[str, GGMLType] = {
     "f32": GGMLType(0, 1, 4), "f16": GGMLType(1, 1, 2), "bf16": GGMLType(30, 1, 2),

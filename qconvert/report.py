@@ -77,7 +77,7 @@ def codes_alone(plan: Plan) -> dict[str, int]:
 
 
 def code_nbytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * layout_of(entry.dtype).scheme.bits // 8 if "." in entry.dtype else 0
+    return int(math.prod(entry.shape) * layout_of(entry.dtype).scheme.code_bits) // 8 if "." in entry.dtype else 0
 
 
 class Nbytes(NamedTuple):

@@ -55,6 +55,7 @@ class Scheme:
     bits: int  # of one code
     levels: tuple[Level, ...]
     table: tuple[float, ...] = ()  # a code is an index into it; empty: the code is the value
+    stored_bits: float | None = None  # of one code, where bytes hold several that do not divide them
     unsigned: bool = False  # codes begin at 0 though none has a zero point: an offset says where the grid lies
     lattice: int = 0  # so many codes together are a point of a lattice: coordinates i8, of more bits than are stored
 
@@ -80,9 +81,15 @@ class Scheme:
         return 0 if self.table or self.unsigned or self.zero_point != "none" else 1 << (self.bits - 1)
 
     @property
+    def code_bits(self) -> float:
+        """Of one code in a file."""
+        return self.bits if self.stored_bits is None else self.stored_bits
+
+    @property
     def bits_per_weight(self) -> float:
         """What whole rows share is not counted."""
-        return self.bits + sum(level.bits / level.group / level.rows for level in self.levels if level.group and level.rows)
+        metadata = sum(level.bits / level.group / level.rows for level in self.levels if level.group and level.rows)
+        return self.code_bits + metadata
 
 
 class QTensor(NamedTuple):
@@ -193,6 +200,10 @@ SCHEMES: dict[str, Scheme] = {
             (Level("scale", "f16", 256), Level("scale", "u6", 32), Level("min", "f16", 256), Level("min", "u6", 32)),
         ),
         Scheme("q6_k", 6, (Level("scale", "f16", 256), Level("scale", "i8", 16))),
+        Scheme("tq1_0", 2, (Level("scale", "f16", 256),), (-1.0, 0.0, 1.0), stored_bits=13 / 8),
+        Scheme("tq2_0", 2, (Level("scale", "f16", 256),), (-1.0, 0.0, 1.0, 2.0)),
+        Scheme("q1_0", 1, (Level("scale", "f16", 128),), (-1.0, 1.0)),
+        Scheme("q2_0", 2, (Level("scale", "f16", 64),), (-1.0, 0.0, 1.0, 2.0)),
         Scheme("iq4_nl", 4, (Level("scale", "f16", 32),), IQ4_TABLE),
         Scheme("iq4_xs", 4, (Level("scale", "f16", 256), Level("scale", "i6", 32)), IQ4_TABLE),
     )
@@ -264,7 +275,7 @@ MINIFLOATS: dict[str, Scheme] = {
         Scheme("mxfp8", 8, (Level("scale", "e8m0", 32),), E4M3_TABLE),
     )
 }
-
+SCHEMES["mxfp4"] = MINIFLOATS["mxfp4"]  # the same codes and scales, whoever keeps them
 
 AFFINE_NAME = re.compile(r"(u?int)([1-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
 TABLE_NAME = re.compile(r"(nf4|fp4|ternary|binary)_(?:g(\d+)|row)")

@@ -265,7 +265,7 @@ def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTenso
         return lattice_weights.quantized(w, name, node, begin, end)
     if is_named(node):
         return solved(w, name, node, begin, end, partial(_must_be_finite, w))
-    if node.type.dtype in SCHEMES:
+    if node.type.dtype in SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
     codes = from_bits(packed, scheme.bits, node.type.dims[-1])

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ggml_oracle
-import gguf
 import numpy as np
 import pytest
 
 from qconvert import kernels
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.gguf_layouts import LAYOUTS
+from qconvert.formats.gguf_values import dequantized
 from qconvert.kernels.lanes import Lanes, choose, host
 from qconvert.scheme import F32, SCHEMES
 
@@ -50,6 +50,9 @@ def hard_rows() -> Iterator[tuple[str, F32]]:
     yield "few values", rng.integers(-2, 3, (16, 512)).astype(np.float32)
     for power in (-4, -6, -8, -12, -15, -20, -36, -38, -40, -43):  # scales that vanish in f16, then f32's subnormals
         yield f"magnitudes of 1e{power}", (x.astype(np.float64) * 50 * 10.0**power).astype(np.float32)
+    powers = np.float32(2) ** np.repeat(np.arange(-8, 24), 256).reshape(16, 512)
+    yield "powers of two", powers
+    yield "just below powers of two", np.nextafter(powers, np.float32(0))
     yield "magnitudes of 1e4", x * np.float32(1e5)
     for group in (16, 32):  # sub-blocks whose rounded scale is 0 keep the codes of the search
         spread = np.exp(5 * rng.standard_normal((16, 512 // group))).astype(np.float32)
@@ -115,7 +118,7 @@ def test_search_writes_the_bytes_of_ggml_on_a_trained_matrix(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_search_wrote_dequantizes_like_gguf_py(name: str) -> None:
     packed = search(name, normal_rows(4, 512))
-    wanted = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name.upper()])
+    wanted = dequantized(packed, name.upper())
     assert np.array_equal(LAYOUTS[f"gguf.{name}"].unpack(packed).dequantize(), wanted)
 
 

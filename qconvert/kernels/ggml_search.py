@@ -34,6 +34,11 @@ KERNELS: dict[str, Kernel] = {
     "q5_k": Kernel("min_quants", 176, 16, 32),
     "q3_k": Kernel("scale_quants", 110, 16, 32),
     "q6_k": Kernel("scale_quants", 210, 16, 32),
+    "tq1_0": Kernel("nearest_blocks", 54, 16, 16),
+    "tq2_0": Kernel("nearest_blocks", 66, 16, 16),
+    "q1_0": Kernel("nearest_blocks", 18, 16, 16),
+    "q2_0": Kernel("nearest_blocks", 18, 16, 16),
+    "mxfp4": Kernel("nearest_blocks", 17, 16, 16),
     "iq4_nl": Kernel("iq4_quants", 18, 16, 32),
     "iq4_xs": Kernel("iq4_quants", 136, 16, 32),
 }
@@ -44,7 +49,7 @@ def search(
 ) -> Bytes:
     """x f32[N,K] -> u8[N, row nbytes]: what ggml_quantize_chunk writes with that importance f32[K], or without one.
 
-    K is a multiple of the scheme's block; importance is not negative, and q8_0 has no use for it. `lanes` (or
+    K is a multiple of the scheme's block; importance is not negative, and what only rounds has no use for it. `lanes` (or
     QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the bytes are the same. `out` is a contiguous array to
     write to. Releases the GIL. The first call of a scheme compiles its kernel, or loads it from numba's cache. The bytes are
     those of a stock ggml, built without contraction of a*b+c; one built with -march=native writes others.
@@ -62,11 +67,11 @@ def search(
     if x.size:
         wide = choose(where.on_avx2, where.on_avx512, lanes)
         row = Lanes(min(wide.n, 16), wide.wide)
-        kernel(wide, row, x.reshape(-1), k, None if importance is None else _cyclic(importance, k), out.reshape(-1))
+        kernel(wide, row, x.reshape(-1), k, None if importance is None else cyclic(importance, k), out.reshape(-1))
     return out
 
 
-def _cyclic(importance: F32, k: int) -> F32:
+def cyclic(importance: F32, k: int) -> F32:
     """It, and then its beginning again: as far as the widest vector of blocks reaches that begins in a row."""
     if importance.shape != (k,) or not (importance >= 0).all():
         raise InputError(f"importance {list(importance.shape)} is not {k} numbers of 0 or more")
