@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -22,23 +24,24 @@ def line(scheme: Scheme, x: F32) -> tuple[Bytes, tuple[F32, ...]]:
     return kernels.line_codes(x, group, scheme.bits, scales, offsets - shift * scales), (scales, offsets)
 
 
-def least_squares(scheme: Scheme, x: F32) -> Affine:
+def least_squares(scheme: Scheme, x: F32, on_gpu: bool = False) -> Affine:
     """Codes, scales and zero points of least squared error."""
     group = scheme.levels[0].group or x.shape[1]
+    source = import_module("qconvert.kernels.gpu.solve") if on_gpu else kernels
     if scheme.table:
-        return kernels.table_codes(x, group, scheme.table)
-    found = kernels.affine(x, group, scheme.bits, scheme.zero_point)
-    kept = scheme.levels[0].dtype
-    return found if kept == "f32" else _with_kept_scales(x, group, scheme, found, kept)
+        return cast("Affine", source.table_codes(x, group, scheme.table))
+    found: Affine = source.affine(x, group, scheme.bits, scheme.zero_point)
+    return found if scheme.levels[0].dtype == "f32" else _with_kept_scales(x, group, scheme, found, source.affine_codes)
 
 
-def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, kept: str) -> Affine:
+def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, codes: Callable[..., Bytes]) -> Affine:
     """Scales as f16 or bf16 has them, and codes of 8 bits that suit those; of 4 bits no weight moves by 1/64 of a code."""
+    kept = scheme.levels[0].dtype
     scales = rounded_to(kept, found.scales)
     zeros = rounded_to(kept, found.zeros) if scheme.zero_point == "float" else found.zeros
     if scheme.bits < 8:
         return found._replace(scales=scales, zeros=zeros)
-    return found._replace(packed=kernels.affine_codes(x, group, scheme.bits, scales, zeros), scales=scales, zeros=zeros)
+    return found._replace(packed=codes(x, group, scheme.bits, scales, zeros), scales=scales, zeros=zeros)
 
 
 def rounded_to(dtype: str, v: F32) -> F32:

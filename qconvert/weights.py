@@ -288,7 +288,7 @@ def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes
     if solver == "mse" and any(level.role == "offset" for level in scheme.levels):
         return scheme, *line(scheme, x)
     if solver == "mse" and len(scheme.table) in (0, 16):
-        found = least_squares(scheme, x)
+        found = least_squares(scheme, x, on_gpu=w.device == "cuda" and on_gpu.has(node))
         return scheme, found.packed, (found.scales, found.zeros)[: len(scheme.levels)]
     if solver not in peer_weights.SOLVERS:
         raise GraphError(f"unknown solver {solver!r}", hint=f"solvers of this scheme: mse, {', '.join(peer_weights.SOLVERS)}")

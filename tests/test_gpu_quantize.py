@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ import triton
 
 from qconvert import kernels
 from qconvert.errors import MissingDependency, UnsupportedError
-from qconvert.kernels.gpu import quantize
+from qconvert.kernels.affine_quants import Affine
+from qconvert.kernels.gpu import quantize, solve
 from qconvert.kernels.gpu.compiled import TARGETS, assembly
 from qconvert.kernels.gpu.launch import Launch
+from qconvert.scheme import F32, FP4_TABLE, NF4_TABLE, ZeroPoint
 
 SCHEMES = pytest.mark.parametrize("scheme", quantize.SEARCHES)
 
@@ -116,3 +119,60 @@ def test_without_triton_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(MissingDependency, match="--device cuda needs triton"):
         quantize.device()
+
+
+def groups_of(group: int) -> F32:
+    """One of each kind of hard row."""
+    kinds = [x.reshape(-1, 256)[:2] for _, x in hard_rows() if x.shape[1] % 256 == 0]
+    return np.ascontiguousarray(np.concatenate(kinds)[:, : 2 * group])
+
+
+def alike(a: Affine, b: Affine) -> bool:
+    return all(np.array_equal(p.view(np.uint8), q.view(np.uint8)) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_point", ["none", "int", "float"])
+def test_affine_codes_scales_and_zeros_are_the_cpus(interpreted: None, zero_point: ZeroPoint, bits: int) -> None:
+    x = groups_of(16)
+    assert alike(solve.affine(x, 16, bits, zero_point), kernels.affine(x, 16, bits, zero_point))
+
+
+def test_large_groups_and_rows_that_are_left_to_the_cpu(interpreted: None) -> None:
+    for x, group in ((groups_of(128), 128), (groups_of(16)[:, :20], 20)):
+        assert alike(solve.affine(x, group, 4), kernels.affine(x, group, 4))
+
+
+@pytest.mark.parametrize("table", [NF4_TABLE, FP4_TABLE], ids=["nf4", "fp4"])
+def test_codes_into_tables_are_the_cpus(interpreted: None, table: tuple[float, ...]) -> None:
+    x = groups_of(16)
+    assert alike(solve.table_codes(x, 16, table), kernels.table_codes(x, 16, table))
+
+
+def test_codes_of_given_scales_are_the_cpus(interpreted: None) -> None:
+    x = groups_of(32)
+    _, scales, zeros = kernels.affine(x, 32, 8, "int")
+    kept = scales.astype(np.float16).astype(np.float32)
+    assert np.array_equal(solve.affine_codes(x, 32, 8, kept, zeros), kernels.affine_codes(x, 32, 8, kept, zeros))
+
+
+SOLVERS = ("none", "int", "float", "table")
+
+
+def solving(kind: str) -> Launch:
+    x = torch.empty((4, 256))
+    if kind == "table":
+        return solve.solving_table(x, 64, NF4_TABLE, interpreted=False).launch
+    return solve.solving_affine(x, 64, 4, cast("ZeroPoint", kind), interpreted=False).launch
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_compiled_solver_contracts_nothing(target: str) -> None:
+    assert is_exact(compiled_text(solving("none"), target), target)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_each_compiled_solver_contracts_nothing(kind: str, target: str) -> None:
+    assert is_exact(compiled_text(solving(kind), target), target)

@@ -1,6 +1,6 @@
 """Quantizing on a GPU, or by Triton's interpreter where TRITON_INTERPRET=1 asks for it: the bytes that the CPU makes.
 
-search(scheme, x f32[N,K]) -> u8[N, row nbytes]      as kernels.search
+search(scheme, x f32[N,K]) -> u8[N, row nbytes]      as kernels.search; solve.py has what finds affine codes
 
 Row blocks go to the GPU and bytes come back, from any thread, each on a stream of its own.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qconvert.errors import UnsupportedError, require
-from qconvert.scheme import F32, SCHEMES, Array, Bytes
+from qconvert.scheme import F32, MINIFLOATS, SCHEMES, Array, Bytes, scheme_of
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,17 @@ def device() -> str:
 
 
 def has(node: Node) -> bool:
-    """Whether this kind of quantize node has a kernel here."""
-    return node.attrs.get("solver") == "search" and node.type.dtype in SEARCHES and len(node.inputs) == 1
+    """Whether this kind of quantize node has a kernel here. Without statistics; rows that are one group are too few lanes."""
+    solver, dtype = node.attrs.get("solver"), node.type.dtype
+    if len(node.inputs) > 1 or (dtype in SCHEMES) != (solver == "search"):
+        return False
+    if dtype in SCHEMES:
+        return dtype in SEARCHES
+    scheme = scheme_of(dtype)
+    if solver != "mse" or scheme is None or scheme.name in MINIFLOATS or len(scheme.table) not in (0, 16):
+        return False
+    group = scheme.levels[0].group
+    return group is not None and group % 16 == 0 and all(level.role in ("scale", "zero") for level in scheme.levels)
 
 
 @cache
@@ -141,6 +150,8 @@ class Stage(threading.local):
         here = tensor(np.ascontiguousarray(x), "cpu")
         if device() == "cpu":
             return here
+        assert self.own is not None
+        self.own.synchronize()  # what was staged before may still be on its way
         staged = self.buffer("up", x.nbytes).view(here.dtype).view(here.shape)
         return staged.copy_(here).to("cuda", non_blocking=True)
 
