@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[float, str] = {
     0: "errors dtypes",
     1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope",
-    2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
+    2: "ops solvers patterns float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
     "peer_weights weights run kernels kernels.*",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline emit check report "
-    "encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
+    "findings encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
     "offloading",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion verification inspection listing printing",
+    4: "conversion verification doctor inspection listing printing",
     5: "cli __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
