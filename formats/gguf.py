@@ -16,6 +16,7 @@ from qconvert import __version__, gguf_reader
 from qconvert.dtypes import FLOATS
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UnsupportedError, UsageError, uninterrupted
+from qconvert.findings import Finding
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_menu, gguf_mix
 from qconvert.formats.gguf_kv import KV
 from qconvert.formats.gguf_names import gguf_name, sort_key
@@ -150,6 +151,12 @@ class GGUF:
         header = gguf_reader.read_header(path)
         items = [Item(t.name, t.dtype, t.shape, t.nbytes) for t in header.tensors]
         return Contents("gguf", items, header.file_nbytes, header.kv)
+
+    def diagnose(self, path: Path, values: bool) -> list[Finding]:
+        """What is wrong with a file by itself; see gguf_doctor."""
+        from qconvert.formats import gguf_doctor
+
+        return gguf_doctor.diagnose(path, values)
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
         """Every check that a file made elsewhere can be put to; see gguf_verify."""

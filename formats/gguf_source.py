@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from qconvert import registry
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, UnsupportedError, misshapen
 from qconvert.families import Family
 from qconvert.formats import gguf_vocabulary_check
 from qconvert.formats.gguf_arch import ARCHS, CAPS, KEYS, Arch, attention_scalar
@@ -53,6 +53,11 @@ def read_gguf(path: Path, store: Store, alias: str = "base") -> Checkpoint:
 
     InputError for what is missing or damaged; UnsupportedError for architectures and settings that no graph here has.
     """
+    with misshapen(str(path)):
+        return _read(path, store, alias)
+
+
+def _read(path: Path, store: Store, alias: str) -> Checkpoint:
     header = read_header(path)
     if header.kv.get("general.type", "model") != "model":
         raise InputError(f"{path} holds a {header.kv['general.type']}, not a model")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
+from qconvert.findings import Finding
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention, is_encoder
 from qconvert.formats.onnx_cliffs import slow_paths
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
@@ -218,6 +219,12 @@ class ONNX:
         from qconvert.formats.onnx_inspect import contents
 
         return contents(path)
+
+    def diagnose(self, path: Path, values: bool) -> list[Finding]:
+        """What is wrong with a file by itself; see onnx_doctor."""
+        from qconvert.formats import onnx_doctor
+
+        return onnx_doctor.diagnose(path, values)
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
         """Every check that a decoder made elsewhere can be put to; see onnx_verify."""

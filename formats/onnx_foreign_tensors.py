@@ -166,8 +166,8 @@ def read(path: Path) -> ModelProto:
         model = ModelProto.FromString(skeleton(path))
     except DecodeError as e:
         raise InputError(f"{path}: not an ONNX model: {e}", hint=DAMAGED) from e
-    if not model.HasField("graph") or not model.opset_import:
-        raise InputError(f"{path}: not an ONNX model: it has no graph or no opset", hint=DAMAGED)
+    if not model.HasField("graph") or not model.opset_import or not model.ir_version:
+        raise InputError(f"{path}: not an ONNX model: it has no graph, no opset or no version", hint=DAMAGED)
     return model
 
 
@@ -230,7 +230,7 @@ def _numbers(tensor: TensorProto, what: str) -> bytes:
 
 
 def _count(text: str, what: str) -> int:
-    if not text.isdecimal() or len(text) > 18:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 18:
         raise InputError(f"{what}: its external data says {text[:40]!a} where a count was wanted", hint=DAMAGED)
     return int(text)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qconvert.errors import InputError, UsageError
+from qconvert.errors import InputError, UsageError, misshapen
 from qconvert.formats.onnx_schemes import gathered
 from qconvert.sources import inside
 from qconvert.target import Contents, Item
@@ -68,6 +68,11 @@ def read_proto(path: Path) -> ModelProto:
 
 
 def contents(path: Path) -> Contents:
+    with misshapen(str(path)):
+        return _contents(path)
+
+
+def _contents(path: Path) -> Contents:
     model = read_proto(path)
     graphs = list(all_graphs(model.graph))
     nodes = [node for graph in graphs for node in graph.node]

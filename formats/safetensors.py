@@ -16,6 +16,7 @@ from qconvert.companions import carried, sentence_files, tokenizer_of
 from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.findings import Finding
 from qconvert.formats.safetensors_config import config_of
 from qconvert.formats.safetensors_dialects import (
     PLAIN,
@@ -168,6 +169,12 @@ class Safetensors:
 
     def inspect(self, path: Path) -> Contents:
         return contents(path)
+
+    def diagnose(self, path: Path, values: bool) -> list[Finding]:
+        """What is wrong with a file by itself; see safetensors_doctor."""
+        from qconvert.formats import safetensors_doctor
+
+        return safetensors_doctor.diagnose(path, values)
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report:
         """Every check that a folder made elsewhere can be put to."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qconvert.errors import AdapterError, UnsupportedError
+from qconvert.patterns import matcher
 from qconvert.sources import read_json
 
 CONFIG = "adapter_config.json"
@@ -115,8 +116,8 @@ def pattern_value(patterns: object, module: str, default: object, what: str) -> 
         raise AdapterError(f"{CONFIG}: {what}_pattern: pattern -> number was wanted, not {str(patterns)[:80]}")
     for pattern, each in (patterns or {}).items():
         try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as e:
+            matches = matcher(pattern).match(module)
+        except (re.error, OverflowError, RecursionError) as e:
             raise AdapterError(f"{CONFIG}: {what}_pattern: {pattern!r} is no regular expression: {e}") from e
         if matches:
             value = each

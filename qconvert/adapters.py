@@ -162,7 +162,9 @@ class _Found:
             return
         module, part, rest = m["module"], m["part"], m["rest"] or ""
         tail = rest.rpartition(".")[2]
-        if part in ("lora_A", "lora_B"):
+        if part in ("lora_A", "lora_B") and tail not in ("weight", "bias"):
+            self.unknown.append(info.ref)
+        elif part in ("lora_A", "lora_B"):
             self._put(self.parts.setdefault(module, {}), part + (".bias" if tail == "bias" else ""), info)
         elif part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *ELASTIC):
             self._put(self.parts.setdefault(module, {}), part, info)

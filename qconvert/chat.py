@@ -42,8 +42,10 @@ def read_chat_templates(folder: Path, inline: object) -> dict[str, str]:
         raise InputError(f"{folder}: a chat template is not UTF-8: {e}") from e
     if isinstance(inline, str):
         return {"default": inline}
-    if not isinstance(inline, list):
+    if inline is None:
         return {}
+    if not isinstance(inline, list):
+        raise InputError(f"{folder}: chat_template is {str(inline)[:80]!r}; a text was wanted")
     try:
         return {str(entry["name"]): str(entry["template"]) for entry in inline}
     except (KeyError, TypeError) as e:

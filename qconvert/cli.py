@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -50,6 +50,7 @@ def cli() -> None:
     qconvert MODEL[+ADAPTER[:WEIGHT]]... --to gguf --bits 4     convert (the default command); or --to onnx
     qconvert inspect FILE                                       what is in a file or folder
     qconvert verify FILE --against MODEL[+ADAPTER]              prove a file that exists
+    qconvert verify FILE                                        what is wrong with it by itself
 
     All options of the conversion: qconvert convert --help
     """
@@ -202,12 +203,12 @@ def inspect(file: str, ir: bool, json_file: str | None) -> None:
 
 @cli.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="MODEL[+ADAPTER[:WEIGHT]]...", help="What it was made from.")
+@click.option("--against", metavar="MODEL[+ADAPTER[:WEIGHT]]...", help="What it was made from.")
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]")
 @report_options
 def verify(
     file: Path,
-    against: str,
+    against: str | None,
     adapters: tuple[str, ...],
     json_file: str | None,
     html_file: str | None,
@@ -215,16 +216,33 @@ def verify(
     verbose: bool,
     threads: int | None,
 ) -> None:
-    """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from."""
+    """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from.
+
+    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other.
+    """
     from qconvert.printing import report_text
     from qconvert.verification import verify_file
 
     set_up_log(quiet, verbose)
+    if against is None:
+        if adapters:
+            raise click.UsageError("-a needs --against MODEL")
+        look_over(file, json_file, quiet)
     report = verify_file(file, against, adapters, threads)
     if not quiet:
         click.echo(report_text(report), err=json_file == "-")
     write_report(report, json_file, html_file)
     sys.exit(report.exit)
+
+
+def look_over(file: Path, json_file: str | None, quiet: bool) -> NoReturn:
+    from qconvert.doctor import diagnose, diagnosis_text
+
+    found = diagnose(file)
+    if not quiet or found.exit:
+        click.echo(diagnosis_text(found), err=json_file == "-")
+    dump(found.data(), json_file)
+    sys.exit(found.exit)
 
 
 def set_up_log(quiet: bool, verbose: bool) -> None:

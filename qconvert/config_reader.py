@@ -93,7 +93,7 @@ class Reader:
         value = self.value(name)
         if value is None and otherwise is not None:
             return otherwise
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:  # i32 in every runtime
             raise self.wrong(self.key(name), "a positive whole number")
         return value
 

@@ -78,6 +78,19 @@ class GraphError(QConvertError):
     pass
 
 
+# what Python raises where nested data has other types, keys or lengths than were counted on
+MISSHAPEN = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError, ZeroDivisionError)
+
+
+@contextmanager
+def misshapen(what: str, hint: str = "the file is damaged, or not what its name says") -> Iterator[None]:
+    """Around the reading of nested data that somebody else wrote: where it is not built as its format says, an InputError."""
+    try:
+        yield
+    except MISSHAPEN as e:
+        raise InputError(f"{what} is not built as its format says ({type(e).__name__}: {str(e)[:200]})", hint=hint) from e
+
+
 def require(module: str, for_: str, install: str | None = None) -> ModuleType:
     """Import an optional module, or say which feature wants it and how to install it."""
     try:

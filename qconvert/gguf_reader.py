@@ -6,6 +6,7 @@ milliseconds.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -18,6 +19,7 @@ from qconvert.scheme import SCHEMES
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
+MAX_DEPTH = 4  # of arrays within arrays; llama.cpp has none
 STRING, ARRAY = 8, 9
 # type id -> numpy spelling
 SCALARS = {
@@ -95,7 +97,7 @@ def read_header(path: Path) -> Header:
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Reader(data, path).header(file_nbytes)
-            except (struct.error, UnicodeDecodeError, IndexError, ValueError, OverflowError, MemoryError) as e:
+            except (struct.error, IndexError, ValueError, OverflowError, MemoryError) as e:
                 raise InputError(f"{path}: damaged GGUF: {e}", hint="download or convert it again") from e
 
 
@@ -105,23 +107,30 @@ class _Reader:
 
     def header(self, file_nbytes: int) -> Header:
         (version,) = self.unpack("<I")
+        if version in (2 << 24, 3 << 24):
+            hint = "gguf-py's gguf-convert-endian turns it"
+            raise InputError(f"{self.path} is a big-endian GGUF; little-endian ones are read", hint=hint)
         if version not in (2, 3):
             raise InputError(f"{self.path} is GGUF version {version}; versions 2 and 3 are read")
         n_tensors, n_kv = self.unpack("<QQ")
         if max(n_tensors, n_kv) > file_nbytes // 12:
             raise ValueError(f"{n_tensors} tensors and {n_kv} keys do not fit {file_nbytes} bytes")
-        kv = {}
+        kv: dict[str, object] = {}
         for _ in range(n_kv):
-            key = self.string()
+            key = self.name("key")
+            if key in kv:
+                raise ValueError(f"the key {key!r} occurs twice")
             kv[key] = self.value(self.unpack("<I")[0])
         raw = [self.info() for _ in range(n_tensors)]
         alignment = kv.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"general.alignment is {alignment!r}")
+        if odd := next((i for i in raw if i.offset % alignment), None):
+            raise ValueError(f"{odd.name} begins at byte {odd.offset} of the data, no multiple of {alignment}")
         start = -(-self.at // alignment) * alignment
-        return Header(
-            kv, tuple(self.checked(i._replace(offset=start + i.offset), file_nbytes) for i in raw), start, file_nbytes
-        )
+        infos = [self.checked(i._replace(offset=start + i.offset), file_nbytes) for i in raw]
+        self.refuse_overlaps(infos)
+        return Header(kv, tuple(infos), start, file_nbytes)
 
     def unpack(self, form: str) -> tuple[int, ...]:
         values = struct.unpack_from(form, self.data, self.at)
@@ -135,16 +144,30 @@ class _Reader:
         self.at += n
         return self.data[self.at - n : self.at].decode("utf-8", "surrogateescape")
 
-    def value(self, kind: int) -> object:
+    def name(self, what: str) -> str:
+        text = self.string()
+        if not text.isprintable():  # it ends up on terminals and in other files
+            raise ValueError(f"the {what} {text[:80]!a} is not printable")
+        return text
+
+    def value(self, kind: int, depth: int = 0) -> object:
         if kind == STRING:
-            return self.string()
+            text = self.string()
+            if depth == 0 and not text.isascii():
+                text.encode("utf-8")  # a token alone, in an array, may be bytes that are no text
+            return text
         if kind == ARRAY:
             inner, n = self.unpack("<IQ")
+            if depth == MAX_DEPTH:
+                raise ValueError(f"arrays nested more than {MAX_DEPTH} deep at {self.at}")
             if n > len(self.data) - self.at:
                 raise ValueError(f"an array of {n} entries at {self.at} passes the end")
             if inner in (STRING, ARRAY):
-                return [self.value(inner) for _ in range(n)]
-            values = np.frombuffer(self.data, self.scalar(inner), n, self.at)
+                return [self.value(inner, depth + 1) for _ in range(n)]
+            scalar = np.dtype(self.scalar(inner))
+            if n * scalar.itemsize > len(self.data) - self.at:
+                raise ValueError(f"an array of {n} entries at {self.at} passes the end")
+            values = np.frombuffer(self.data, scalar, n, self.at)
             self.at += values.nbytes
             return values.tolist()
         dtype = np.dtype(self.scalar(kind))
@@ -157,11 +180,13 @@ class _Reader:
         return SCALARS[kind]
 
     def info(self) -> Info:
-        name = self.string()
+        name = self.name("tensor")
         (n_dims,) = self.unpack("<I")
         if n_dims > 4:
             raise ValueError(f"{name} has {n_dims} dimensions")
         dims = self.unpack(f"<{n_dims}Q")
+        if math.prod(max(d, 1) for d in dims) >= 1 << 56:
+            raise ValueError(f"{name}: the shape {list(dims)} is not a list of counts")
         number, offset = self.unpack("<IQ")
         return Info(name, NAMES_BY_ID.get(number, f"type{number}"), dims[::-1], offset, 0)
 
@@ -169,10 +194,21 @@ class _Reader:
         if info.dtype not in GGML_TYPES:
             return info  # a type we do not know: listed, never read
         k = info.shape[-1] if info.shape else 1
-        rows = int(np.prod(info.shape[:-1], dtype=object)) if info.shape else 1
+        rows = math.prod(info.shape[:-1])
         if k % GGML_TYPES[info.dtype][1]:
             raise ValueError(f"{info.name}: rows of {k} are no whole {info.dtype} blocks")
         nbytes = rows * row_nbytes(info.dtype, k)
         if info.offset + nbytes > file_nbytes:
             raise ValueError(f"{info.name} ends at byte {info.offset + nbytes} of {file_nbytes}: the file is cut short")
         return info._replace(nbytes=nbytes)
+
+    def refuse_overlaps(self, infos: list[Info]) -> None:
+        names: set[str] = set()
+        end = 0
+        for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):
+            if info.name in names:
+                raise ValueError(f"the tensor {info.name!r} occurs twice")
+            if info.offset < end:
+                raise ValueError(f"{info.name} overlaps the tensor before it: it begins at {info.offset}, which ends at {end}")
+            names.add(info.name)
+            end = info.offset + info.nbytes

@@ -245,7 +245,7 @@ def _refuse_quantized(folder: Path, config: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object. InputError for a file that is missing, not JSON, or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_int=_count)
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
@@ -253,6 +253,12 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
     return cast(dict[str, object], value)
+
+
+def _count(digits: str) -> int:
+    if len(digits) > 20:  # no count of anything; and no float, which it might be taken for, holds much more
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def inside(folder: Path, name: str, what: str | None = None) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 from qconvert import registry
 from qconvert.adapters import Adapter
 from qconvert.emit import Plan
+from qconvert.findings import Finding
 from qconvert.graph import Graph
 from qconvert.pipeline import Function, Pass
 from qconvert.report import Report, Row
@@ -194,6 +195,13 @@ class Reader(Protocol):
     def inspect(self, path: Path) -> Contents: ...
 
     def verify(self, path: Path, source: Source, merged: Graph, threads: int) -> Report: ...
+
+
+@runtime_checkable
+class Examiner(Protocol):
+    """A reader that can say what is wrong with a file by itself; without `values`, from its headers."""
+
+    def diagnose(self, path: Path, values: bool) -> list[Finding]: ...
 
 
 def reader_of(path: Path) -> tuple[Reader, Path] | None:

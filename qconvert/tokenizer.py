@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qconvert import tokenizer_json as tj
 from qconvert.chat import read_chat_templates
-from qconvert.errors import InputError, UnsupportedError, require
+from qconvert.errors import InputError, UnsupportedError, misshapen, require
 from qconvert.sentencepiece_model import SPACE, cut_bpe, merges_of, read_sentencepiece
 from qconvert.tokenizer_json import AddedToken, read_json
 
@@ -96,7 +96,12 @@ class Tokenizer:
     def reference(self) -> Callable[[str], list[int]]:
         """text -> ids by Hugging Face's `tokenizers`; added tokens in the text are seen, none is put around it."""
         tokenizers = require("tokenizers", "reading a tokenizer")
-        encoder = tokenizers.Tokenizer.from_str(json.dumps(self.document))
+        try:
+            encoder = tokenizers.Tokenizer.from_str(json.dumps(self.document))
+        except BaseException as e:  # of no class that is promised; a panic of its is no Exception
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
+            raise InputError(f"the tokenizer is none that `tokenizers` reads: {e}", hint="is tokenizer.json damaged?") from e
 
         def encode(text: str) -> list[int]:
             return list(encoder.encode(text, add_special_tokens=False).ids)
@@ -153,7 +158,11 @@ def read_tokenizer(folder: Path, vocab_rows: int, *, model_folder: Path | None =
     Errors: InputError for missing, unreadable or contradicting files, and for ids beyond the embedding;
     UnsupportedError for models other than BPE and Unigram.
     """
-    model_folder = model_folder or folder
+    with misshapen(f"{folder}: the tokenizer"):
+        return _read(folder, vocab_rows, model_folder or folder)
+
+
+def _read(folder: Path, vocab_rows: int, model_folder: Path) -> Tokenizer:
     config = read_json(folder / "tokenizer_config.json")
     inline = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     document = tj.read_document(folder)
@@ -207,6 +216,8 @@ def _by_id(folder: Path, document: Mapping[str, Any], added: Mapping[int, AddedT
     """id -> text of the vocabulary and the added tokens; the ids fit the embedding and no text stands twice."""
     by_id = {i: text for text, i in tj.vocabulary(document)}
     by_id |= {i: token.text for i, token in added.items()}
+    if odd := next((i for i in by_id if type(i) is not int or i < 0), None):
+        raise InputError(f"{folder}: {by_id[odd]!r} has the id {odd!r}; a count was wanted")
     beyond = sorted(i for i in by_id if i >= vocab_rows)
     if beyond:
         raise InputError(

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, wanted an object")
@@ -40,7 +40,7 @@ def read_document(folder: Path) -> dict[str, Any]:
     """tokenizer.json of a folder, or one made from tokenizer.model, or from vocab.json and merges.txt."""
     if (folder / "tokenizer.json").is_file():
         document = read_json(folder / "tokenizer.json")
-        if not isinstance(document.get("model"), dict) or "vocab" not in document["model"]:
+        if not isinstance(document.get("model"), dict) or not document["model"].get("vocab"):
             raise InputError(f"{folder / 'tokenizer.json'}: has no model with a vocabulary")
         document["model"].setdefault("type", "BPE" if "merges" in document["model"] else "Unigram")
         return document
@@ -87,6 +87,12 @@ def pre_tokenizers(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def vocabulary(document: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
     """(text, id) of every piece, added tokens aside."""
     vocab = document["model"]["vocab"]
+    if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
+        ids: dict[int, str] = {}
+        for text, i in vocab.items():
+            if i in ids:
+                raise InputError(f"the vocabulary has {ids[i]!r} and {text!r} as token {i}")
+            ids[i] = text
     return vocab.items() if isinstance(vocab, dict) else ((text, i) for i, (text, _) in enumerate(vocab))
 
 
@@ -99,7 +105,11 @@ def merges(document: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def added_tokens(folder: Path, document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """tokenizer.json's added tokens, then those that only tokenizer_config.json or added_tokens.json knows."""
-    found: dict[int, dict[str, Any]] = {token["id"]: token for token in document.get("added_tokens") or ()}
+    found: dict[int, dict[str, Any]] = {}
+    for token in document.get("added_tokens") or ():
+        if token["content"] != found.setdefault(token["id"], token)["content"]:
+            other = found[token["id"]]["content"]
+            raise InputError(f"{folder / 'tokenizer.json'}: {token['content']!r} and {other!r} are both token {token['id']}")
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     listed |= {i: {"content": text} for text, i in read_json(folder / "added_tokens.json").items() if i not in listed}
     for i, token in listed.items():
