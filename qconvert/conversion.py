@@ -24,6 +24,7 @@ from qconvert.errors import NotVerifiedError, ResourceError, UnsupportedError, U
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.grids import grid_notes, recovered_rows, refuse_no_grid
+from qconvert.merge_base import choose_base, refuse_erasing
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.merge_adapters import MergeAdapters
@@ -154,13 +155,18 @@ def read_source(request: Request, store: Store) -> Source:
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
-        adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight, request.pooling))
+        folder, own = find_model(spec.path), request.trained_on == "model"
+        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
         check_delta(adapter, store, graph)
-    swap = request.adapters_as == "swap"
-    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer)
+    chosen = choose_base(request, adapters, store, graph, path if path.is_dir() else path.parent)
+    graph, swap = chosen.graph, request.adapters_as == "swap"
+    facts = {"merge_base": chosen.facts} if chosen.facts else {}
+    return Source(
+        request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, chosen.notes, facts
+    )  # fmt: skip
 
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:
@@ -172,7 +178,8 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
     refuse_no_grid(final, request.solver)
-    legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
+    told = (*source.notes, *refuse_rounding(final, request.allow_lossy), *refuse_erasing(final, source.store, request))
+    legal = legal._replace(notes=(*legal.notes, *told))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
     return Lowered(stages, final, options, legal, plan, ",".join(filter(None, (spec, str(last)))))
@@ -236,7 +243,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     grids = () if request.dry_run else grid_notes(source.base, source.store, request.solver, bool(source.adapters))
     return replace(
         report,
-        accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {})},
+        accounting={**report.accounting, "config_keys": source.graph.meta.get("config_keys", {}), **source.facts},
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
         notes=[*lowered.legal.notes, *grids, *report.notes, *runs_on(request)],
         pipeline=lowered.pipeline,

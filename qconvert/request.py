@@ -51,6 +51,8 @@ class Request:
     allow_unused_adapter_keys: bool = False
     solver: str | None = None  # how codes are chosen; recover: by the grid that weights were trained on
     pooling: str | None = None  # of QA-LoRA adapters, a name of adapter_pooling.FACTORS
+    merge_base: str | None = None  # auto, original, dequantized
+    trained_on: str | None = None  # what the base was when its adapters were trained: a name of merge_base.TRAINED
     allow_lossy: bool = False  # round what an adapter changed, though that may undo it
     fallback: Fallback = "warn"
     tensor_types: tuple[str, ...] = ()  # REGEX=TYPE

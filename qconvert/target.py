@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from qconvert import registry
@@ -30,6 +31,8 @@ class Source(NamedTuple):
     graph: Graph
     swap: bool = False  # adapters stay out of the weights; each is used alone
     tokenizer: Path | None = None  # a folder that the user named
+    notes: tuple[str, ...] = ()  # on how adapters and base go together
+    facts: Mapping[str, Any] = MappingProxyType({})  # the same, for the report's accounting
 
 
 def tokenizer_folder(source: Source) -> Path:
