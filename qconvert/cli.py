@@ -116,6 +116,8 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="recover: weights that were trained on a grid (QAT) keep it, in a type without zero points.")  # fmt: skip
 @click.option("--pooling", type=click.Choice(["peft", "repo", "paper", "sum"]),
               help="QA-LoRA: what its inputs were pooled to, where adapter_config.json does not say.")  # fmt: skip
+@click.option("--refit-adapters", is_flag=True,
+              help="--adapters swap: their factors take up what quantization lost, where KL on other text falls.")  # fmt: skip
 @click.option("--merge-base", type=click.Choice(["auto", "original", "dequantized"]),
               help="QLoRA: MODEL as it is, or rounded as it was in training. Default: by measurement.")  # fmt: skip
 @click.option("--trained-on", type=click.Choice(["nf4", "nf4-single", "fp4", "fp4-single", "16bit", "model"]),

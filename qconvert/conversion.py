@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from qconvert import offloading, registry
 from qconvert.adapter_delta import check_delta
+from qconvert.adapter_refit import refit
 from qconvert.adapters import read_adapter
 from qconvert.build import build
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
@@ -177,8 +178,9 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = target.legalize(merged, options)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done)
+    final, refits = refit(request, source, final)
     refuse_no_grid(final, request.solver)
-    told = (*source.notes, *refuse_rounding(final, request.allow_lossy), *refuse_erasing(final, source.store, request))
+    told = (*source.notes, *refits, *refuse_rounding(final, request.allow_lossy), *refuse_erasing(final, source.store, request))
     legal = legal._replace(notes=(*legal.notes, *told))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))

@@ -51,6 +51,7 @@ class Request:
     allow_unused_adapter_keys: bool = False
     solver: str | None = None  # how codes are chosen; recover: by the grid that weights were trained on
     pooling: str | None = None  # of QA-LoRA adapters, a name of adapter_pooling.FACTORS
+    refit_adapters: bool = False  # those that are swapped take up what quantization lost
     merge_base: str | None = None  # auto, original, dequantized
     trained_on: str | None = None  # what the base was when its adapters were trained: a name of merge_base.TRAINED
     allow_lossy: bool = False  # round what an adapter changed, though that may undo it

@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     "encoder_check request target targets companions provenance calibration transcoded placement prefetch traffic "
     "offloading",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion merge_base verification inspection listing printing",
+    4: "conversion merge_base adapter_refit verification inspection listing printing",
     5: "cli __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
