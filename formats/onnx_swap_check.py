@@ -21,8 +21,6 @@ from qconvert.run import run
 from qconvert.target import Lowered
 from qconvert.weights import Weights
 
-Slots = Mapping[str, torch.Tensor]
-
 
 def swap_rows(
     path: Path, lowered: Lowered, weights: Weights, reals: Reals, prompts: Tokens, n_cached: int, n_new: int, threads: int
@@ -35,7 +33,7 @@ def swap_rows(
         if rows[-1].verdict == "fail":
             break
         slots = {slot: torch.from_numpy(weights.real(value)) for slot, value in values.items()}
-        attached, slotted = slot_stages(lowered, alias, weights, slots, prompts)
+        attached, slotted = slot_stages(lowered, alias, weights, values, prompts)
         rows.append(check.arithmetic_row(f"slots filled by {file.stem}", "merge", check.distance(attached, slotted, prompts)))
         (quantized,) = run(graph, reals, prompts, inputs=slots).values()
         (mean_kl, *_) = check.price_rows(check.distance(attached, torch.log_softmax(quantized, -1), prompts))
@@ -65,13 +63,15 @@ def equal(found: np.ndarray | None, want: np.ndarray) -> bool:
 
 
 def slot_stages(
-    lowered: Lowered, alias: str, weights: Weights, slots: Slots, prompts: Tokens
+    lowered: Lowered, alias: str, weights: Weights, values: Mapping[str, str], prompts: Tokens
 ) -> tuple[check.LogProbs, check.LogProbs]:
     """The model with the adapter beside its linears, as it was trained, and with the adapter in the slots."""
     graph, first = next((a.attached, b.graph) for a, b in pairwise(lowered.stages) if a.attached and not b.attached)
     assert graph is not None
     trained = alone(graph, alias)
-    (slotted,) = run(first, Weights(first, weights.store), prompts, inputs=slots).values()
+    whole = Weights(first, weights.store)
+    slots = {slot: torch.from_numpy(whole.real(value)) for slot, value in values.items()}
+    (slotted,) = run(first, whole, prompts, inputs=slots).values()
     return check.log_probs(trained, Weights(trained, weights.store), prompts), torch.log_softmax(slotted, -1)
 
 

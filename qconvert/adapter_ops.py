@@ -74,6 +74,12 @@ OPS: dict[str, tuple[Infer, str, bool]] = {
         "(w[p,q], s[1]) {value}: s * value more on the blocks of its diagonal, min(p, q) of them",
         True,
     ),
+    "refit": (
+        lambda i, attrs: Type("f32", i["ab".index(str(attrs["part"]))].shape),
+        "(A, B, w, q[, h[K,K] or h[K]]) {part}: A or B whose product, of their rank, is nearest to w + B @ A - q; h: a mean of "
+        "x x^T or its diagonal, that errors are weighted by",
+        True,
+    ),
     "spread_columns": (_spread_columns, "(w) {times}: each column that many times in a row", True),
     "dora": (
         _merge,

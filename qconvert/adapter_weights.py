@@ -13,6 +13,7 @@ from qconvert.moves import with_offsets
 from qconvert.scheme import Array, QTensor, scheme_of
 
 BLOCK = 1 << 19  # values of a block of rows
+EXACT = 512  # rows or columns of which all singular values are found
 
 
 class Values(Protocol):
@@ -28,6 +29,8 @@ class Values(Protocol):
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
 
     def whole(self, name: str) -> Array: ...
+
+    def once(self, key: tuple[str, ...], make: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]: ...
 
 
 def _merge(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
@@ -59,6 +62,50 @@ def _add_blocks(w: Values, name: str, node: Node, begin: int, end: int) -> Array
 
 def _spread_columns(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
     return np.repeat(w.real(node.inputs[0], begin, end), int(_number(node, "times")), axis=1)
+
+
+def _refit(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    a, b, real, quantized, *hessian = node.inputs
+
+    def pair() -> tuple[Array, Array]:
+        lost, rank = w.real(real).astype(np.float64) - w.real(quantized), w.graph.nodes[a].type.dims[0]
+        return refitted(lost + w.real(b).astype(np.float64) @ w.real(a), rank, w.real(hessian[0]) if hessian else None)
+
+    factors = w.once(node.inputs, pair)
+    return factors["ab".index(str(node.attrs["part"]))][begin:end].astype(w.dtype)
+
+
+def refitted(target: Array, rank: int, hessian: Array | None) -> tuple[Array, Array]:
+    """A f64[r,K] and B f64[N,r] whose product is nearest to target f64[N,K]; errors weighted by a mean of x x^T, f[K,K] or
+    its diagonal f[K]."""
+    if hessian is None:
+        left, right = top_factors(target, rank)
+        return right, left
+    h = hessian.astype(np.float64)
+    if h.ndim == 1:
+        scale = np.sqrt(h + max(1e-2 * float(h.mean()), 1e-12))
+        left, right = top_factors(target * scale, rank)
+        return right / scale, left
+    lower = np.linalg.cholesky(h + max(1e-2 * float(np.trace(h)) / len(h), 1e-12) * np.eye(len(h)))
+    left, right = top_factors(target @ lower, rank)
+    return np.linalg.solve(lower.T, right.T).T, left
+
+
+def top_factors(m: Array, rank: int) -> tuple[Array, Array]:
+    """f64[N,r] and f64[r,K] of the largest singular values, which both have the roots of; of large m by subspace iteration."""
+    if min(m.shape) <= EXACT:
+        u, s, v = np.linalg.svd(m, full_matrices=False)
+    else:
+        basis = np.linalg.qr(m @ np.random.default_rng(0).standard_normal((m.shape[1], rank + 16)))[0]
+        for _ in range(6):
+            basis = np.linalg.qr(m @ np.linalg.qr(m.T @ basis)[0])[0]
+        u, s, v = np.linalg.svd(basis.T @ m, full_matrices=False)
+        u = basis @ u
+    root = np.zeros(rank)
+    root[: len(s)] = np.sqrt(s[:rank])
+    left, right = np.zeros((len(m), rank)), np.zeros((rank, m.shape[1]))
+    left[:, : len(s)], right[: len(s)] = u[:, :rank] * root[: len(s)], root[: len(s), None] * v[:rank]
+    return left, right
 
 
 def _dora(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
@@ -104,5 +151,5 @@ def _number(node: Node, attr: str) -> float:
 
 OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
     "merge": _merge, "merge_pooled": _merge_pooled, "add_blocks": _add_blocks, "spread_columns": _spread_columns,
-    "dora": _dora, "column_norm": _column_norm,
+    "refit": _refit,     "dora": _dora, "column_norm": _column_norm,
 }  # fmt: skip

@@ -137,6 +137,12 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--allow-unused-adapter-keys", is_flag=True, help="Go on where adapter tensors match nothing.")
 @click.option("--pooling", type=click.Choice(["peft", "repo", "paper", "sum"]),
               help="QA-LoRA: what its inputs were pooled to, where adapter_config.json does not say.")  # fmt: skip
+@click.option("--refit-adapters", is_flag=True,
+              help="--adapters swap: their factors take up what quantization lost, where KL on other text falls.")  # fmt: skip
+@click.option("--merge-base", type=click.Choice(["auto", "original", "dequantized"]),
+              help="QLoRA: MODEL as it is, or rounded as it was in training. Default: by measurement.")  # fmt: skip
+@click.option("--trained-on", type=click.Choice(["nf4", "nf4-single", "fp4", "fp4-single", "16bit", "model"]),
+              help="The base in training, where the adapter does not say; model: MODEL itself.")  # fmt: skip
 @click.option("--allow-lossy", is_flag=True, help="Go on where rounding may undo an adapter, which is refused.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass.")

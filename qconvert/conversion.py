@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
 from qconvert.adapter_delta import check_delta
+from qconvert.adapter_refit import refit
 from qconvert.adapters import read_adapter
 from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
@@ -36,6 +37,7 @@ from qconvert.errors import (
 from qconvert.evaluation import affordable, calibration_text, calibration_tokens, evaluation_text, overlap, read_text
 from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
 from qconvert.graph import Graph
+from qconvert.merge_base import choose_base, refuse_erasing
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.incoherence import Incoherence
@@ -217,13 +219,18 @@ def read_source(request: Request, store: Store) -> Source:
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
-        adapters.append(read_adapter(find_model(spec.path), store, alias, spec.weight, request.pooling))
+        folder, own = find_model(spec.path), request.trained_on == "model"
+        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
         check_delta(adapter, store, graph)
-    swap = request.adapters_as == "swap"
-    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer)
+    chosen = choose_base(request, adapters, store, graph, path if path.is_dir() else path.parent)
+    graph, swap = chosen.graph, request.adapters_as == "swap"
+    facts = {"merge_base": chosen.facts} if chosen.facts else {}
+    return Source(
+        request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, chosen.notes, facts
+    )  # fmt: skip
 
 
 def lower(request: Request, source: Source, target: Format) -> Lowered:
@@ -238,8 +245,10 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     legal = with_solver(target.legalize(merged, options), request.solver)
     last = Pipeline((*legal.passes, *offload(request)))
     final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
+    final, refits = refit(request, source, final)
     refuse_no_grid(final, request.solver)
-    legal = legal._replace(notes=(*legal.notes, *refuse_rounding(final, request.allow_lossy)))
+    told = (*source.notes, *refits, *refuse_rounding(final, request.allow_lossy), *refuse_erasing(final, source.store, request))
+    legal = legal._replace(notes=(*legal.notes, *told))
     path = request.output or target.default_path(source, merged, options)
     plan = target.plan(final, options, legal, Path(path))
     if budget:
@@ -347,6 +356,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
             **report.accounting,
             "config_keys": source.graph.meta.get("config_keys", {}),
             "calibration": dict(lowered.calibrated.coverage),
+            **source.facts,
         },
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
         notes=[

@@ -19,6 +19,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
         "adapter-slots": "qconvert.passes.adapter_slots:AdapterSlots",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
+        "refit-adapter": "qconvert.passes.refit_adapter:RefitAdapter",
+        "round-base": "qconvert.passes.round_base:RoundBase",
         "untie-head": "qconvert.passes.untie_head:UntieHead",
         "interleave-experts": "qconvert.passes.interleave_experts:InterleaveExperts",
         "flatten-experts": "qconvert.passes.flatten_experts:FlattenExperts",

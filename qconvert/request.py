@@ -63,6 +63,9 @@ class Request:
     dump_ir: Path | None = None
     allow_unused_adapter_keys: bool = False
     pooling: str | None = None  # of QA-LoRA adapters, a name of adapter_pooling.FACTORS
+    refit_adapters: bool = False  # those that are swapped take up what quantization lost
+    merge_base: str | None = None  # auto, original, dequantized
+    trained_on: str | None = None  # what the base was when its adapters were trained: a name of merge_base.TRAINED
     allow_lossy: bool = False  # round what an adapter changed, though that may undo it
     fallback: Fallback = "warn"
     tensor_types: tuple[str, ...] = ()  # REGEX=TYPE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from qconvert import registry
@@ -32,6 +33,8 @@ class Source(NamedTuple):
     graph: Graph
     swap: bool = False  # adapters stay out of the weights; each is used alone
     tokenizer: Path | None = None  # a folder that the user named
+    notes: tuple[str, ...] = ()  # on how adapters and base go together
+    facts: Mapping[str, Any] = MappingProxyType({})  # the same, for the report's accounting
 
 
 def tokenizer_folder(source: Source) -> Path:

@@ -50,6 +50,7 @@ class Weights:
     factors: Factors = field(default_factory=Factors)
     kept: lattice_weights.Kept = field(default_factory=lattice_weights.Kept)
     _whole: dict[str, Array] = field(default_factory=dict)
+    _pairs: dict[tuple[str, ...], tuple[Array, Array]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def rows(self, name: str, begin: int, end: int) -> Array | QTensor:
@@ -84,6 +85,13 @@ class Weights:
                     self._whole.pop(next(iter(self._whole)))
                 self._whole[name] = value
             return self._whole[name]
+
+    def once(self, key: tuple[str, ...], make: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        """A small pair that takes a whole weight to compute: made when it is first asked for, and kept."""
+        with self._lock:
+            if key not in self._pairs:
+                self._pairs[key] = make()
+            return self._pairs[key]
 
     def encoded(self, name: str, begin: int, end: int) -> Bytes:
         """Rows as the bytes that a file holds, u8 flat. InputError where a value does not fit f16."""
