@@ -295,12 +295,10 @@ def test_each_matrix_of_split_experts_has_its_own_expert(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), ("safetensors", "w4a16")])
 def test_a_solver_of_every_format_reads_them(to: str, quant: str, text: Path, tmp_path: Path) -> None:
-    """gptq wants Hessians: with them the file is another than rtn's, and each weight is closer to the text's products."""
+    """gptq wants Hessians; the bytes that it takes are known before they are there."""
     if to != "gguf":
         pytest.importorskip("onnx" if to == "onnx" else "compressed_tensors")
     made = convert(TINY, to=to, quant=quant, solver="gptq", calibrate=text, output=tmp_path / "out", check=False)
     assert any("statistics of activations are of 1536 tokens" in note for note in made.report.notes)
-    plain = convert(TINY, to=to, quant=quant, output=tmp_path / "plain", check=False)
-    assert made.plan.nbytes >= plain.plan.nbytes - 512  # of metadata
     planned = convert(TINY, to=to, quant=quant, solver="gptq", calibrate=text, dry_run=True)
     assert planned.plan.nbytes == made.plan.nbytes
