@@ -7,30 +7,26 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from qconvert.graph import Attr, Graph, Node, Type
-from qconvert.statistics import ALIAS, FILE, Site
+from qconvert.statistics import ALIAS, FILE, Site, shapes_of
 
 
 @dataclass(frozen=True)
 class Calibrate:
-    """W~moments and, for `hessians` (keys of sites), W~hessian, which quantize reads where its solver wants them.
+    """W~moments, W~hessian and W~peaks for each weight of `sites`, those of `kinds`: quantize and fold read them.
 
-    without: weights of these sites that the statistics say nothing of. about: whose they are, for the file's header.
+    about: whose they are, for the file's header.
     """
 
     name: ClassVar[str] = "calibrate"
     file: str = FILE
     sites: tuple[Site, ...] = field(default=(), repr=False)
-    hessians: frozenset[str] = field(default=frozenset(), repr=False)
-    without: frozenset[str] = field(default=frozenset(), repr=False)
+    kinds: frozenset[str] = field(default=frozenset(("moments",)), repr=False)
     about: Mapping[str, Attr] = field(default_factory=dict, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
         new: dict[str, Node] = {}
         for site in self.sites:
-            lead = (site.experts,) if site.experts else ()
-            kinds = {"moments": (*lead, site.k)} | ({"hessian": (*lead, site.k, site.k)} if site.key in self.hessians else {})
-            for weight in (w for w in site.weights if w not in self.without):
-                for kind, shape in kinds.items():
-                    attrs: dict[str, Attr] = {"tensor": f"{ALIAS}/{self.file}#{site.key}.{kind}"}
-                    new[f"{weight}~{kind}"] = Node("load", (), Type("f32", shape), attrs)
+            for kind, shape in shapes_of(site, self.kinds).items():
+                attrs: dict[str, Attr] = {"tensor": f"{ALIAS}/{self.file}#{site.key}.{kind}"}
+                new |= {f"{weight}~{kind}": Node("load", (), Type("f32", shape), attrs) for weight in site.weights}
         return replace(graph, nodes={**new, **graph.nodes}).with_meta(statistics=dict(self.about)) if new else graph

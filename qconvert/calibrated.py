@@ -44,7 +44,7 @@ USES = ("gguf",)  # formats whose own solver reads them
 
 
 def statistics_wanted(request: Request) -> frozenset[str]:
-    """Which kinds the conversion reads: moments, hessian."""
+    """Which kinds the conversion reads, of statistics.KINDS."""
     given = (request.calibrate, request.imatrix, request.statistics, request.save_imatrix, request.save_statistics)
     asked = any(x is not None for x in given)
     needs = chosen(request.solver).needs if request.solver else "moments?" if request.to in USES else ""
@@ -57,42 +57,44 @@ def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset
     if not wanted:
         return Calibrated()
     sites = sites_of(graph)
-    hessians = frozenset(site.key for site in sites) if "hessian" in wanted else frozenset[str]()
     if request.imatrix is not None:
-        return from_imatrix(request, source, graph, request.imatrix, sites, hessians)
+        return from_imatrix(request, source, graph, request.imatrix, sites, wanted)
     if request.statistics is not None:
         path = request.statistics
         facts, model = read_facts(path)
         refuse_other_model(path, model, graph, source.store)
-        read_found(path, sites, bool(hessians))
+        read_found(path, sites, wanted)
     elif request.dry_run:
         planned = Facts(str(request.calibrate or OWN), request.calibrate_tokens or N_TOKENS, LENGTH)
-        return Calibrated(Calibrate(FILE, sites, hessians, about=about_of(planned, sites, str(request.save_imatrix or ""))))
+        return Calibrated(Calibrate(FILE, sites, wanted, about=about_of(planned, sites, str(request.save_imatrix or ""))))
     else:
         path = request.save_statistics or source.store.scratch() / FILE
         calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
         texts = cut(calibration, graph, N_TOKENS)
-        facts = from_text(calibration, texts, graph, path, sites, hessians)
-        return replace(from_file(request, source, graph, path, facts, sites, hessians), texts=texts)
-    return from_file(request, source, graph, path, facts, sites, hessians)
+        facts = from_text(calibration, texts, graph, path, sites, wanted)
+        return replace(from_file(request, source, graph, path, facts, sites, wanted), texts=texts)
+    return from_file(request, source, graph, path, facts, sites, wanted)
 
 
 def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
     given = [flag for flag in ("calibrate", "imatrix", "statistics") if getattr(request, flag) is not None]
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]}: statistics come from one of them", hint=f"drop --{given[1]}")
-    for flag in ("imatrix", "statistics", "save_imatrix", "save_statistics"):
+    if request.save_statistics is not None and (kept := request.imatrix or request.statistics):
+        raise UsageError(f"--save-statistics {request.save_statistics}: {kept} has them", hint="--calibrate FILE")
+    flags = ("imatrix", "statistics", "save_imatrix", "save_statistics")
+    for flag in (*flags, *(("calibrate",) if request.to in USES else ())):
         if not wanted and (value := getattr(request, flag)) is not None:
-            solver = f"solver {request.solver}" if request.solver else "nothing here"
-            why = "there are no statistics" if request.to in USES and not request.solver else f"{solver} reads no statistics"
-            raise UsageError(f"--{flag.replace('_', '-')} {value}: {why}", hint="--to gguf --calibrate FILE")
+            solver = f"solver {request.solver} reads" if request.solver else f"the solver of --to {request.to} reads"
+            hint = "--solver gptq, or --to gguf with its own"
+            raise UsageError(f"--{flag.replace('_', '-')} {value}: {solver} no statistics", hint=hint)
     if request.calibrate_tokens is not None and (request.imatrix or request.statistics):
         raise UsageError(f"--calibrate-tokens {request.calibrate_tokens}: no text is read", hint="--calibrate FILE")
 
 
 def from_text(
     calibration: Calibration, texts: list[list[int]], graph: Graph, path: Path, sites: tuple[Site, ...],
-    hessians: frozenset[str],
+    kinds: frozenset[str],
 ) -> Facts:  # fmt: skip
     """Run the graph on the text and write what was seen."""
     facts = Facts(calibration.whose, sum(map(len, texts)), max(map(len, texts)), sha256_of(texts))
@@ -102,33 +104,35 @@ def from_text(
         from qconvert.observers import SiteWatcher
     start = time.perf_counter()
     model = fingerprint(graph, calibration.store)
-    with torch_threads(calibration.threads), StatisticsFile(path, sites, hessians, facts, model) as file:
-        run_layerwise(graph, Weights(graph, calibration.store), texts, SiteWatcher(sites, hessians, file.write))
+    with torch_threads(calibration.threads), StatisticsFile(path, sites, kinds, facts, model) as file:
+        run_layerwise(graph, Weights(graph, calibration.store), texts, SiteWatcher(sites, kinds, file.write))
     log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, facts.tokens)
     return facts
 
 
 def from_file(
-    request: Request, source: Source, graph: Graph, path: Path, facts: Facts, sites: tuple[Site, ...], hessians: frozenset[str]
+    request: Request, source: Source, graph: Graph, path: Path, facts: Facts, sites: tuple[Site, ...], kinds: frozenset[str]
 ) -> Calibrated:
     source.store.add(ALIAS, path)
-    found = read_found(path, sites)
+    found = read_found(path, sites, kinds)
     if request.save_imatrix is not None:
         entries = {s.key: Entry(found[s.key].moments, found[s.key].counts) for s in sites}
         named = {gguf_name(graph, w): entries[s.key] for s in sites for w in s.weights}
         gguf_imatrix.write(request.save_imatrix, IMatrix(named, (facts.text,), facts.chunks, facts.length))
-    step = Calibrate(path.name, sites, hessians, about=about_of(facts, sites, str(request.save_imatrix or "")))
+    step = Calibrate(path.name, sites, kinds, about=about_of(facts, sites, str(request.save_imatrix or "")))
     notes, coverage = told(request, sites, found, facts)
     return Calibrated(step, notes, coverage)
 
 
 def from_imatrix(
-    request: Request, source: Source, graph: Graph, path: Path, sites: tuple[Site, ...], hessians: frozenset[str]
+    request: Request, source: Source, graph: Graph, path: Path, sites: tuple[Site, ...], kinds: frozenset[str]
 ) -> Calibrated:
     """Each weight is a site of its own, since the file has an entry for each."""
-    if hessians:
-        raise UsageError(f"--imatrix {path}: it has moments only, and the solver wants Hessians", hint="--calibrate FILE")
+    if more := kinds - {"moments"}:
+        raise UsageError(f"--imatrix {path}: it has moments only, the solver reads {min(more)}", hint="--calibrate FILE")
     imatrix = gguf_imatrix.read(path)
+    if request.save_imatrix is not None:
+        gguf_imatrix.write(request.save_imatrix, imatrix)
     own = [site._replace(key=w, weights=(w,)) for site in sites for w in site.weights]
     names = {site.key: gguf_name(graph, site.key) for site in own}
     if not names.keys() & {w for w, name in names.items() if name in imatrix.entries}:
@@ -146,8 +150,8 @@ def from_imatrix(
     facts = Facts(text, imatrix.chunks * imatrix.length, imatrix.length, "", str(path))
     have = tuple(site for site in own if site.key in found)
     if not request.dry_run:
-        target = request.save_statistics or source.store.scratch() / FILE
-        with StatisticsFile(target, have, frozenset(), facts, fingerprint(graph, source.store)) as file:
+        target = source.store.scratch() / FILE
+        with StatisticsFile(target, have, kinds, facts, fingerprint(graph, source.store)) as file:
             for site in have:
                 file.write(site, found[site.key])
         source.store.add(ALIAS, target)
@@ -155,8 +159,7 @@ def from_imatrix(
     notes, coverage = told(request, have, found, facts)
     quiet = [names[w] for w in missing if w not in heads]
     notes += (f"{len(quiet)} tensors have no entry in {path} and are quantized without, first {quiet[0]}",) if quiet else ()
-    step = Calibrate(FILE if request.save_statistics is None else request.save_statistics.name, have, about=about)
-    return Calibrated(step, notes, coverage)
+    return Calibrated(Calibrate(FILE, have, kinds, about), notes, coverage)
 
 
 def fitted(path: Path, name: str, entry: Entry, site: Site) -> Found:
@@ -195,7 +198,7 @@ def told(
             idle += [(weight, len(empty))] if len(empty) else []
             dead += [(weight, never)] if never else []
     many = f"{facts.tokens} tokens of " if facts.tokens else ""
-    notes = [f"importance of weights is of {many}{facts.source or facts.text}"]
+    notes = [f"statistics of activations are of {many}{facts.source or facts.text}"]
     if idle:
         n, (first, _) = sum(n for _, n in idle), idle[0]
         notes.append(f"{n} matrices of experts got no token, and count all inputs alike, first of {first}")

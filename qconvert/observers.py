@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,6 +52,20 @@ class Hessian:
 
 
 @dataclass
+class Peaks:
+    """The greatest |x| of each channel, f32[K]."""
+
+    width: int
+    greatest: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.greatest = torch.zeros(self.width)
+
+    def seen(self, x: Tensor) -> None:
+        torch.maximum(self.greatest, x.abs().amax(0), out=self.greatest)
+
+
+@dataclass
 class Range:
     """The least and the largest value."""
 
@@ -64,15 +78,16 @@ class Range:
 
 
 class SiteWatcher:
-    """Moments of every site, and Hessians of those named, handed to `done` as soon as all texts have passed it."""
+    """Statistics of these kinds of every site, moments always, handed to `done` as soon as all texts have passed it."""
 
-    def __init__(self, sites: Iterable[Site], hessians: Collection[str], done: Callable[[Site, Found], None]) -> None:
-        self.sites, self.hessians, self.done = list(sites), set(hessians), done
+    def __init__(self, sites: Iterable[Site], kinds: Collection[str], done: Callable[[Site, Found], None]) -> None:
+        self.sites, self.kinds, self.done = list(sites), kinds, done
         self.wanted = {value for site in self.sites for value in site.values}
         self.at_value = {v: [s for s in self.sites if v in s.values] for s in self.sites if not s.experts for v in s.values}
         self.at_stack = {site.weights[0]: site for site in self.sites if site.experts}
         self.moments: dict[tuple[str, int], Moments] = {}
         self.products: dict[tuple[str, int], Hessian] = {}
+        self.peaks: dict[tuple[str, int], Peaks] = {}
         self.past: set[str] = set()
 
     def made(self, name: str, value: Tensor) -> None:
@@ -88,11 +103,17 @@ class SiteWatcher:
         return y
 
     def seen(self, site: Site, e: int, x: Tensor) -> None:
-        observers: list[Observer] = [self.moments.setdefault((site.key, e), Moments(site.k))]
-        if site.key in self.hessians:
-            observers.append(self.products.setdefault((site.key, e), Hessian(site.k)))
-        for observer in observers:
-            observer.seen(x)
+        at = site.key, e
+        if at not in self.moments:
+            self.moments[at] = Moments(site.k)
+            if "hessian" in self.kinds:
+                self.products[at] = Hessian(site.k)
+            if "peaks" in self.kinds:
+                self.peaks[at] = Peaks(site.k)
+        observers: tuple[Mapping[tuple[str, int], Observer], ...] = (self.moments, self.products, self.peaks)
+        for observed in observers:
+            if at in observed:
+                observed[at].seen(x)
 
     def passed(self, names: Sequence[str]) -> None:
         before, self.past = self.past, self.past | set(names)
@@ -104,18 +125,21 @@ class SiteWatcher:
         """Means over tokens. Where there were none all channels count alike, as for ggml. InputError for NaN."""
         n = max(1, site.experts)
         counts, moments = np.zeros(n, np.int64), np.ones((n, site.k), np.float32)
-        hessians = np.stack([np.eye(site.k, dtype=np.float32)] * n) if site.key in self.hessians else None
+        hessians = np.stack([np.eye(site.k, dtype=np.float32)] * n) if "hessian" in self.kinds else None
+        peaks = np.ones((n, site.k), np.float32) if "peaks" in self.kinds else None
         for e in range(n):
             if seen := self.moments.pop((site.key, e), None):
                 counts[e], moments[e] = seen.n, seen.sums.float().numpy() / np.float32(seen.n)
                 if hessians is not None:
                     hessians[e] = self.products.pop((site.key, e)).sums / np.float32(seen.n)
+                if peaks is not None:
+                    peaks[e] = self.peaks.pop((site.key, e)).greatest.numpy()
         if not np.isfinite(moments).all():
             raise InputError(
                 f"what {site.weights[0]} multiplies is not finite on the calibration text",
                 hint="the checkpoint is damaged or overflows; it cannot be calibrated",
             )
-        return Found(counts, moments, hessians)
+        return Found(counts, moments, hessians, peaks)
 
 
 class RangeWatcher:

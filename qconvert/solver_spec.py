@@ -31,6 +31,11 @@ def chosen(spec: str) -> Chosen:
     return Chosen(solver.name, solver.needs, {"solver": solver.name, **options}, solver.refuses)
 
 
+def statistic_of(spec: str | None) -> str:
+    """What a solver reads, with ? where it does without; nothing for a format's own."""
+    return chosen(spec).needs if spec else ""
+
+
 def _registered(name: str) -> Callable[[Scheme], str | None]:
     """Asked when there is a scheme: small floats have an rtn of their own, and that loads nothing."""
 

@@ -3,6 +3,7 @@
     SITE.counts   i64[1] or [E]                tokens that were seen
     SITE.moments  f32[K] or [E,K]              the mean of x * x over tokens, by input channel
     SITE.hessian  f32[K,K] or [E,K,K]          the mean of x x^T, where a solver asked for it
+    SITE.peaks    f32[K] or [E,K]              the greatest |x|, where a fold asked for it
 
 A site is what one or several weights multiply: q, k and v read the same activation, so they share its tensors. Experts have
 two sites, each expert with the tokens that reach it: NODE.in, and NODE.inner which the last product reads.
@@ -30,6 +31,7 @@ from qconvert.text import format_node
 ALIAS = "statistics"
 FILE = "statistics.safetensors"
 KIND = "qconvert statistics 1"
+KINDS = ("moments", "hessian", "peaks")
 
 
 class Site(NamedTuple):
@@ -43,11 +45,12 @@ class Site(NamedTuple):
 
 
 class Found(NamedTuple):
-    """counts i64[E or 1], moments f32[E or 1,K], hessian f32[E or 1,K,K]."""
+    """counts i64[E or 1], moments f32[E or 1,K], hessian f32[E or 1,K,K], peaks f32[E or 1,K]."""
 
     counts: npt.NDArray[np.int64]
     moments: F32
     hessian: F32 | None = None
+    peaks: F32 | None = None
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,26 @@ def sites_of(graph: Graph) -> tuple[Site, ...]:
     return tuple(out)
 
 
-def tensors_of(site: Site, hessian: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def shapes_of(site: Site, kinds: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """moments, hessian, peaks, those of `kinds`, and the shape of each."""
+    row = (site.experts, site.k) if site.experts else (site.k,)
+    return {kind: (*row, site.k) if kind == "hessian" else row for kind in KINDS if kind in kinds}
+
+
+def tensors_of(site: Site, kinds: Collection[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> safetensors dtype and shape."""
-    lead = (site.experts,) if site.experts else ()
-    out = {f"{site.key}.counts": ("I64", lead or (1,)), f"{site.key}.moments": ("F32", (*lead, site.k))}
-    return out | ({f"{site.key}.hessian": ("F32", (*lead, site.k, site.k))} if hessian else {})
+    out = {f"{site.key}.{kind}": ("F32", shape) for kind, shape in shapes_of(site, kinds).items()}
+    return {f"{site.key}.counts": ("I64", (max(1, site.experts),)), **out}
 
 
 class StatisticsFile:
     """A file of statistics as it is written, a site at a time: Hessians of a whole model need not fit into memory."""
 
-    def __init__(self, path: Path, sites: Iterable[Site], hessians: Collection[str], facts: Facts, model: str) -> None:
+    def __init__(self, path: Path, sites: Iterable[Site], kinds: Collection[str], facts: Facts, model: str) -> None:
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self.at, entries, end = dict[str, int](), {}, 0
         for site in sites:
-            for name, (dtype, shape) in tensors_of(site, site.key in hessians).items():
+            for name, (dtype, shape) in tensors_of(site, kinds).items():
                 begin, end = end, end + math.prod(shape) * (8 if dtype == "I64" else 4)
                 entries[name], self.at[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}, begin
         about = {"kind": KIND, "model": model, **{k: str(v) for k, v in vars(facts).items()}}
@@ -170,15 +178,15 @@ def fingerprint(graph: Graph, store: Store) -> str:
     return digest.hexdigest()
 
 
-def read_found(path: Path, sites: Iterable[Site], hessian: bool = False) -> Mapping[str, Found]:
-    """Counts and moments by site's key. InputError for a tensor that is not there."""
+def read_found(path: Path, sites: Iterable[Site], kinds: Collection[str]) -> Mapping[str, Found]:
+    """Counts and moments by site's key. InputError where a tensor of `kinds` is not there."""
     from safetensors import safe_open
 
     out = {}
     with safe_open(path, "np") as file:
         have = set(file.keys())
         for site in sites:
-            for name, (_, shape) in tensors_of(site, hessian).items():
+            for name, (_, shape) in tensors_of(site, kinds).items():
                 if name not in have or tuple(file.get_slice(name).get_shape()) != shape:
                     raise InputError(f"{path}: {name} {list(shape)} is not there", hint="calibrate again")
             found = (file.get_tensor(f"{site.key}.{kind}") for kind in ("counts", "moments"))

@@ -24,7 +24,7 @@ from qconvert.passes.untie_head import UntieHead
 from qconvert.pipeline import Pipeline
 from qconvert.run import run
 from qconvert.sources import Store, read_checkpoint
-from qconvert.statistics import ALIAS, FILE, Facts, Found, Site, StatisticsFile, sites_of
+from qconvert.statistics import ALIAS, FILE, KINDS, Facts, Found, Site, StatisticsFile, sites_of
 from qconvert.text import format, parse
 from qconvert.tokenizer import read_tokenizer
 from qconvert.weights import Weights
@@ -56,7 +56,7 @@ def gathered(graph: Any, store: Store, texts: list[list[int]], hessians: bool = 
     def done(site: Site, what: Found) -> None:
         found.update(dict.fromkeys(site.weights, what))
 
-    run_layerwise(graph, Weights(graph, store), texts, SiteWatcher(sites, [s.key for s in sites if hessians], done), **how)
+    run_layerwise(graph, Weights(graph, store), texts, SiteWatcher(sites, KINDS if hessians else (), done), **how)
     return found
 
 
@@ -85,8 +85,9 @@ def test_moments_and_hessians_are_those_of_what_transformers_gives_its_linears(s
     seen["model.embed_tokens.weight"] = seen.pop("lm_head.weight")  # tied
     assert found.keys() == seen.keys() and len(found) == 22
     for name, x in seen.items():
-        counts, moments, hessian = found[name]
+        counts, moments, hessian, peaks = found[name]
         assert counts.tolist() == [300]
+        assert peaks is not None and peaks[0] == pytest.approx(x.abs().amax(0).numpy(), rel=2e-4)
         assert moments[0] == pytest.approx(x.square().mean(0).numpy(), rel=2e-4)  # f32 activations, summed in another order
         want = (x.T @ x / len(x)).numpy()
         assert hessian is not None and np.linalg.norm(hessian[0] - want) < 1e-5 * np.linalg.norm(want)
@@ -117,7 +118,7 @@ def test_each_expert_is_measured_on_the_tokens_that_reach_it(tmp_path: Path) -> 
             g, u = (mine @ block.experts.gate_up_proj[e].T).chunk(2, -1)
             inner = torch.nn.functional.silu(g) * u
             for name, values in ((gate, mine), (down, inner)):
-                counts, moments, hessian = found[name]
+                counts, moments, hessian, _ = found[name]
                 assert counts[e] == len(mine)
                 assert hessian is not None
                 if len(mine):
@@ -210,7 +211,7 @@ def test_statistics_are_kept_and_reused_for_this_model_only(text: Path, tmp_path
     assert out.read_bytes() == (tmp_path / "b.gguf").read_bytes()
     weights = again.report.accounting["calibration"]["weights"]
     assert weights["model.layers.1.mlp.down_proj.weight"] == {"tokens": 1536, "idle_channels": 0}
-    assert f"importance of weights is of 1536 tokens of {text}" in again.report.notes
+    assert f"statistics of activations are of 1536 tokens of {text}" in again.report.notes
     with pytest.raises(InputError, match=r"kept\.safetensors: statistics of another model"):
         convert(TINY, adapters=[str(LORA)], quant="Q8_0", statistics=kept, dry_run=True)
 
@@ -227,7 +228,9 @@ def test_a_dry_run_knows_the_exact_bytes_and_reads_no_text(text: Path, tmp_path:
     [
         ({"calibrate": Path("a"), "imatrix": Path("b")}, "--calibrate and --imatrix: statistics come from one of them"),
         ({"statistics": Path("a"), "calibrate_tokens": 5}, "--calibrate-tokens 5: no text is read"),
-        ({"imatrix": Path("a"), "to": "onnx"}, "--imatrix a: nothing here reads statistics"),
+        ({"statistics": Path("a"), "save_statistics": Path("b")}, "--save-statistics b: a has them"),
+        ({"calibrate": Path("a"), "solver": "hqq"}, "--calibrate a: solver hqq reads no statistics"),
+        ({"imatrix": Path("a"), "to": "onnx"}, "--imatrix a: the solver of --to onnx reads no statistics"),
         ({"statistics": TINY / "model.safetensors"}, r"model\.safetensors: not a file of statistics"),
         ({"statistics": TINY / "config.json"}, r"config\.json: cannot be read"),
     ],
@@ -242,7 +245,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
 
 def laid_beside(graph: Graph) -> Graph:
     sites = sites_of(graph)
-    return Pipeline((Calibrate(sites=sites, hessians=frozenset(s.key for s in sites)),)).run(graph)
+    return Pipeline((Calibrate(sites=sites, kinds=frozenset(KINDS)),)).run(graph)
 
 
 def test_statistics_stay_beside_a_weight_as_long_as_it_is_there(store: Store) -> None:
@@ -268,14 +271,14 @@ def test_each_matrix_of_split_experts_has_its_own_expert(tmp_path: Path) -> None
     opened = Store()
     graph = laid_beside(build(read_checkpoint(tmp_path, opened)))
     found: dict[str, Found] = {}
-    with StatisticsFile(tmp_path / FILE, sites_of(graph), {s.key for s in sites_of(graph)}, Facts("t", 60, 20), "") as file:
+    with StatisticsFile(tmp_path / FILE, sites_of(graph), KINDS, Facts("t", 60, 20), "") as file:
 
         def done(site: Site, what: Found) -> None:
             file.write(site, what)
             found.update(dict.fromkeys(site.weights, what))
 
         texts = np.random.default_rng(1).integers(0, 61, (3, 20)).tolist()
-        run_layerwise(graph, Weights(graph, opened), texts, SiteWatcher(sites_of(graph), [s.key for s in sites_of(graph)], done))
+        run_layerwise(graph, Weights(graph, opened), texts, SiteWatcher(sites_of(graph), KINDS, done))
     opened.add(ALIAS, tmp_path / FILE)
     split = Pipeline((SplitExperts(),)).run(graph)
     weights = Weights(split, opened)
@@ -284,6 +287,18 @@ def test_each_matrix_of_split_experts_has_its_own_expert(tmp_path: Path) -> None
         e = int(name.split("experts.")[1].split(".")[0])
         stack = next(n for n, node in split.nodes.items() if node.op == "stack" and name in node.inputs)
         assert np.array_equal(weights.real(f"{name}~moments"), found[stack].moments[e])
+        assert split.nodes[f"{name}~peaks"].type == Type("f32", (split.nodes[name].type.dims[1],))
         hessian = found[stack].hessian
         assert hessian is not None and np.array_equal(weights.real(f"{name}~hessian"), hessian[e])
     opened.close()
+
+
+@pytest.mark.parametrize(("to", "quant"), [("gguf", "Q4_0"), ("onnx", "int4"), ("safetensors", "w4a16")])
+def test_a_solver_of_every_format_reads_them(to: str, quant: str, text: Path, tmp_path: Path) -> None:
+    """gptq wants Hessians; the bytes that it takes are known before they are there."""
+    if to != "gguf":
+        pytest.importorskip("onnx" if to == "onnx" else "compressed_tensors")
+    made = convert(TINY, to=to, quant=quant, solver="gptq", calibrate=text, output=tmp_path / "out", check=False)
+    assert any("statistics of activations are of 1536 tokens" in note for note in made.report.notes)
+    planned = convert(TINY, to=to, quant=quant, solver="gptq", calibrate=text, dry_run=True)
+    assert planned.plan.nbytes == made.plan.nbytes
