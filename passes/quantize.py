@@ -71,7 +71,7 @@ class Quantize:
                 peak = f"{members[0]}~peak"
                 new[peak] = Node("amax", tuple(f"{m}~real" for m in members), Type("f32", (1,)))
                 new[name] = replace(new[name], inputs=(real, peak))
-            if solver.needs and dtype not in UNWEIGHTED:
+            if solver.needs and not (solver.name == "search" and dtype in UNWEIGHTED):
                 statistic = f"{name}~{solver.needs.removesuffix('?')}"
                 if statistic in graph.nodes:
                     new[name] = replace(new[name], inputs=(*new[name].inputs, statistic))
