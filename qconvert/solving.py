@@ -4,7 +4,7 @@
 
 rtn: the extremes of a group are those of its grid. lsq: least squared error, weighted by the moments of inputs where they are
 known. gptq: each column's error is fed forward to columns that can make up for it, by the Hessian of inputs; levels are
-fitted to weights that are so changed, ggml's by its own search. hqq: see hqq.py.
+fitted to weights that are so changed. hqq: zero points of hqq.
 Sources: Frantar et al. 2022 (GPTQ); Nagel et al. 2020 (why squared error of weights is weighted by inputs).
 """
 
@@ -236,11 +236,8 @@ def fitted(
     (begin, end), group = columns, finest(scheme, columns[1] - columns[0])
     if scheme.name in TERNARY:
         return (np.full((n, 1), given.whole, F),)
-    if scheme.name in MINIFLOATS or scheme.name in SCHEMES:
-        x = untiled(w[:, begin:end], n, end - begin)
-        if scheme.name in MINIFLOATS:
-            return float_weights.codes_of(scheme, x, given.whole, True)[1]
-        return layout_of(f"gguf.{scheme.name}").unpack(kernels.search(scheme.name, x)).levels
+    if scheme.name in MINIFLOATS:
+        return float_weights.codes_of(scheme, untiled(w[:, begin:end], n, end - begin), given.whole, True)[1]
     where = importance, begin // group, (end - begin) // group
     roles = {level.role for level in scheme.levels}
     if roles == {"scale"}:
@@ -251,4 +248,7 @@ def fitted(
         offsets = -scales * zeros
     else:
         scales, offsets = fit_lines(w, group, scheme.bits, *where)
+    if "min" in roles and (offsets > 0).any():  # such an offset is not kept, so the scale must do without
+        alone = fit_scales(w, group, cast(Grid, grid_of(scheme)), *where)
+        scales, offsets = np.where(offsets > 0, np.maximum(alone, 0), scales), np.minimum(offsets, 0)
     return kept(scheme, *(untiled(v, n, v.shape[1]) for v in (scales, offsets)))

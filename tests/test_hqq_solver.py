@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -15,9 +18,14 @@ def weights(size: float, n: int = 48, k: int = 256) -> F32:
     return (np.random.default_rng(0).standard_t(5, size=(n, k)) * size).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def hqq(visible: Callable[[str], ModuleType]) -> None:
+    visible("hqq")
+
+
 def theirs(x: F32, bits: int, group: int) -> tuple[F32, F32, F32]:
     torch = pytest.importorskip("torch")
-    quantizer = pytest.importorskip("hqq.core.quantize").Quantizer
+    quantizer = import_module("hqq.core.quantize").Quantizer
     codes, meta = quantizer.quantize(torch.from_numpy(x), nbits=bits, group_size=group, axis=1, bitpack=False, device="cpu")
     return tuple(v.numpy().reshape(len(x), -1) for v in (codes, meta["scale"], meta["zero"]))  # type: ignore[return-value]
 

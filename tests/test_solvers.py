@@ -17,8 +17,8 @@ from qconvert.text import parse
 X: F32 = np.random.default_rng(0).normal(size=(256, 1024)).astype(np.float32)
 ALL = (
     *SCHEMES, "uint1f_g8", "uint1_g8", "uint2f_row", "uint3_g40", "int3_g64", "uint3o_g64_bf16", "int4_row", "uint4_g32_f16",
-    "uint5f_g8", "int6_g16", "uint7_g128", "int8_g64", "nf4_g64", "fp4_row", "ternary_g128", "binary_g128", "binary_row", "nvfp4",
-    "mxfp4", "mxfp8", "e4m3_row", "e4m3_b128", "e4m3_tensor",
+    "uint5f_g8", "int6_g16", "uint7_g128", "int8_g64", "nf4_g64", "fp4_row", "ternary_g128", "binary_g128", "binary_row",
+    "nvfp4", "mxfp4", "mxfp8", "e4m3_row", "e4m3_b128", "e4m3_tensor",
 )  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_two_levels_are_the_best_of_all_ways_to_part_a_group() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_least_squares_are_no_worse_than_rounding(name: str) -> None:
-    k = 1280 if "g40" in name else 1024
-    x = np.random.default_rng(1).standard_t(4, size=(32, k)).astype(np.float32)
+    k = 640 if "g40" in name else 512
+    x = np.random.default_rng(1).standard_t(4, size=(16, k)).astype(np.float32)
     coarse, fine = solved(Rtn(), name, x), solved(Lsq(), name, x)
     assert nmse(fine, x) <= nmse(coarse, x) * 1.0001
     assert nmse(fine, x) < 0.9
