@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qconvert.scheme import CODEBOOKS
+
 
 def round_q8_0(x: Tensor) -> Tensor:
     """f32[..., K] -> the same through blocks of 32: codes -127..127, scale peak / 127 kept as f16."""
@@ -41,7 +43,7 @@ def as_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-BLOCKS_OF_256 = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0")
+BLOCKS_OF_256 = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0", *CODEBOOKS)
 BLOCKS_OF_32 = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "q1_0", "q2_0")
 
 

@@ -9,53 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from qconvert import scheme as schemes
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.formats.gguf_codebooks import CODEBOOKS, struct_of
+from qconvert.formats.gguf_planes import U8, Blocks, Plane, Struct, unweave, weave
 from qconvert.scheme import E8M0_TABLE, F32, SCHEMES, Array, Bytes, Layout, QTensor, Scheme
 
-U8 = npt.NDArray[np.uint8]
 U4 = np.uint8(15)
-Blocks = npt.NDArray[np.void]  # of a C struct, [N, K/block]
-
-
-class Plane(NamedTuple):
-    """One struct field that holds `bits` bits of every code."""
-
-    field: str
-    bits: int
-    run: int
-
-
-class Struct(NamedTuple):
-    """A C struct: its fields, its bit planes (low bits first), and what is added to a code to store it unsigned."""
-
-    fields: list[tuple[str, str] | tuple[str, str, int]]
-    planes: tuple[Plane, ...]
-    zero: int
-    read_levels: Callable[[Blocks], list[Array]]  # one array[N, K/block, entries] per level
-    write_levels: Callable[[Blocks, list[F32]], None]
-    read_codes: Callable[[Blocks], U8] | None = None  # -> u8[N, K/block, block], where codes lie in no planes
-    write_codes: Callable[[Blocks, U8], None] | None = None
-
-
-def weave(codes: U8, bits: int, run: int) -> U8:
-    """u8[..., m] codes of `bits` bits -> u8[..., m * bits / 8]: see the head of this file."""
-    per_byte = 8 // bits
-    fields = codes.reshape(*codes.shape[:-1], -1, per_byte, run)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    packed: U8 = np.bitwise_or.reduce(fields << shifts, axis=-2)
-    return packed.reshape(*codes.shape[:-1], -1)
-
-
-def unweave(packed: U8, bits: int, run: int) -> U8:
-    """The inverse of weave: u8[..., nbytes] -> u8[..., nbytes * 8 / bits]."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    fields = packed.reshape(*packed.shape[:-1], -1, 1, run) >> shifts
-    return (fields & np.uint8((1 << bits) - 1)).reshape(*packed.shape[:-1], -1)
 
 
 def _pack(name: str, q: QTensor) -> Bytes:
@@ -243,10 +206,13 @@ STRUCTS: dict[str, Struct] = {
 }  # fmt: skip
 
 
+STRUCTS |= {name: struct_of(name) for name in CODEBOOKS}
+
+
 def _layout(scheme: Scheme) -> Layout:
     name = f"gguf.{scheme.name}"
     block = np.dtype(STRUCTS[scheme.name].fields)
     return Layout(name, scheme, block, partial(_pack, name), partial(_unpack, name))
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in map(_layout, SCHEMES.values())}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in map(_layout, (*SCHEMES.values(), *schemes.CODEBOOKS.values()))}

@@ -59,6 +59,29 @@ def _mapped(path: Path) -> dict[str, Tensor]:
     return out
 
 
+def quantized_by_ggml(name: str, x: F32) -> Array:
+    """x f32[N,K] -> u8[N, row nbytes] of ggml's type `name`, with all inputs of one importance."""
+    kind, block, nbytes = GGML_TYPES[name.lower()]
+    lib, (n, k) = _ready(name), x.shape
+    values, importance = np.ascontiguousarray(x, np.float32), np.ones(k, np.float32)
+    out = np.empty((n, k // block * nbytes), np.uint8)
+    function = lib.ggml_quantize_chunk
+    function.argtypes = (c.c_int, *[c.c_void_p] * 2, *[c.c_int64] * 3, c.c_void_p)
+    lib.ggml_quantize_init(kind)
+    function(kind, values.ctypes.data, out.ctypes.data, 0, n, k, importance.ctypes.data)
+    return out
+
+
+def _ready(name: str) -> Any:
+    """ggml, its tables filled. UnsupportedError where there is none."""
+    lib = library().call
+    if lib is None:
+        raise UnsupportedError(f"{name} is left to llama.cpp, which is not installed", hint="pip install xllamacpp")
+    declare(lib)
+    lib.ggml_free(lib.ggml_init(InitParams(1 << 16, None, True)))
+    return lib
+
+
 def by_rows(data: Any) -> Any:
     """Stacked experts [E,N,...] as [E*N,...]: how weights count rows."""
     return data.reshape(-1, data.shape[-1]) if data.ndim > 2 else data
@@ -71,14 +94,10 @@ def dequantized(data: Array, name: str) -> F32:
 
     if name.lower() not in BY_GGML:
         return cast(F32, dequantize(data, GGMLQuantizationType[name]))
-    lib = library().call
-    if lib is None:
-        raise UnsupportedError(f"{name} is dequantized by llama.cpp alone, which is not installed")
+    lib = _ready(name)
     _, block, nbytes = GGML_TYPES[name.lower()]
     rows = np.ascontiguousarray(data)
     out = np.empty((len(rows), rows.shape[-1] // nbytes * block), np.float32)
-    declare(lib)
-    lib.ggml_free(lib.ggml_init(InitParams(1 << 16, None, True)))  # fills the tables that f16 is read by
     function = getattr(lib, f"dequantize_row_{name.lower()}")
     function.restype, function.argtypes = None, (c.c_void_p, c.c_void_p, c.c_int64)
     function(rows.ctypes.data, out.ctypes.data, out.size)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qconvert.errors import InputError
-from qconvert.scheme import SCHEMES
+from qconvert.scheme import CODEBOOKS, SCHEMES
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -46,13 +46,14 @@ class GGMLType(NamedTuple):
 
 
 def _quantized(name: str, number: int) -> GGMLType:
-    scheme = SCHEMES[name]
+    scheme = SCHEMES.get(name) or CODEBOOKS[name]
     return GGMLType(number, scheme.block, int(scheme.block * scheme.bits_per_weight) // 8)
 
 
 _IDS = {
     "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13, "q6_k": 14,
     "iq4_nl": 20, "iq4_xs": 23, "tq1_0": 34, "tq2_0": 35, "mxfp4": 39, "q1_0": 41, "q2_0": 42,
+    "iq2_xxs": 16, "iq2_xs": 17, "iq3_xxs": 18, "iq1_s": 19, "iq3_s": 21, "iq2_s": 22, "iq1_m": 29,
 }  # fmt: skip
 GGML_TYPES: dict[str, GGMLType] = {
     "f32": GGMLType(0, 1, 4), "f16": GGMLType(1, 1, 2), "bf16": GGMLType(30, 1, 2),

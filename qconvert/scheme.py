@@ -209,6 +209,16 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
+# Codes are what the entries of a codebook hold, in i8; several share an index. Fine scales are steps of a quarter, from an
+# eighth on, and the like: gguf_codebooks.
+CODEBOOKS: dict[str, Scheme] = {
+    name: Scheme(name, 8, (Level("scale", "f16", 256), Level("scale", dtype, group)), stored_bits=bits)
+    for name, bits, dtype, group in (
+        ("iq2_xxs", 15 / 8, "u4", 32), ("iq3_xxs", 23 / 8, "u4", 32), ("iq2_xs", 2.0, "u4", 16), ("iq2_s", 9 / 4, "u4", 16),
+        ("iq3_s", 13 / 4, "u4", 32), ("iq1_s", 45 / 32, "u3", 32), ("iq1_m", 3 / 2, "u3", 16),
+    )
+}  # fmt: skip
+
 # Small floats by code: sign, exponent, mantissa. e2m1 has neither NaN nor infinity, e4m3 (fn) NaN in its last code.
 E2M1_TABLE = tuple(sign * v for sign in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
 E4M3_HALF = (*(m / 512 for m in range(8)), *((8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)))
@@ -301,7 +311,7 @@ def scheme_of(name: str) -> Scheme | None:
             return None  # it has one
         levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
         return replace(base, name=name, levels=tuple(levels))
-    tables = (SCHEMES, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS, LATTICES)
+    tables = (SCHEMES, CODEBOOKS, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS, LATTICES)
     return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
 
 

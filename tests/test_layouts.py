@@ -11,9 +11,9 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.gguf_layouts import LAYOUTS
 from qconvert.formats.gguf_values import dequantized
 from qconvert.gguf_reader import GGML_TYPES
-from qconvert.scheme import F32, SCHEMES, QTensor
+from qconvert.scheme import CODEBOOKS, F32, SCHEMES, QTensor
 
-NAMES = sorted(SCHEMES)
+NAMES, BOOKS = sorted(SCHEMES), sorted(CODEBOOKS)
 needs_ggml = pytest.mark.skipif(ggml_oracle.library() is None, reason="xllamacpp is not installed")
 
 
@@ -30,6 +30,8 @@ def random_bytes(name: str, n: int = 5, blocks: int = 3) -> np.ndarray:
         b[field] = rng.standard_normal(b.shape)
     if name == "mxfp4":
         b["e"] %= 255  # the last stands for no number
+    if name == "iq1_m":
+        b["scales"][..., 3] &= 0x3FFF  # the exponent of an f16
     if name == "tq1_0":  # 243 of 256 bytes stand for five trits
         trits = rng.integers(0, 3, (n, blocks * 256)).astype(np.uint8)
         return layout.pack(QTensor(layout.scheme, trits, (b["d"].astype(np.float32),)))
@@ -41,7 +43,7 @@ def size_of(name: str) -> tuple[int, int]:
     return (64, 18) if name == "q2_0" else gguf.GGML_QUANT_SIZES[gguf_type(name)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *BOOKS])
 def test_sizes_and_ids_are_those_of_ggml(name: str) -> None:
     assert (GGML_TYPES[name].block, GGML_TYPES[name].nbytes) == size_of(name)
     assert GGML_TYPES[name].id == ggml_oracle.IDS[name]
@@ -55,7 +57,7 @@ def test_plain_types_are_those_of_ggml(name: str) -> None:
     assert GGML_TYPES[name].id == gguf_type(name).value
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *BOOKS])
 def test_any_bytes_dequantize_to_the_bits_of_gguf_py(name: str) -> None:
     packed = random_bytes(name)
     wanted: F32 = dequantized(packed, name.upper())
@@ -65,17 +67,18 @@ def test_any_bytes_dequantize_to_the_bits_of_gguf_py(name: str) -> None:
     assert np.array_equal(got.view(np.uint32), wanted.view(np.uint32))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *BOOKS])
 def test_packing_what_was_unpacked_gives_the_same_bytes(name: str) -> None:
     layout, packed = LAYOUTS[f"gguf.{name}"], random_bytes(name)
     assert np.array_equal(layout.pack(layout.unpack(packed)), packed)
 
 
 @needs_ggml
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(pytest.param(name, marks=pytest.mark.peer) for name in BOOKS)])
 def test_bytes_made_by_ggml_survive_unpack_and_pack(name: str) -> None:
     x = np.random.default_rng(1).standard_normal((4, 512), np.float32)
-    packed, layout = ggml_oracle.quantize(name, x), LAYOUTS[f"gguf.{name}"]
+    importance = np.ones(512, np.float32)
+    packed, layout = ggml_oracle.quantize(name, x, importance=importance), LAYOUTS[f"gguf.{name}"]
     q = layout.unpack(packed)
     assert np.array_equal(layout.pack(q), packed)
     assert np.array_equal(q.dequantize(), dequantized(packed, name.upper()))
@@ -151,6 +154,24 @@ def test_a_block_worked_out_by_hand(name: str) -> None:
     back = layout.unpack(layout.pack(q))
     assert np.array_equal(back.codes, q.codes)
     assert all(np.array_equal(a, b) for a, b in zip(back.levels, q.levels, strict=True))
+
+
+@pytest.mark.parametrize("name", BOOKS)
+def test_codes_that_no_entry_of_the_codebook_has_are_refused(name: str) -> None:
+    layout = LAYOUTS[f"gguf.{name}"]
+    q = layout.unpack(random_bytes(name, 1, 1))
+    q.codes[0, 3] = 0
+    with pytest.raises(UnsupportedError, match=f"codes that {name} has no entry for"):
+        layout.pack(q)
+
+
+@pytest.mark.parametrize("name", ["iq2_xxs", "iq2_xs", "iq3_xxs"])
+def test_an_odd_number_of_signs_is_refused_where_only_seven_of_eight_are_kept(name: str) -> None:
+    layout = LAYOUTS[f"gguf.{name}"]
+    q = layout.unpack(random_bytes(name, 1, 1))
+    q.codes[0, 255] *= -1
+    with pytest.raises(UnsupportedError, match=f"an odd number of signs, which {name} cannot keep"):
+        layout.pack(q)
 
 
 def test_another_scheme_is_refused_by_name() -> None:
