@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qconvert import kernels
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.safetensors_ct_read import check_part
 from qconvert.formats.safetensors_dialects import Loading, Wanted, Written
 from qconvert.graph import Attr, Node, Type
-from qconvert.kernels import known_width
 from qconvert.passes.incoherence import Incoherence
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.tile_lattice import TileLattice
@@ -93,7 +93,11 @@ QUIP = QuIP()
 
 # as input -----------------------------------------------------------------------------------------
 
-FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.upgate_proj": ("up_proj", "gate_proj")}
+# in which module quip-sharp keeps it: which of its parts it is, and how many of its size are from there to the end
+FUSED: Mapping[str, tuple[str, int, int | None]] = {
+    "q_proj": ("qkv_proj", 0, None), "k_proj": ("qkv_proj", 1, 2), "v_proj": ("qkv_proj", 2, 1),
+    "up_proj": ("upgate_proj", 0, None), "gate_proj": ("upgate_proj", 1, 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,25 @@ class Stored:
     odd: bool
 
     def parameter(self, name: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors) -> Nodes | None:
-        module, (n, k) = name.removesuffix(".weight"), shape
-        if not tensors.has(f"{module}.Qidxs"):
+        module = name.removesuffix(".weight")
+        if tensors.has(f"{module}.Qidxs"):
+            return self.turned(name, module, shape, attrs, tensors)
+        stem, _, part = module.rpartition(".")
+        fused, i, to_end = FUSED.get(part, ("", 0, None))
+        if not tensors.has(f"{stem}.{fused}.Qidxs"):
             return None
-        nodes, layout = dict[str, Node](), LAYOUTS["quip.e8p"]
-        if n % 16 or k % 64 or not (self.odd or (known_width(n) and known_width(k))):
+        n = tensors.find(f"{stem}.{fused}.Qidxs").shape[0]
+        nodes = self.turned(f"{name}~fused", f"{stem}.{fused}", (n, shape[1]), attrs, tensors)
+        times = float(tensors.read(tensors.find(f"{stem}.{fused}.fuse_scales"))[i])
+        cut: dict[str, Attr] = {"begin": n - to_end * shape[0] if to_end else 0, "times": times}
+        return {**nodes, name: Node("rows", (f"{name}~fused",), Type("f32", shape), cut)}
+
+    def turned(
+        self, name: str, module: str, shape: tuple[int, int], attrs: Mapping[str, Attr], tensors: Tensors
+    ) -> Nodes:  # fmt: skip
+        (n, k), nodes, layout = shape, dict[str, Node](), LAYOUTS["quip.e8p"]
+        known = self.odd or (kernels.known_width(n) and kernels.known_width(k))
+        if n % 16 or k % 64 or not known:
             raise UnsupportedError(f"{self.where}: {module} of {list(shape)}: quip-sharp has no such weights")
         assert isinstance(layout, Layout)
         for each in layout.beside:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from qconvert import kernels
 from qconvert.errors import GraphError, InputError
@@ -23,6 +24,7 @@ KEPT_NBYTES = 1 << 29  # of whole weights that are kept, but for the last
 SAMPLE = 1 << 19  # weights whose error chooses the scale
 # of Gaussian weights 1.03 is best (quip-sharp's opt_scale); tails and narrow weights want others
 SPREADS = (0.85, 0.91, 0.97, 1.03, 1.09, 1.15, 1.21)
+WIDER = (1.0, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8)
 DAMPING = 1e-2  # of the Hessian's mean diagonal, as quip-sharp's sigma_reg
 BUFFER = 128  # columns whose errors are fed back together to all before them
 
@@ -83,17 +85,20 @@ def _turned(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
 def whole(w: Values, name: str) -> Array:
     """All of a weight, as nothing else keeps it: it may be changed."""
     node = w.graph.nodes[name]
-    if node.op not in TURNS:
+    if node.op not in ("incoherent", "coherent"):
         return np.array(w.real(name), w.dtype)
     value, su, sv = node.inputs
     (n, k), x = node.type.dims, np.empty(node.type.dims, w.dtype)
     step = max(1, (1 << 19) // k) // 16 * 16 or 16  # tiles of rows
     for i in range(0, n, step):
         x[i : i + step] = w.real(value, i, min(n, i + step))
-    return TURNS[node.op](x, w.whole(su).astype(w.dtype), w.whole(sv).astype(w.dtype))
+    turn = kernels.incoherent if node.op == "incoherent" else kernels.coherent
+    return turn(x, w.whole(su).astype(w.dtype), w.whole(sv).astype(w.dtype))
 
 
-TURNS: dict[str, Callable[[Array, Array, Array], Array]] = {"incoherent": kernels.incoherent, "coherent": kernels.coherent}
+def _rows(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    first, times = cast(int, node.attrs["begin"]), cast(float, node.attrs["times"])
+    return (w.real(node.inputs[0], first + begin, first + end) * times).astype(w.dtype)
 
 
 # solvers ------------------------------------------------------------------------------------------
@@ -117,7 +122,8 @@ def _solved(w: Values, node: Node) -> QTensor:
     return QTensor(LATTICES[node.type.dtype], points, (np.full((len(x), 1), unit / 4, np.float32),))
 
 
-Solved = tuple[np.ndarray[tuple[int, ...], np.dtype[np.int8]], np.float32]
+I8 = npt.NDArray[np.int8]
+Solved = tuple[I8, np.float32]
 
 
 def nearest(x: F32) -> Solved:
@@ -150,9 +156,25 @@ def _half(unit: float) -> np.float32:
 
 
 def ldlq(x: F32, hessian: Array) -> Solved:
-    """f32[N,K], f64[K,K] (turned as x is) -> as nearest(); hessian is changed."""
-    (n, k), unit = x.shape, unit_of(x)
-    feedback = block_ldl(hessian)
+    """f32[N,K], f64[K,K] (turned as x is) -> as nearest(); hessian is changed.
+
+    What is fed back makes weights larger, so that the unit that is best for themselves leaves many outside the lattice:
+    of some greater ones that is taken of which some rows have the least error, by the Hessian.
+    """
+    least, feedback, some = unit_of(x), block_ldl(hessian), x[:: max(1, x.size // SAMPLE)]
+    damped = hessian.astype(np.float32)
+
+    def cost(unit: np.float32) -> float:
+        error = some - fed_back(some, feedback, unit) * (unit / 4)
+        return float(np.sum(error @ damped * error, dtype=np.float64))
+
+    unit = min((_half(float(least) * more) for more in WIDER), key=cost)
+    return fed_back(x, feedback, unit), unit
+
+
+def fed_back(x: F32, feedback: F32, unit: np.float32) -> I8:
+    """The points of each 8 columns from the last on, with the errors of those behind them."""
+    n, k = x.shape
     points, error, far = np.empty((n, k), np.int8), np.zeros((n, k), np.float32), np.zeros((n, k), np.float32)
     for high in range(k, 0, -BUFFER):
         low = max(0, high - BUFFER)
@@ -162,7 +184,7 @@ def ldlq(x: F32, hessian: Array) -> Solved:
             points[:, some] = kernels.e8p_nearest(wanted, float(unit))
             error[:, some] = x[:, some] - points[:, some] * (unit / 4)
         far[:, :low] += error[:, low:high] @ feedback[low:high, :low]
-    return points, unit
+    return points
 
 
 def block_ldl(hessian: Array) -> F32:
@@ -206,5 +228,5 @@ def _untile(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
 
 OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
     "signs": _signs, "incoherent": _turned, "coherent": _turned, "lattice_unit": _lattice_unit, "tile": _tile,
-    "untile": _untile,
+    "untile": _untile, "rows": _rows,
 }  # fmt: skip

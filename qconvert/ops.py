@@ -241,6 +241,7 @@ OPS: dict[str, Op] = {
         _turned, "(w[N,K], su[K], sv[N]): H.T diag(sv) w diag(su) H, Hadamard matrices over their orders' roots", True
     ),
     "coherent": Op(_turned, "(w[N,K], su[K], sv[N]): diag(sv) H w H.T diag(su), the inverse for signs su and sv", True),
+    "rows": Op(_declared, "(w[N,K]) {begin, times}: as many rows from `begin` on as the node has, times a number", True),
     "lattice_unit": Op(lambda _, __: Type("f16", (1,)), "(q): what points of a lattice are multiplied by", True),
     "tile": Op(
         lambda i, _: Type("i64", (i[0].rows, i[0].dims[-1] // 32)), "(q[N,K]): e8p's codes in tiles of 16 by 64", True
