@@ -28,7 +28,16 @@ from qconvert.formats.onnx_foreign_nodes import (
     set_external,
     set_inline,
 )
-from qconvert.formats.onnx_foreign_sites import DEQUANTIZE_OPSET, MIN_VALUES, Tensor, Wish, odd_name, tensors_of, wish_of
+from qconvert.formats.onnx_foreign_sites import (
+    DEQUANTIZE_OPSET,
+    MIN_VALUES,
+    Tensor,
+    Wish,
+    bare_node,
+    odd_name,
+    tensors_of,
+    wish_of,
+)
 from qconvert.formats.onnx_foreign_tensors import DAMAGED, MIN_NBYTES, Place, View, adopt, bytes_at, dtype_of, place_of, read
 from qconvert.formats.onnx_proto import DATA_FILE
 from qconvert.graph import Graph, Node, Type, n_rows
@@ -105,6 +114,8 @@ def refuse(request: Request) -> None:
 def choose(path: Path, model: ModelProto, quant: str, group: int) -> list[Choice]:
     if (odd := odd_name(model)) is not None:
         raise InputError(f"{path}: the name {odd!a} is not text in UTF-8", hint=DAMAGED)
+    if (bare := bare_node(model)) is not None:
+        raise InputError(f"{path}: {bare} has no output", hint=DAMAGED)
     opset = opset_of(model)
     if opset < MIN_OPSET:
         raise UnsupportedError(f"{path}: opset {opset}; {MIN_OPSET} and later are read", hint="onnx.version_converter lifts it")

@@ -145,6 +145,12 @@ def odd_name(model: ModelProto) -> object:
     return None
 
 
+def bare_node(model: ModelProto) -> str | None:
+    """The first node without an output, which no operator of a graph's may be; None where all have one."""
+    found = (node for graph in graphs_of(model.graph) for node in graph.node if not any(node.output))
+    return next((f"{node.op_type or 'a node'} {node.name!r}" for node in found), None)
+
+
 def constant_value(node: NodeProto) -> TensorProto | None:
     if standard(node) != "Constant" or not node.output:
         return None

@@ -29,8 +29,9 @@ def diagnose(folder: Path, values: bool) -> list[Finding]:
     store = Store()
     try:
         checkpoint = read_checkpoint(folder, store)
-        found = built(checkpoint) + listed(checkpoint) + quantized(checkpoint) + tokenizer(checkpoint)
-        return found + (head(checkpoint, store) + numbers(checkpoint, store) if values else [])
+        found = quantized(checkpoint) or head(checkpoint, store) or built(checkpoint)
+        found += listed(checkpoint) + tokenizer(checkpoint)
+        return found + (numbers(checkpoint, store) if values else [])
     finally:
         store.close()
 

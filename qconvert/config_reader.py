@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from qconvert.errors import InputError, UnsupportedError
@@ -14,6 +13,9 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_python_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }  # fmt: skip
+
+
+FLT_MAX = 3.4e38  # runtimes keep these as f32
 
 
 def _reasons(**keys: str) -> dict[str, str]:
@@ -155,6 +157,6 @@ class Reader:
 
 
 def positive(reader: Reader, value: object, key: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < FLT_MAX:
         raise InputError(f"{reader.where}: {key} = {value!r}; a positive number was wanted")
     return float(value)

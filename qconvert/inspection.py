@@ -11,7 +11,9 @@ from typing import Any
 
 from qconvert.accountant import accounts, accounts_text
 from qconvert.build import build
-from qconvert.errors import UsageError
+from qconvert.doctor import diagnose
+from qconvert.errors import QConvertError, UsageError
+from qconvert.findings import Finding
 from qconvert.report import nbytes_text, table
 from qconvert.scheme import scheme_of
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
@@ -27,7 +29,7 @@ def inspect_file(text: str) -> dict[str, Any]:
         return storages(path)
     if known := reader_of(path):
         reader, found = known
-        return facts(str(path), reader.inspect(found))
+        return facts(str(path), reader.inspect(found)) | {"findings": [f._asdict() for f in findings(path)]}
     store = Store()
     try:
         store.add("base", path)
@@ -47,6 +49,14 @@ def storages(folder: Path) -> dict[str, Any]:
     rows = accounts(graph)
     weights = sum(math.prod(graph.nodes[name].type.dims) for name in graph.parameters())
     return {"path": str(folder), "format": "config.json alone", "weights": weights, "storages": rows}
+
+
+def findings(path: Path) -> tuple[Finding, ...]:
+    """What headers alone tell to be wrong."""
+    try:
+        return diagnose(path, values=False).findings
+    except QConvertError:
+        return ()  # what is in a file can be told whatever state it is in
 
 
 def _nbytes(dtype: str) -> int:
@@ -108,6 +118,7 @@ def inspection_text(found: dict[str, Any]) -> str:
     sizes = " + ".join(f"{nbytes_text(n)} {what}" for what, n in found["parts"].items() if n)
     return "\n".join(
         [*lines, table(rows, ""), f"types   {types}", f"size    {nbytes_text(found['nbytes'])} = {sizes}",
+         *(f"{f['severity']:8}{f['place']}: {f['what']}" for f in found.get("findings", ())),
          f"bits    {bpw['codes']:.3f} codes, {bpw['linear']:.3f} with metadata, {bpw['file']:.3f} the whole file (per weight)"]
     )  # fmt: skip
 
