@@ -19,8 +19,8 @@ log = logging.getLogger("qconvert")
 
 @dataclass(frozen=True)
 class RefitAdapter:
-    """Of the adapters that slots are filled with; adapter: of one alone. Weighted by W~hessian or W~moments, where the graph has
-    one.
+    """Of the adapters that slots are filled with; adapter: of one alone. Weighted by W~hessian or W~moments, where
+    the graph has one.
 
     Left alone: adapters beside weights whose codes are a source's, or that are not quantized.
     """

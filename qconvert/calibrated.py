@@ -21,7 +21,7 @@ from qconvert.graph import Attr, Graph
 from qconvert.passes.calibrate import Calibrate
 from qconvert.passes.untie_head import vocabulary_weights
 from qconvert.request import Request
-from qconvert.solver_spec import chosen
+from qconvert.solver_spec import Solving
 from qconvert.statistics import (
     ALIAS,
     FILE,
@@ -47,8 +47,10 @@ def statistics_wanted(request: Request) -> frozenset[str]:
     """Which kinds the conversion reads, of statistics.KINDS."""
     given = (request.calibrate, request.imatrix, request.statistics, request.save_imatrix, request.save_statistics)
     asked = any(x is not None for x in given)
-    needs = chosen(request.solver).needs if request.solver else "moments?" if request.to in USES else ""
-    return frozenset({"moments", needs.removesuffix("?")}) if needs and (asked or not needs.endswith("?")) else frozenset()
+    needs = Solving.of(request.solver).needs("moments?" if request.to in USES else "")
+    if not needs or not (asked or any(not kind.endswith("?") for kind in needs)):
+        return frozenset()
+    return frozenset({"moments", *(kind.removesuffix("?") for kind in needs)})
 
 
 def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset[str]) -> Calibrated:
@@ -71,8 +73,11 @@ def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset
         path = request.save_statistics or source.store.scratch() / FILE
         calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
         texts = cut(calibration, graph, N_TOKENS)
+        held = max(1, len(texts) // 8) if Solving.of(request.solver).auto and len(texts) > 1 else 0
+        texts, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
         facts = from_text(calibration, texts, graph, path, sites, wanted)
-        return replace(from_file(request, source, graph, path, facts, sites, wanted), texts=texts)
+        made = from_file(request, source, graph, path, facts, sites, wanted)
+        return replace(made, texts=texts, held_out=held_out)
     return from_file(request, source, graph, path, facts, sites, wanted)
 
 

@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
-from qconvert.adapter_delta import check_delta
-from qconvert.adapter_refit import refit
-from qconvert.adapters import read_adapter
-from qconvert.budget import choose, refuse, wish_of
-from qconvert.build import build
-from qconvert.calibrated import calibrated, statistics_wanted
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, default_threads, preflight, written
 from qconvert.errors import (
@@ -34,26 +27,17 @@ from qconvert.errors import (
     VerificationError,
     uninterrupted,
 )
-from qconvert.evaluation import affordable, calibration_text, calibration_tokens, evaluation_text, overlap, read_text
-from qconvert.formats.gguf_source import read_gguf, tokenizer_rows
+from qconvert.evaluation import affordable, evaluation_text, overlap, read_text
+from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.graph import Graph
-from qconvert.merge_base import choose_base, refuse_erasing
-from qconvert.passes.adapter_slots import AdapterSlots, alone
-from qconvert.passes.attach_adapter import AttachAdapter
-from qconvert.passes.incoherence import Incoherence
-from qconvert.passes.merge_adapters import MergeAdapters
-from qconvert.passes.quantize import Quantize
-from qconvert.passes.split_metadata import SplitMetadata
-from qconvert.pipeline import Function, Pass, Pipeline, flatten
-from qconvert.pooled_merges import refuse_rounding
-from qconvert.qat_grids import grid_notes, recovered_rows, refuse_no_grid
+from qconvert.lowering import lower, offload, read_source, torch_threads_of
+from qconvert.pipeline import Function, Pass
+from qconvert.qat_grids import grid_notes, recovered_rows
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
-from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
-from qconvert.solver_spec import chosen
-from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.sources import Store
 from qconvert.statistics import ALIAS
-from qconvert.target import Format, Legal, Lowered, Mixing, Rewriter, Source, Stage
+from qconvert.target import Format, Lowered, Rewriter, Source
 from qconvert.targets import target_notes
 from qconvert.weights import Weights
 
@@ -156,12 +140,6 @@ class Proof(NamedTuple):
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def torch_threads_of(request: Request) -> AbstractContextManager[None]:
-    with uninterrupted():
-        from qconvert.check import torch_threads  # loads torch
-    return torch_threads(request.threads or default_threads())
-
-
 def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
     """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
     reference, final = lowered.stages[0].graph, lowered.graph
@@ -207,126 +185,6 @@ def write(
         report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
         judge(report, request)
     return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
-
-
-def read_source(request: Request, store: Store) -> Source:
-    """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
-    path = find_model(request.model)
-    unread = request.dry_run and path.is_dir() and shapes_alone(path)
-    reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
-    checkpoint = reader(path, store)
-    base = build(checkpoint)
-    adapters = []
-    for i, spec in enumerate(request.adapters):
-        alias = f"adapter{i}"
-        folder, own = find_model(spec.path), request.trained_on == "model"
-        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
-    attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
-    graph = attach.run(base, request.dump_ir, log.info)
-    for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
-        check_delta(adapter, store, graph)
-    chosen = choose_base(request, adapters, store, graph, path if path.is_dir() else path.parent)
-    graph, swap = chosen.graph, request.adapters_as == "swap"
-    facts = {"merge_base": chosen.facts} if chosen.facts else {}
-    return Source(
-        request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, chosen.notes, facts
-    )  # fmt: skip
-
-
-def lower(request: Request, source: Source, target: Format) -> Lowered:
-    """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
-    stages, spec, done = transform(request, source)
-    merged = stages[-1].graph
-    options = target.options(request, source, merged)
-    found = calibrated(request, source, merged, statistics_wanted(request))
-    first = Pipeline((found.step,) if found.step else ())
-    merged = first.run(merged, request.dump_ir, log.info, done)
-    options, budget = budgeted(request, source, target, merged, options, Path(request.output or "out"))
-    legal = with_solver(target.legalize(merged, options), request.solver)
-    last = Pipeline((*legal.passes, *offload(request)))
-    final = last.run(merged, request.dump_ir, log.info, done + len(first.passes))
-    final, refits = refit(request, source, final)
-    refuse_no_grid(final, request.solver)
-    told = (*source.notes, *refits, *refuse_rounding(final, request.allow_lossy), *refuse_erasing(final, source.store, request))
-    legal = legal._replace(notes=(*legal.notes, *told))
-    path = request.output or target.default_path(source, merged, options)
-    plan = target.plan(final, options, legal, Path(path))
-    if budget:
-        assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
-    pipeline = ",".join(filter(None, (spec, str(first), str(last))))
-    return Lowered(stages, final, options, legal, plan, pipeline, found, budget)
-
-
-def with_solver(legal: Legal, solver: str | None) -> Legal:
-    """--solver in the place of the format's own."""
-    if solver is None:
-        return legal
-    chosen(solver)  # a name or an option that no solver has is refused before anything is read
-    passes = tuple(replace(p, solver=solver) if isinstance(p, Quantize | Incoherence) else p for p in legal.passes)
-    return legal._replace(passes=passes)
-
-
-def budgeted(
-    request: Request, source: Source, target: Format, merged: Graph, options: Any, path: Path
-) -> tuple[Any, dict[str, Any]]:
-    """The format's options with a type for each weight, where the user says a size or a KL; and how they were found."""
-    wish = wish_of(request, merged)
-    if wish is None:
-        return options, {}
-    tokenizer = tokenizer_of(source, merged)
-    if not isinstance(target, Mixing):
-        raise refuse(request.to, wish)
-    if tokenizer is None or len(merged.outputs) > 1:
-        raise UnsupportedError(f"{wish.said}: needs a model with logits, and a tokenizer to cut a text for it", hint="--bits 4")
-
-    def lowered(types: Mapping[str, str]) -> tuple[Weights, int]:
-        mixed = target.with_types(merged, options, types)
-        legal = with_solver(target.legalize(merged, mixed), request.solver)
-        graph = Pipeline(legal.passes).run(merged)
-        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
-
-    with torch_threads_of(request):
-        n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)
-        evaluation = evaluation_text(request.eval, tokenizer, merged, n)
-        calibration = calibration_text(request.calibrate, tokenizer, merged, calibration_tokens(merged))
-        choice = choose(wish, target.menu(merged, options), lowered, calibration, evaluation)
-    return target.with_types(merged, options, choice.types), choice.facts
-
-
-def offload(request: Request) -> tuple[Pass, ...]:
-    """What --offload-meta adds to a format's passes. UsageError where flags that go with it are alone."""
-    if request.offload_meta is None:
-        flags = ("vram", "prefetch", "link_bandwidth", "memory_bandwidth")
-        if given := next((flag for flag in flags if getattr(request, flag) is not None), None):
-            raise UsageError(f"--{given.replace('_', '-')} goes with --offload-meta", hint="--offload-meta cpu")
-        return ()
-    for flag in ("link_bandwidth", "memory_bandwidth"):
-        if (speed := getattr(request, flag)) is not None and not speed > 0:
-            raise UsageError(f"--{flag.replace('_', '-')} {speed:g}: GB/s, more than 0")
-    device = "cpu-pinned" if request.offload_meta == "cpu" else request.offload_meta
-    return (SplitMetadata(device, vram=request.vram or "", prefetch=1 if request.prefetch is None else request.prefetch),)
-
-
-def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str, int]:
-    """The merge with the user's passes around it as stages, their pipeline string, and how many passes have run."""
-    given = request.passes if ... in request.passes else (..., *request.passes)
-    at = given.index(...)
-    before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
-    merge: tuple[Pass, ...] = (AdapterSlots() if source.swap else MergeAdapters(),) if source.adapters else ()
-    graph, done = source.graph, len(source.adapters)
-    stages = [stage("unmerged", graph, True, source.swap)]
-    steps = (("passes before", before, False), ("slots" if source.swap else "merge", merge, True), ("passes", after, False))
-    for name, passes, exact in steps:
-        if passes:
-            graph = Pipeline(passes).run(graph, request.dump_ir, log.info, done)
-            stages.append(stage(name, graph, exact, source.swap and passes is before))
-            done += len(passes)
-    return tuple(stages), str(Pipeline((*before, *merge, *after))), done
-
-
-def stage(name: str, graph: Graph, exact: bool, attached: bool) -> Stage:
-    """attached: adapters lie beside their linears that are to be swapped, so the stage is the graph without them."""
-    return Stage(name, alone(graph, None), exact, graph) if attached else Stage(name, graph, exact)
 
 
 def check_memory() -> None:

@@ -130,7 +130,7 @@ def short(value: object, width: int = 90) -> str:
 
 def graph_text(model: str) -> str:
     """The graph of MODEL[+ADAPTER]... as text, adapters attached."""
-    from qconvert.conversion import read_source
+    from qconvert.lowering import read_source
     from qconvert.request import Request, parse_model
 
     name, adapters = parse_model(model)

@@ -21,6 +21,36 @@ class Chosen(NamedTuple):
     refuses: Callable[[Scheme], str | None]
 
 
+FOLDS = {"awq": "awq", "smoothquant": "smooth"}  # as passes/fold.py has them
+
+
+class Solving(NamedTuple):
+    """`awq+gptq`: weights are folded, then solved. solver None: the format's own; auto: what is nearest on text held out."""
+
+    fold: str = ""
+    solver: str | None = None
+    auto: bool = False
+
+    @classmethod
+    def of(cls, spec: str | None) -> Solving:
+        """UsageError, UnsupportedError for what no solver is called, or has as an option."""
+        if spec is None or spec == "auto":
+            return cls(auto=spec is not None)
+        name, _, rest = spec.partition("+")
+        made = cls(FOLDS[name], rest or None) if name in FOLDS else cls("", spec)
+        if made.solver is not None:
+            chosen(made.solver)
+        return made
+
+    def needs(self, usual: str) -> frozenset[str]:
+        """Statistics that it cannot do without; with ? those that it can. usual: what the format's own needs."""
+        if self.auto:
+            return frozenset({"moments", "hessian"})
+        kinds = {chosen(self.solver).needs if self.solver is not None else usual}
+        kinds |= {"moments"} if self.fold == "awq" else {"peaks"} if self.fold else set()
+        return frozenset(kinds - {""})
+
+
 def chosen(spec: str) -> Chosen:
     """UsageError, UnsupportedError for a name or options that no solver has."""
     if spec in OWN or spec == "rtn":

@@ -96,6 +96,7 @@ class Calibrated:
     notes: tuple[str, ...] = ()
     coverage: Mapping[str, Any] = field(default_factory=dict)
     texts: Sequence[Sequence[int]] = ()
+    held_out: Sequence[Sequence[int]] = ()  # of the same text
 
 
 class Lowered(NamedTuple):

@@ -23,7 +23,7 @@ FLOORS: dict[float, str] = {
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
     "solver_spec qat_grids on_device sensitivity budget plots findings",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion calibrated verification inspection listing printing html_report doctor merge_base adapter_refit",
+    4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base adapter_refit",
     5: "cli __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from qconvert import convert
+from qconvert.build import build
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.formats.gguf_values import quantized_by_ggml
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.sources import Store
-from qconvert.build import build
-from qconvert.verification import verify
 from qconvert.weights import Weights
 
 gguf = pytest.importorskip("gguf")

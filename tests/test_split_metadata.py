@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from qconvert import convert, offloading, registry
 from qconvert.cli import cli
-from qconvert.conversion import Result, lower, read_source
+from qconvert.conversion import Result
 from qconvert.emit import Plan, written
 from qconvert.errors import ResourceError, UnsupportedError, UsageError
 from qconvert.graph import Graph, n_rows
 from qconvert.layouts import layout_of
+from qconvert.lowering import lower, read_source
 from qconvert.offloading import apart, places, together
 from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.placement import ALIGNMENT, Buffer, Placement, placement_of

@@ -1,0 +1,223 @@
+"""From a source to the graph of packed weights that a format writes, and the plan of its files.
+
+read:   checkpoint -> graph, adapters attached as they were trained
+lower:  merge, the user's passes, statistics, folds, what the format needs -> graph of packed weights -> plan
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qconvert.adapter_delta import check_delta
+from qconvert.adapter_refit import refit
+from qconvert.adapters import read_adapter
+from qconvert.budget import choose, refuse, wish_of
+from qconvert.build import build
+from qconvert.calibrated import calibrated, statistics_wanted
+from qconvert.companions import tokenizer_of
+from qconvert.emit import default_threads
+from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
+from qconvert.formats.gguf_source import read_gguf
+from qconvert.graph import Graph
+from qconvert.merge_base import choose_base, refuse_erasing
+from qconvert.passes.adapter_slots import AdapterSlots, alone
+from qconvert.passes.attach_adapter import AttachAdapter
+from qconvert.passes.fold import Fold
+from qconvert.passes.incoherence import Incoherence
+from qconvert.passes.merge_adapters import MergeAdapters
+from qconvert.passes.quantize import Quantize
+from qconvert.passes.split_metadata import SplitMetadata
+from qconvert.pipeline import Pass, Pipeline, flatten
+from qconvert.pooled_merges import refuse_rounding
+from qconvert.qat_grids import refuse_no_grid
+from qconvert.request import Request
+from qconvert.scheme import scheme_of
+from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
+from qconvert.solver_spec import Solving
+from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.target import Calibrated, Format, Legal, Lowered, Mixing, Source, Stage
+from qconvert.weights import Weights
+
+log = logging.getLogger("qconvert")
+CANDIDATES = ("", "lsq", "gptq", "awq", "awq+gptq", "ldlq")  # of auto; "": the format's own
+
+
+def read_source(request: Request, store: Store) -> Source:
+    """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
+    path = find_model(request.model)
+    unread = request.dry_run and path.is_dir() and shapes_alone(path)
+    reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
+    checkpoint = reader(path, store)
+    base = build(checkpoint)
+    adapters = []
+    for i, spec in enumerate(request.adapters):
+        alias = f"adapter{i}"
+        folder, own = find_model(spec.path), request.trained_on == "model"
+        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
+    attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
+    graph = attach.run(base, request.dump_ir, log.info)
+    for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
+        check_delta(adapter, store, graph)
+    chosen = choose_base(request, adapters, store, graph, path if path.is_dir() else path.parent)
+    graph, swap = chosen.graph, request.adapters_as == "swap"
+    facts = {"merge_base": chosen.facts} if chosen.facts else {}
+    return Source(
+        request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, chosen.notes, facts
+    )  # fmt: skip
+
+
+def lower(request: Request, source: Source, target: Format) -> Lowered:
+    """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
+    stages, spec, done = transform(request, source)
+    merged = stages[-1].graph
+    options = target.options(request, source, merged)
+    found = calibrated(request, source, merged, statistics_wanted(request))
+    first = Pipeline((found.step,) if found.step else ())
+    merged = first.run(merged, request.dump_ir, log.info, done)
+    path = Path(request.output or "out")
+    options, budget = budgeted(request, source, target, merged, options, path)
+    solving = Solving.of(request.solver)
+    told: tuple[str, ...] = ()
+    if solving.auto:
+        solving, told = best_solver(request, source, target, merged, options, found)
+    folded, legal = solved(target, merged, options, solving)
+    if folded is not merged:
+        stages = (*stages, Stage(solving.fold, folded, True))
+    last = Pipeline((*legal.passes, *offload(request)))
+    final = last.run(folded, request.dump_ir, log.info, done + len(first.passes))
+    final, refits = refit(request, source, final)
+    refuse_no_grid(final, solving.solver)
+    told = (*source.notes, *told, *refits, *refuse_rounding(final, request.allow_lossy))
+    legal = legal._replace(notes=(*legal.notes, *told, *refuse_erasing(final, source.store, request)))
+    plan = target.plan(final, options, legal, Path(request.output or target.default_path(source, merged, options)))
+    if budget:
+        assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
+    pipeline = ",".join(filter(None, (spec, str(first), solving.fold, str(last))))
+    return Lowered(stages, final, options, legal, plan, pipeline, found, budget)
+
+
+def solved(target: Format, graph: Graph, options: Any, solving: Solving) -> tuple[Graph, Legal]:
+    """The graph, its weights folded where that is asked for, and how it is legal with the solver in place of the format's."""
+
+    def legal(graph: Graph) -> Legal:
+        made = target.legalize(graph, options)
+        if solving.solver is None:
+            return made
+        passes = (replace(p, solver=solving.solver) if isinstance(p, Quantize | Incoherence) else p for p in made.passes)
+        return made._replace(passes=tuple(passes))
+
+    plain = legal(graph)
+    if not solving.fold:
+        return graph, plain
+    quantize = next((p for p in target.legalize(graph, options).passes if isinstance(p, Quantize)), None)
+    if quantize is None or not any(map(scheme_of, quantize.types.values())):
+        raise UnsupportedError(f"--solver {solving.fold}: no weight is quantized to a type that a fold helps")
+    folded = Pipeline((Fold(solving.fold, solver=quantize.solver, types=quantize.types),)).run(graph)
+    return folded, legal(folded)
+
+
+def best_solver(
+    request: Request, source: Source, target: Format, merged: Graph, options: Any, found: Calibrated
+) -> tuple[Solving, tuple[str, ...]]:
+    """Of all that are legal here, the one whose weights are nearest to the merged model's on text held out; and a note."""
+    if request.dry_run:
+        return Solving(), ("--solver auto: chosen when weights are read",)
+    if not found.held_out:
+        raise UsageError("--solver auto: there is no text to judge by", hint="--calibrate FILE; --statistics has none")
+    with uninterrupted():
+        from qconvert.quality import Model, answers  # loads torch
+    text = Text("held out", [list(sequence) for sequence in found.held_out])
+    scores: dict[str, float] = {}
+    with torch_threads_of(request):
+        for spec in CANDIDATES:
+            try:
+                folded, legal = solved(target, merged, options, Solving.of(spec or None))
+                graph = Pipeline(legal.passes).run(folded)
+            except (UnsupportedError, UsageError):
+                continue
+            reference, other = (Model(g, Weights(g, source.store)) for g in (merged, graph))
+            scores[spec] = float(answers(reference, other, text).kl.mean(dtype=np.float64))
+            log.info("auto %-14s mean KL %.4g", spec or "as usual", scores[spec])
+    best = min(scores, key=scores.__getitem__)
+    told = ", ".join(f"{spec or 'the usual one'} {scores[spec]:.4g}" for spec in sorted(scores, key=scores.__getitem__))
+    where = f"{text.n_tokens} tokens held out of {found.coverage['text']}"
+    return Solving.of(best or None), (f"--solver auto: mean KL on {where}: {told}",)
+
+
+def budgeted(
+    request: Request, source: Source, target: Format, merged: Graph, options: Any, path: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The format's options with a type for each weight, where the user says a size or a KL; and how they were found."""
+    wish = wish_of(request, merged)
+    if wish is None:
+        return options, {}
+    tokenizer = tokenizer_of(source, merged)
+    if not isinstance(target, Mixing):
+        raise refuse(request.to, wish)
+    if tokenizer is None or len(merged.outputs) > 1:
+        raise UnsupportedError(f"{wish.said}: needs a model with logits, and a tokenizer to cut a text for it", hint="--bits 4")
+
+    solving = Solving.of(request.solver)._replace(auto=False)
+
+    def lowered(types: Mapping[str, str]) -> tuple[Weights, int]:
+        mixed = target.with_types(merged, options, types)
+        folded, legal = solved(target, merged, mixed, solving)
+        graph = Pipeline(legal.passes).run(folded)
+        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+
+    with torch_threads_of(request):
+        n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)
+        evaluation = evaluation_text(request.eval, tokenizer, merged, n)
+        calibration = calibration_text(request.calibrate, tokenizer, merged, calibration_tokens(merged))
+        choice = choose(wish, target.menu(merged, options), lowered, calibration, evaluation)
+    return target.with_types(merged, options, choice.types), choice.facts
+
+
+def offload(request: Request) -> tuple[Pass, ...]:
+    """What --offload-meta adds to a format's passes. UsageError where flags that go with it are alone."""
+    if request.offload_meta is None:
+        flags = ("vram", "prefetch", "link_bandwidth", "memory_bandwidth")
+        if given := next((flag for flag in flags if getattr(request, flag) is not None), None):
+            raise UsageError(f"--{given.replace('_', '-')} goes with --offload-meta", hint="--offload-meta cpu")
+        return ()
+    for flag in ("link_bandwidth", "memory_bandwidth"):
+        if (speed := getattr(request, flag)) is not None and not speed > 0:
+            raise UsageError(f"--{flag.replace('_', '-')} {speed:g}: GB/s, more than 0")
+    device = "cpu-pinned" if request.offload_meta == "cpu" else request.offload_meta
+    return (SplitMetadata(device, vram=request.vram or "", prefetch=1 if request.prefetch is None else request.prefetch),)
+
+
+def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str, int]:
+    """The merge with the user's passes around it as stages, their pipeline string, and how many passes have run."""
+    given = request.passes if ... in request.passes else (..., *request.passes)
+    at = given.index(...)
+    before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    merge: tuple[Pass, ...] = (AdapterSlots() if source.swap else MergeAdapters(),) if source.adapters else ()
+    graph, done = source.graph, len(source.adapters)
+    stages = [stage("unmerged", graph, True, source.swap)]
+    steps = (("passes before", before, False), ("slots" if source.swap else "merge", merge, True), ("passes", after, False))
+    for name, passes, exact in steps:
+        if passes:
+            graph = Pipeline(passes).run(graph, request.dump_ir, log.info, done)
+            stages.append(stage(name, graph, exact, source.swap and passes is before))
+            done += len(passes)
+    return tuple(stages), str(Pipeline((*before, *merge, *after))), done
+
+
+def stage(name: str, graph: Graph, exact: bool, attached: bool) -> Stage:
+    """attached: adapters lie beside their linears that are to be swapped, so the stage is the graph without them."""
+    return Stage(name, alone(graph, None), exact, graph) if attached else Stage(name, graph, exact)
+
+
+def torch_threads_of(request: Request) -> AbstractContextManager[None]:
+    with uninterrupted():
+        from qconvert.check import torch_threads  # loads torch
+    return torch_threads(request.threads or default_threads())
