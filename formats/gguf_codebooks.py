@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qconvert.errors import UnsupportedError
-from qconvert.formats.gguf_planes import Array, Blocks, Struct, unweave, weave
-from qconvert.scheme import F32
+from qconvert.formats.gguf_planes import Blocks, Struct, unweave, weave
+from qconvert.scheme import F32, Array
 
 U8 = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.integer]

@@ -13,6 +13,7 @@ from qconvert.formats.gguf_source import read_gguf
 from qconvert.formats.gguf_values import quantized_by_ggml
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.sources import Store
+from qconvert.verification import verify_file
 from qconvert.weights import Weights
 
 gguf = pytest.importorskip("gguf")
@@ -57,17 +58,24 @@ def test_its_weights_are_those_of_gguf_py(foreign: Path) -> None:
     store = Store()
     graph = build(read_gguf(foreign, store))
     weights = Weights(graph, store)
-    for t in gguf.GGUFReader(foreign).tensors:
-        if ".0.ffn_" in t.name or ".0.attn_v" in t.name or ".0.attn_output" in t.name:
-            part = t.name.split(".")[2]
-            ours = {"ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_norm": "post_attention_layernorm",
-                    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}[part]  # fmt: skip
-            got = weights.real(f"model.layers.0.{ours}.weight")
-            wanted = gguf.quants.dequantize(t.data, t.tensor_type)
-            assert np.array_equal(np.asarray(got, np.float32).view(np.uint32), np.asarray(wanted, np.float32).view(np.uint32)), t.name
+    modules = {"ffn_up": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "attn_v": "self_attn.v_proj"}
+    modules["attn_output"] = "self_attn.o_proj"
+    tensors = {t.name: t for t in gguf.GGUFReader(foreign).tensors}
+    for role, module in modules.items():
+        t = tensors[f"blk.0.{role}.weight"]
+        got = np.asarray(weights.real(f"model.layers.0.{module}.weight"), np.float32)
+        assert t.tensor_type.name.startswith("IQ")
+        assert np.array_equal(got.view(np.uint32), gguf.quants.dequantize(t.data, t.tensor_type).view(np.uint32)), role
     store.close()
 
 
 @needs_llama
 def test_it_becomes_a_proven_file_of_another_type(foreign: Path, tmp_path: Path) -> None:
     assert convert(foreign, quant="Q8_0", output=tmp_path / "a.gguf", require_verified=True).verified
+
+
+@needs_llama
+def test_it_is_verified_against_the_model_it_was_made_from(foreign: Path) -> None:
+    report = verify_file(foreign, str(TINY), threads=1)
+    assert report.runtime and [row for row in report.checks if row.verdict == "fail"] == []
+    assert {f"kernel {name} x 256" for name in ("iq2_xxs", "iq3_xxs", "iq3_s", "iq2_s")} <= {row.what for row in report.checks}
