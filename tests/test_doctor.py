@@ -207,13 +207,21 @@ def test_gap_between_tensors_is_found(tmp_path: Path) -> None:
     assert (severity, place) == ("error", "b") and "behind the tensor before it" in what
 
 
-@pytest.mark.parametrize("name", sorted(n for n in GGML_TYPES if f"gguf.{n}" in LAYOUTS))
+def real_fields(name: str) -> list[str]:
+    """MXFP4 has none: each of its scales is a power of two, that of all ones too."""
+    block = LAYOUTS[f"gguf.{name}"].block
+    return [f for f in block.names or () if block[f].base.kind == "f"]
+
+
+def known(name: str) -> bool:
+    return name.upper() in gguf.GGMLQuantizationType.__members__
+
+
+@pytest.mark.parametrize("name", sorted(n for n in GGML_TYPES if f"gguf.{n}" in LAYOUTS and real_fields(n) and known(n)))
 def test_every_scale_of_every_type_is_looked_at(name: str, tmp_path: Path) -> None:
     """A NaN in each field of real numbers, in the last block alone."""
     block = LAYOUTS[f"gguf.{name}"].block
-    fields = [f for f in block.names or () if block[f].base.kind == "f"]
-    assert fields
-    for field in fields:
+    for field in real_fields(name):
         data = np.zeros((64, 1), block)
         data[-1, 0][field] = np.nan
         raw = data.view(np.uint8).reshape(64, -1)

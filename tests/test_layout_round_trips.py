@@ -17,7 +17,7 @@ from qconvert.scheme import Layout, QTensor
 N, K = 5, 512
 TABLES = sorted(registry.entries("layouts"))
 ALL = sorted(name for table in TABLES for name in cast(Mapping[str, Layout], registry.find("layouts", table)))
-APART = ("bitnet.", "hqq.")  # their codes are tensors of their own, beside rows of nothing or of zero points
+APART = ("bitnet.", "hqq.", "quip.")  # their codes are tensors of their own, beside rows of nothing or of zero points
 NAMES = [name for name in ALL if not name.startswith(APART)]
 
 

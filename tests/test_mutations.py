@@ -10,42 +10,35 @@ from pathlib import Path
 import pytest
 from mutations import TARGETS, mutated, outcome
 
-FAST, LONG = 200, int(os.environ.get("QCONVERT_MUTATIONS", "1000"))
+FAST, LONG = 200, int(os.environ.get("QCONVERT_MUTATIONS", "1000"))  # of all targets together
 
 
-def originals(folder: Path) -> dict[str, Path]:
-    for name, target in TARGETS.items():
-        target.make(folder / name)
-        target.run(folder / name, folder / "warm" / "out.gguf")  # what it imports and compiles is not part of the bounds
-        shutil.rmtree(folder / "warm")
-        found = outcome(name, folder / name)
-        assert found.kind == "right", (name, found)
-    return {name: folder / name for name in TARGETS}
-
-
-def run(folder: Path, seeds: range) -> tuple[Counter[str], list[str]]:
-    """Outcomes, and those that must not be."""
-    made, counts, bad = originals(folder), Counter[str](), []
-    names = list(TARGETS)
+def run(folder: Path, name: str, seeds: range) -> Counter[str]:
+    """How many ended in what; AssertionError lists those that must not be."""
+    original, counts, bad = folder / name, Counter[str](), []
+    TARGETS[name].make(original)
+    TARGETS[name].run(original, folder / "warm" / "out.gguf")  # what it imports and compiles is not part of the bounds
+    shutil.rmtree(folder / "warm")
+    assert outcome(name, original).kind == "right"
     for seed in seeds:
-        name = names[seed % len(names)]
-        how = mutated(name, made[name], folder / "mutated", seed)
+        how = mutated(name, original, folder / "mutated", seed)
         found = outcome(name, folder / "mutated")
         counts[found.kind] += 1
         if found.kind not in ("right", "error"):
             bad.append(f"{how} -> {found.kind}: {found.what}")
-    return counts, bad
-
-
-def test_mutated_inputs_end_in_a_named_error_or_the_right_file(tmp_path: Path) -> None:
-    counts, bad = run(tmp_path, range(FAST))
     assert bad == []
-    assert counts["right"] > 0 and counts["error"] > FAST // 4, counts
+    return counts
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutated_inputs_end_in_a_named_error_or_the_right_file(name: str, tmp_path: Path) -> None:
+    counts = run(tmp_path, name, range(FAST // len(TARGETS)))
+    assert counts["right"] > 0 and counts["error"] > FAST // len(TARGETS) // 4, counts
 
 
 @pytest.mark.peer
-def test_many_mutated_inputs_end_in_a_named_error_or_the_right_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TARGETS)
+def test_many_mutated_inputs_end_in_a_named_error_or_the_right_file(name: str, tmp_path: Path) -> None:
     """QCONVERT_MUTATIONS says how many."""
-    counts, bad = run(tmp_path, range(FAST, FAST + LONG))
-    assert bad == []
+    counts = run(tmp_path, name, range(FAST, FAST + LONG // len(TARGETS)))
     assert counts["right"] > 0, counts
