@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_gptq_input import TOKENS, Kind, made
 
+from qconvert import convert
 from qconvert.build import build
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.graph import Graph
@@ -71,3 +72,12 @@ def test_factors_of_too_few_ranks_are_refused_with_the_rank_needed(tmp_path: Pat
 def test_weights_without_a_shift_or_in_no_order_are_left_alone(kind: Kind, tmp_path: Path) -> None:
     graph, store = model(tmp_path, kind)
     assert InlineShift(store=store)(graph) == graph
+
+
+def test_onnx_runs_codes_without_zero_points_and_sums_beside_them(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    folder = made(tmp_path, Kind(sym=False)).folder
+    options = {"to": "onnx", "bits": 4, "accuracy_level": 0, "threads": 1}
+    result = convert(folder, passes=(..., "inline-shift{form=pooled}"), output=tmp_path / "out", **options)
+    assert not result.report.failed and len(result.report.accounting["inline_shift"]) == 14
+    assert any("14 weights keep their codes" in n and "int4_g32_f16 -> int4_g32" in n for n in result.report.notes)
