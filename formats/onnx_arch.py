@@ -38,7 +38,7 @@ UNDERSTOOD: Mapping[str, frozenset[str]] = {
         "mul": "", "times": "by", "take": "", "softcap": "cap", "silu": "", "gelu": "", "gelu_tanh": "", "relu": "",
         "slice": "begin end", "rms_norm": "eps", "layer_norm": "eps", "rope": "head_dim theta scaling dims interleaved",
         "attention": "heads kv_heads scale causal window softcap", "pool": "mode", "unit": "",
-        "route": "used normalize", "experts": "act", "spread": "times",
+        "route": "used normalize", "experts": "act", "spread": "times", "group_sums": "group", "shift_path": "",
     }.items()
 }  # fmt: skip
 
@@ -53,6 +53,8 @@ def check_supported(graph: Graph, form: Form) -> None:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op}", hint="--to gguf may have it")
         if lost := node.attrs.keys() - UNDERSTOOD[node.op]:
             raise UnsupportedError(f"%{name}: --to onnx has no {node.op} with {', '.join(sorted(lost))}")
+        if node.op == "lora" and "slot" not in graph.nodes[node.inputs[1]].attrs:
+            raise UnsupportedError(f"%{name}: --to onnx has factors in slots alone", hint="inline-shift{form=pooled}")
         if node.op == "attention":
             check_attention(graph, users, name, node, form)
         if node.op == "rope" and len(node.inputs) > 1:

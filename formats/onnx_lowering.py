@@ -162,6 +162,20 @@ def rank_of(factor: str) -> str:
     return re.sub(r"\.lora_[AB]\.weight$", ".lora_r", factor)
 
 
+def _group_sums(e: Lowering, name: str, node: Node) -> None:
+    group, (*lead, n) = cast(int, node.attrs["group"]), e.shape(name)
+    parts = e.model.value(f"{name}.groups", "f32", [*lead, n, group])
+    e.model.node("Reshape", name, [e.edge(node.inputs[0]), e.model.constant(i64(0, 0, -1, group))], [parts])
+    e.say("ReduceSum", name, [parts, e.model.constant(i64(-1))], keepdims=0)
+
+
+def _shift_path(e: Lowering, name: str, node: Node) -> None:
+    sums, table = node.inputs
+    turned = e.model.value(f"{table}.turned", "f32", e.graph.nodes[table].type.dims[::-1])
+    e.model.node("Transpose", table, [e.real(table)], [turned], perm=[1, 0])
+    e.say("MatMul", name, [sums, turned], path=table)
+
+
 def lora(e: Lowering, name: str, node: Node) -> None:
     """Through a slot, whose scale is in the factor itself."""
     x, a, b = node.inputs
@@ -289,6 +303,8 @@ OPS: dict[str, Lower] = {
     "embed": embed,
     "add": add,
     "lora": lora,
+    "group_sums": _group_sums,
+    "shift_path": _shift_path,
     "rms_norm": rms_norm,
     "mul": _plain("Mul"),
     "times": _times,

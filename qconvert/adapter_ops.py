@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Type
-from qconvert.moves import shifted
+from qconvert.moves import centred, shifted
 from qconvert.scheme import scheme_of
 
 Infer = Callable[[tuple[Type, ...], dict[str, Attr]], Type | None]
@@ -44,8 +44,22 @@ def _spread_columns(i: tuple[Type, ...], attrs: dict[str, Attr]) -> Type:
     return Type("f32", (n, k * times))
 
 
+def _unshifted(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    scheme = scheme_of(i[0].dtype)
+    plain = centred(scheme) if scheme is not None and shifted(scheme) is not None else None
+    if plain is None:
+        raise GraphError(f"{i[0].dtype} has no scheme without a shift")
+    return Type(plain.name, i[0].shape)
+
+
 def _lora(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
     return Type("f32", (*i[0].shape[:-1], i[2].shape[0]))
+
+
+def _shift_path(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
+    if i[0].shape[-1] != i[1].shape[1]:
+        raise GraphError(f"sums {i[0]} and shifts {i[1]} do not fit together")
+    return Type("f32", (*i[0].shape[:-1], i[1].shape[0]))
 
 
 def _lora_embed(i: tuple[Type, ...], _: dict[str, Attr]) -> Type:
@@ -80,6 +94,14 @@ OPS: dict[str, tuple[Infer, str, bool]] = {
         "x x^T or its diagonal, that errors are weighted by",
         True,
     ),
+    "unshifted": (_unshifted, "(q): its codes about zero with its scales alone", True),
+    "shift": (lambda i, _: None, "(q[N,K]): f32[N,G], what q has more than unshifted(q), the same for all of a group", True),
+    "shift_factor": (
+        lambda i, _: None,
+        "(t[N,G]) {part, rank, group}: A[rank,K] or B[N,rank], B @ A is t with each column `group` times",
+        True,
+    ),
+    "shift_path": (_shift_path, "(sums[...,G], t[N,G]): sums @ t.T", False),
     "spread_columns": (_spread_columns, "(w) {times}: each column that many times in a row", True),
     "dora": (
         _merge,

@@ -9,8 +9,8 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.graph import Graph, Node
-from qconvert.moves import with_offsets
-from qconvert.scheme import Array, QTensor, scheme_of
+from qconvert.moves import shifted, with_offsets
+from qconvert.scheme import Array, QTensor, Scheme, scheme_of
 
 BLOCK = 1 << 19  # values of a block of rows
 EXACT = 512  # rows or columns of which all singular values are found
@@ -73,6 +73,29 @@ def _refit(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
 
     factors = w.once(node.inputs, pair)
     return factors["ab".index(str(node.attrs["part"]))][begin:end].astype(w.dtype)
+
+
+def _unshifted(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
+    scheme, q = cast(Scheme, scheme_of(node.type.dtype)), _offset(w, node, begin, end)
+    half = 1 << (scheme.bits - 1)
+    return QTensor(scheme, (q.codes.astype(np.int16) - half).astype(np.int8), (q.levels[0],))
+
+
+def _shift(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    q = _offset(w, node, begin, end)
+    return (q.levels[1] + (1 << (q.scheme.bits - 1)) * q.levels[0]).astype(w.dtype)
+
+
+def _offset(w: Values, node: Node, begin: int, end: int) -> QTensor:
+    q = cast(QTensor, w.rows(node.inputs[0], begin, end))
+    return with_offsets(q, cast(Scheme, shifted(q.scheme)))
+
+
+def _shift_factor(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    rank = int(_number(node, "rank"))
+    left, right = w.once(node.inputs, lambda: top_factors(w.real(node.inputs[0]).astype(np.float64), rank))
+    whole = np.repeat(right, int(_number(node, "group")), axis=1) if node.attrs["part"] == "a" else left
+    return whole[begin:end].astype(w.dtype)
 
 
 def refitted(target: Array, rank: int, hessian: Array | None) -> tuple[Array, Array]:
@@ -151,5 +174,6 @@ def _number(node: Node, attr: str) -> float:
 
 OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
     "merge": _merge, "merge_pooled": _merge_pooled, "add_blocks": _add_blocks, "spread_columns": _spread_columns,
-    "refit": _refit,     "dora": _dora, "column_norm": _column_norm,
+    "unshifted": _unshifted, "shift": _shift, "shift_factor": _shift_factor, "refit": _refit,
+    "dora": _dora, "column_norm": _column_norm,
 }  # fmt: skip

@@ -215,6 +215,7 @@ def describe(request: Request, source: Source, lowered: Lowered) -> Report:
             "config_keys": source.graph.meta.get("config_keys", {}),
             "calibration": dict(lowered.calibrated.coverage),
             **source.facts,
+            **{k: v for k, v in lowered.graph.meta.items() if k == "inline_shift"},
         },
         fallbacks=[dict(f) for f in lowered.legal.fallbacks],
         notes=[

@@ -32,6 +32,7 @@ from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.fold import Fold
 from qconvert.passes.incoherence import Incoherence
+from qconvert.passes.inline_shift import InlineShift
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
@@ -199,7 +200,8 @@ def transform(request: Request, source: Source) -> tuple[tuple[Stage, ...], str,
     """The merge with the user's passes around it as stages, their pipeline string, and how many passes have run."""
     given = request.passes if ... in request.passes else (..., *request.passes)
     at = given.index(...)
-    before, after = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    parts = (flatten(p for p in part if p is not ...) for part in (given[:at], given[at + 1 :]))
+    before, after = (tuple(replace(p, store=source.store) if isinstance(p, InlineShift) else p for p in part) for part in parts)
     merge: tuple[Pass, ...] = (AdapterSlots() if source.swap else MergeAdapters(),) if source.adapters else ()
     graph, done = source.graph, len(source.adapters)
     stages = [stage("unmerged", graph, True, source.swap)]

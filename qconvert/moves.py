@@ -55,6 +55,12 @@ def shifted(scheme: Scheme) -> Scheme | None:
     return scheme_of(f"uint{scheme.bits}o_g{group}{dtype}")
 
 
+def centred(scheme: Scheme) -> Scheme | None:
+    """The same codes about zero, with the same scales and nothing else; None where there is no such scheme."""
+    dtype = scheme.levels[0].dtype
+    return scheme_of(f"int{scheme.bits}_g{scheme.block}" + ("" if dtype == "f32" else f"_{dtype}"))
+
+
 def with_offsets(q: QTensor, target: Scheme) -> QTensor:
     """A weight as `shifted` has it, or as another scheme with offsets, whose dtype they are rounded to."""
     scale, first = at_group([(v, level.group or 1) for v, level in _levels(q, "scale")], target.block), first_code(q.scheme)

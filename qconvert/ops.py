@@ -313,7 +313,9 @@ OPS: dict[str, Op] = {
 
 # what gives codes and metadata
 KEEPING = ("unpermute_rope", "permute_rope", "stack", "interleave", "merge_pooled")  # codes as codes, reals as reals
-QUANTIZED = ("quantize", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "untile", "gptq")
+QUANTIZED = (
+    "quantize", "unshifted", "second_level", "transcode", "unpack", "assemble", "halves", "unfold", "untile", "gptq",
+)  # fmt: skip
 
 
 def infer(op: str, inputs: tuple[Type, ...], **attrs: Attr) -> Type:

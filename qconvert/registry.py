@@ -19,6 +19,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "attach-adapter": "qconvert.passes.attach_adapter:AttachAdapter",
         "adapter-slots": "qconvert.passes.adapter_slots:AdapterSlots",
         "merge-adapters": "qconvert.passes.merge_adapters:MergeAdapters",
+        "inline-shift": "qconvert.passes.inline_shift:InlineShift",
         "refit-adapter": "qconvert.passes.refit_adapter:RefitAdapter",
         "round-base": "qconvert.passes.round_base:RoundBase",
         "untie-head": "qconvert.passes.untie_head:UntieHead",

@@ -364,6 +364,7 @@ OPS: dict[str, Run] = {
     "take": _take,
     "linear": _linear,
     "group_sums": _group_sums,
+    "shift_path": _plain(F.linear),
     "lora": _lora,
     "lora_embed": _lora_embed,
     "dora_path": _dora_path,

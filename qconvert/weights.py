@@ -342,7 +342,7 @@ def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
         return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
     if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes
-    if layout.join is not None and layout.scheme.name == quantized.type.dtype:
+    if quantized.op == "quantize" and layout.join is not None and layout.scheme.name == quantized.type.dtype:
         _, packed, levels = _solved(w, quantized, begin, end)
         return layout.join(packed, levels)
     return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
