@@ -187,7 +187,8 @@ def choose(
     """
     with uninterrupted():
         from qconvert.sensitivity import Bench, Mixture, costs, relative_error  # load torch
-    start = time.perf_counter()
+    start, fixed = time.perf_counter(), fixed_nbytes(menu, lowered)
+    refuse_too_small(wish, fixed + sum(min(of.values()) for of in menu.sizes.values()))
     names = list(dict.fromkeys(t for of in menu.sizes.values() for t in of))
     graphs = {t: lowered({w: t if t in of else next(iter(of)) for w, of in menu.sizes.items()})[0] for t in names}
     mixture = Mixture(graphs)
@@ -195,7 +196,6 @@ def choose(
     errors = {w: {t: relative_error(bench, w, t) for t in of} for w, of in menu.sizes.items()}
     sizes = {w: undominated(of, errors[w]) for w, of in menu.sizes.items()}
     found = costs(bench, {w: list(of) for w, of in sizes.items()}, errors)
-    fixed = fixed_nbytes(menu, lowered)
     front = frontier(sizes, found.cost, fixed)
     stock = stock_points(menu, front, fixed, judge.kl)
     if wish.nbytes is not None:
@@ -212,6 +212,12 @@ def choose(
         "costs": {w: dict(of) for w, of in found.cost.items()},
     }  # fmt: skip
     return Choice(types, nbytes, facts)
+
+
+def refuse_too_small(wish: Wish, least: int) -> None:
+    if wish.nbytes is not None and wish.nbytes < least:
+        why = f"{wish.said}: the smallest file is {least} bytes, {nbytes_text(least)}"
+        raise GateError(why, hint=f"--target-size {least}")
 
 
 def fixed_nbytes(menu: Menu, lowered: Callable[[Types], tuple[Weights, int]]) -> int:
@@ -232,11 +238,6 @@ def stock_points(menu: Menu, front: Frontier, fixed: int, kl: Callable[[Types], 
 def within(wish: Wish, front: Frontier, kl: Callable[[Types], float], stock: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The best that fits, by measurement: from the best prediction, or a usual mix that beats it, swap by swap."""
     assert wish.nbytes is not None
-    if wish.nbytes < front.least:
-        raise GateError(
-            f"{wish.said}: the smallest file is {front.least} bytes, {nbytes_text(front.least)}",
-            hint=f"--target-size {front.least}",
-        )
     starts = [front.mixture(wish.nbytes), *(p["types"] for p in stock if on_menu(front, p["types"]))]
     best, types = min(((kl(t), t) for t in starts), key=lambda pair: pair[0])
     for _ in range(ROUNDS):

@@ -8,17 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from qconvert.calibration import OWN, own_text
 from qconvert.companions import n_vocab
 from qconvert.errors import InputError, UsageError
 from qconvert.graph import Graph
-from qconvert.tokenizer import Tokenizer, hard_corpus
+from qconvert.tokenizer import Tokenizer
 
 LENGTH = 256  # tokens of a sequence, at most
 MOST, LEAST = 4096, 512  # tokens of a text
 OPERATIONS = 1e12  # of one evaluation: a quarter of a minute of two cores
 LOGITS = 1 << 24  # that are kept
 RUN = 16  # tokens in a row that two texts have in common, not by chance
-SHIPPED = "the text that ships with qconvert"
+SHIPPED = "the evaluation text that ships with qconvert"
 
 
 class Text(NamedTuple):
@@ -45,10 +46,11 @@ def evaluation_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tok
 
 
 def calibration_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tokens: int) -> Text:
-    """About n_tokens of --calibrate FILE, or of our own."""
+    """About n_tokens of --calibrate FILE or folder, or of the text that ships for it."""
     vocab, context = n_vocab(graph), context_of(graph)
-    text = read_text(path, "--calibrate") if path else "\n".join(hard_corpus())
-    ids, name = [i for i in tokenizer.reference()(text) if i < vocab], str(path) if path else SHIPPED
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path and path.is_dir() else [path] if path else []
+    text = "\n".join(read_text(p, "--calibrate") for p in files) if path else own_text()
+    ids, name = [i for i in tokenizer.reference()(text) if i < vocab], str(path) if path else OWN
     return Text(name, cut(ids, tokenizer.around, min(LENGTH, context), n_tokens, name))
 
 

@@ -82,7 +82,7 @@ def test_errors_by_tensor_are_those_of_the_types(coarse: Result) -> None:
 def test_the_table_says_it(coarse: Result) -> None:
     text = report_text(coarse.report)
     assert "of the fine-tune survives" in text
-    assert "1024 tokens of the text that ships with qconvert" in text
+    assert f"1024 tokens of {SHIPPED}" in text
 
 
 def test_a_gate_leaves_no_file(tmp_path: Path) -> None:
