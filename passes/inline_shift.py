@@ -110,6 +110,7 @@ def _paths(graph: Graph, name: str, rank: int | None) -> dict[str, Node]:
         factors = f"{stem}.shift_A", f"{stem}.shift_B"
         nodes[f"{stem}~shift"] = shift
         for part, factor, dims in zip("ab", factors, ((rank, k), (n, rank)), strict=True):
-            nodes[factor] = Node("shift_factor", (f"{stem}~shift",), Type("f32", dims), {"part": part, "rank": rank, "group": group})
+            which: dict[str, Attr] = {"part": part, "rank": rank, "group": group}
+            nodes[factor] = Node("shift_factor", (f"{stem}~shift",), Type("f32", dims), which)
         nodes[f"{name}~shift"] = Node("lora", (x, *factors), node.type, {"scale": 1.0})
     return {**nodes, name: Node("add", (f"{name}~unshifted", f"{name}~shift"), node.type)}
