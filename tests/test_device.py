@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 
 import triton
 
-from qconvert import convert, kernels
+from qconvert import Node, Type, convert, kernels
 from qconvert.errors import MissingDependency, UnsupportedError, UsageError, VerificationError
 from qconvert.kernels.gpu import quantize
-from qconvert.scheme import F32, Bytes
+from qconvert.scheme import F32, Bytes, scheme_of
+from qconvert.solvers import least_squares
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
@@ -45,8 +46,28 @@ def test_the_proof_compares_both(tmp_path: Path) -> None:
 
 
 def test_what_has_no_kernel_there_is_named(tmp_path: Path) -> None:
-    report = convert(TINY, to="safetensors", bits=4, output=tmp_path / "a", device="cuda", dry_run=True).report
-    assert any("on the CPU, for want of a kernel: " in note for note in report.notes)
+    report = convert(TINY, to="safetensors", quant="nf4", output=tmp_path / "a", device="cuda", dry_run=True).report
+    (note,) = (note for note in report.notes if note.startswith("--device cuda: 0 of 21 weights"))
+    assert "on the CPU, for want of a kernel: nf4_g64 by absmax (21, first model.layers.0." in note
+
+
+@pytest.mark.parametrize("name", ["int4_g16_bf16", "uint8_g16_f16"])
+def test_levels_that_a_file_keeps_are_the_cpus(name: str) -> None:
+    scheme, x = scheme_of(name), np.random.default_rng(0).standard_normal((4, 32), np.float32)
+    assert scheme is not None
+    here, there = (least_squares(scheme, x, on_gpu) for on_gpu in (False, True))
+    assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_only_what_has_a_kernel_runs_there() -> None:
+    def has(dtype: str, solver: str, *statistics: str) -> bool:
+        return quantize.has(Node("quantize", ("%w", *statistics), Type(dtype, (64, 256)), {"solver": solver}))
+
+    assert all(has(scheme, "search") for scheme in quantize.SEARCHES)
+    assert has("int4_g32", "mse") and has("uint4f_g64", "mse") and has("nf4_g64", "mse") and has("uint8_g128_bf16", "mse")
+    assert not has("q4_k", "search", "%moments")  # no kernel weighs by statistics
+    assert not has("q4_k", "gptq") and not has("int4_g32", "hqq") and not has("mxfp4", "mse")
+    assert not has("int4_row", "mse") and not has("int4_g40", "mse") and not has("uint4o_g64", "mse")
 
 
 def test_a_byte_that_the_gpu_makes_otherwise_fails_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

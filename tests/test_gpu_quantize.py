@@ -43,7 +43,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @SCHEMES
 def test_blocks_are_the_cpus(interpreted: None, scheme: str) -> None:
     x = np.concatenate([x.reshape(-1, 256) for _, x in hard_rows() if x.shape[1] % 256 == 0])
-    assert np.array_equal(quantize.search(scheme, x), kernels.search(scheme, x))
+    beyond_f16 = [normal_rows(1, 256) * np.float32(size) for size in (1e7, 1e12, 1e16, 1e20, 1e30, 1e38)]
+    x = np.concatenate([x, *beyond_f16])
+    assert np.isfinite(x).all() and np.array_equal(quantize.search(scheme, x), kernels.search(scheme, x))
 
 
 @pytest.mark.parametrize("scheme", ["q4_0", "q2_k", "q4_k", "q6_k"])

@@ -52,7 +52,7 @@ def fit_line(xs, steps, SIZE: tl.constexpr, TOP: tl.constexpr, N_STEPS: tl.const
         w = weight(xs[i], mean, SQUARED)
         sum_w = sum_w + w
         sum_x = sum_x + w * xs[i]
-    low = tl.where(low < 0, low, 0.0)
+    low = tl.where(low > 0, 0.0, low)
     best_min = low
     code_min = low
     # an infinite factor, where the span is zero or tiny, gives codes of 0 in ggml: so does the factor 0
@@ -103,7 +103,7 @@ def line_codes(xs, d, dm, factor, low, SIZE: tl.constexpr, TOP: tl.constexpr):
     codes = ()
     for i in tl.static_range(SIZE):
         scaled = tl.where(d != 0, tl.div_rn(xs[i] + dm, d), factor * (xs[i] - low))
-        codes = codes + (nearest(scaled, 0.0, TOP).to(tl.int32),)
+        codes = codes + (tl.minimum(tl.maximum(nearest_any(scaled), 0), TOP),)
     return codes
 
 
@@ -148,7 +148,7 @@ def q4_k(x, out, n, steps, N_STEPS: tl.constexpr, LANES: tl.constexpr):
     xs = values(x, n * 8, 32, LANES)
     scale, low, factor, code_min = fit_line(xs, steps, 32, 15.0, N_STEPS, True)
     d, dm = finish_six_bits(out, n, scale, low, LANES, 36)
-    put_nibbles(out, n, line_codes(xs, d, dm, factor, code_min, 32, 15.0), 4, 36, LANES)
+    put_nibbles(out, n, line_codes(xs, d, dm, factor, code_min, 32, 15), 4, 36, LANES)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def q5_k(x, out, n, steps, N_STEPS: tl.constexpr, LANES: tl.constexpr):
     xs = values(x, n * 8, 32, LANES)
     scale, low, factor, code_min = fit_line(xs, steps, 32, 31.0, N_STEPS, True)
     d, dm = finish_six_bits(out, n, scale, low, LANES, 44)
-    codes = line_codes(xs, d, dm, factor, code_min, 32, 31.0)
+    codes = line_codes(xs, d, dm, factor, code_min, 32, 31)
     for k in tl.static_range(8):  # bit j of byte i is the fifth bit of code 32 * j + i
         put_words(out, shifted(tl.reshape(words_of(codes, 4 * k, 4), (S, 8)), 8, 1), 4 + k, 44, 1, n, S)
     put_nibbles(out, n, codes, 12, 44, LANES)
@@ -192,7 +192,7 @@ def q2_k(x, out, n, steps, N_STEPS: tl.constexpr, LANES: tl.constexpr):
     xs = values(x, n * 16, 16, LANES)
     scale, low, factor, code_min = fit_line(xs, steps, 16, 3.0, N_STEPS, False)
     d, dm = finish_four_bits(out, n, scale, low, LANES)
-    codes = line_codes(xs, d, dm, factor, code_min, 16, 3.0)
+    codes = line_codes(xs, d, dm, factor, code_min, 16, 3)
     part = tl.arange(0, LANES // 4) % 4  # of a super-block, 64 codes in 16 bytes: every other sub-block of a half
     for k in tl.static_range(4):
         word = tl.permute(tl.reshape(words_of(codes, 4 * k, 0), (LANES // 8, 4, 2)), (0, 2, 1))

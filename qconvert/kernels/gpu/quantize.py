@@ -117,7 +117,7 @@ def searching(scheme: str, x: torch.Tensor, interpreted: bool) -> tuple[torch.Te
 def search(scheme: str, x: F32) -> Bytes:
     """x f32[N,K] -> u8[N, row nbytes], byte for byte kernels.search; K is a multiple of the scheme's block."""
     with STAGE.stream():
-        out, launch = searching(scheme, STAGE.up(x), device() == "cpu")
+        out, launch = searching(scheme, STAGE.up(np.asarray(x, np.float32)), device() == "cpu")
         if x.size:
             launch.run()
         return STAGE.down(out)

@@ -11,7 +11,6 @@ from qconvert.kernels.gpu.lane_kernels import (
     TINY,
     first_of_rows,
     half,
-    inverse_of,
     nearest,
     nearest_any,
     peak,
@@ -137,7 +136,7 @@ def q3_k(x, out, n, LANES: tl.constexpr):
     scales = tl.reshape(scale, (S, 16))
     greatest = first_of_rows(scales, 16)
     to_scale = tl.where(greatest != 0, tl.div_rn(tl.full((S,), -32.0, tl.float32), greatest), 0.0)
-    bits, d = half(inverse_of(to_scale))
+    bits, d = half(tl.where(greatest != 0, tl.div_rn(tl.full((S,), 1.0, tl.float32), to_scale), 0.0))
     put_words(out, bits, 54, 55, 1, n, S)
     ls = tl.minimum(tl.maximum(nearest_any(scales * to_scale[:, None]), -32), 31)
     stored = tl.where(greatest[:, None] != 0, ls + 32, ls)

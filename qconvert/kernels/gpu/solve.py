@@ -68,7 +68,7 @@ def affine(x: F32, group: int, bits: int, zero_point: ZeroPoint = "none") -> Aff
     if not fits(group, k) or not x.size:
         return kernels.affine(x, group, bits, zero_point)
     with STAGE.stream():
-        found = solving_affine(STAGE.up(x), group, bits, zero_point, device() == "cpu")
+        found = solving_affine(STAGE.up(np.asarray(x, F)), group, bits, zero_point, device() == "cpu")
         return _solved(found, n)
 
 
@@ -89,7 +89,7 @@ def table_codes(x: F32, group: int, table: Sequence[float]) -> Affine:
     if not fits(group, k) or not x.size:
         return kernels.table_codes(x, group, table)
     with STAGE.stream():
-        found = _solved(solving_table(STAGE.up(x), group, table, device() == "cpu"), n)
+        found = _solved(solving_table(STAGE.up(np.asarray(x, F)), group, table, device() == "cpu"), n)
         return found._replace(zeros=np.empty((n, 0), F))
 
 
@@ -107,7 +107,7 @@ def affine_codes(x: F32, group: int, bits: int, scales: F32, zeros: F32) -> Byte
         return kernels.affine_codes(x, group, bits, scales, zeros)
     with STAGE.stream():
         levels = [STAGE.up(np.ascontiguousarray(v, F).reshape(-1)) for v in (scales, zeros)]
-        found = solving("of_given_levels", STAGE.up(x), group, bits, [], device() == "cpu", *levels, BITS=bits)
+        found = solving("of_given_levels", STAGE.up(np.asarray(x, F)), group, bits, [], device() == "cpu", *levels, BITS=bits)
         return _solved(found, n).packed
 
 
