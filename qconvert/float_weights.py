@@ -10,7 +10,7 @@ import numpy as np
 
 from qconvert import kernels
 from qconvert.graph import Graph, Node
-from qconvert.scheme import E4M3_TABLE, E8M0_TABLE, F32, Array, Bytes, Scheme
+from qconvert.scheme import E4M3_TABLE, E8M0_TABLE, F32, MINIFLOATS, SCHEMES, Array, Bytes, Scheme
 
 E4M3, E8M0 = (np.array(table, np.float32) for table in (E4M3_TABLE, E8M0_TABLE))
 E4M3_STEPS, INT8_STEPS, FP4_STEPS = 448.0, 127.5, 448.0 * 6.0  # from zero to the peak
@@ -51,6 +51,12 @@ def codes_of(scheme: Scheme, x: F32, peak: float | None, search: bool) -> tuple[
     if scheme.table:
         return kernels.e4m3_codes(x, scales, group), (scales,)
     return kernels.int8_codes(x, scales, group).view(np.uint8) ^ np.uint8(128), (scales,)
+
+
+def has_rtn(scheme: Scheme) -> bool:
+    """Small floats, and int8 with one scale a group: as compressed-tensors rounds them."""
+    plain = scheme.bits == 8 and not scheme.table and [level.role for level in scheme.levels] == ["scale"]
+    return scheme.name in MINIFLOATS or (plain and scheme.name not in SCHEMES)
 
 
 def divisor_of(peak: float) -> np.float32:

@@ -11,10 +11,10 @@ import numpy as np
 
 from qconvert import registry
 from qconvert.errors import GraphError, UnsupportedError, UsageError
-from qconvert.float_weights import whole_blocks
+from qconvert.float_weights import has_rtn, whole_blocks
 from qconvert.graph import Graph, Node
 from qconvert.hessians import Factor, Factors, factored
-from qconvert.scheme import F32, MINIFLOATS, Array, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, Array, QTensor, Scheme, scheme_of
 
 OLD = ("search", "mse", "absmax", "mlx", "absmean")  # these make packed rows, each of the formats whose own it is
 
@@ -30,9 +30,9 @@ class Values(Protocol):
 
 
 def is_named(node: Node) -> bool:
-    """Whether a solver of the registry quantizes; rtn of small floats is float_weights' own."""
+    """Whether a solver of the registry quantizes; rtn of small floats and int8 is float_weights' own."""
     solver = str(node.attrs.get("solver"))
-    return solver not in OLD and not (solver == "rtn" and node.type.dtype in MINIFLOATS)
+    return solver not in OLD and not (solver == "rtn" and has_rtn(cast(Scheme, scheme_of(node.type.dtype))))
 
 
 def solver_class(name: str) -> Any:
