@@ -26,6 +26,7 @@ import bench_calibrate
 import bench_export
 import bench_onnx
 import bench_pipeline
+import bench_quality
 import bench_safetensors
 import numpy as np
 
@@ -98,6 +99,7 @@ CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_onnx.CASES,
     **bench_export.CASES,
     **bench_safetensors.CASES,
+    **bench_quality.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"quantize {scheme} imatrix": partial(quantize, scheme, True) for scheme in SCHEMES if scheme != "q8_0"},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
