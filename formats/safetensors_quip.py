@@ -85,7 +85,8 @@ class QuIP:
         return decoded_rows(folder, reals, written)
 
     def loading(self, written: Written) -> Loading:
-        return Loading({}, missing="quip-sharp alone runs E8P, on CUDA, and is not on PyPI")
+        why = "quip-sharp alone runs E8P, on CUDA, and is not on PyPI; transformers 5.23 warns, and makes random weights"
+        return Loading({}, missing=why)
 
 
 QUIP = QuIP()

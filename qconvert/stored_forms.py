@@ -54,11 +54,11 @@ def method_of(config: Mapping[str, object]) -> tuple[str, dict[str, object]] | N
 
     MLX and quip-sharp name no method: "mlx", "quip".
     """
-    key = next((key for key in SAID_IN if config.get(key)), "")
-    found = config.get(key)
-    if not isinstance(found, dict) or not found:
+    found = next((config[key] for key in SAID_IN if config.get(key)), None)
+    if not isinstance(found, dict):
         return None
-    return str(found.get("quant_method", {"quantization": "mlx", "quip_params": "quip"}.get(key, "?"))), found
+    unnamed = "mlx" if "quantization" in config else "quip" if found is config.get("quip_params") else "?"
+    return str(found.get("quant_method", unnamed)), found
 
 
 def stored_form(config: Mapping[str, object], where: str) -> StoredForm | None:

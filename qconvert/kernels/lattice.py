@@ -105,12 +105,13 @@ def _nearest(x, inverse, halves, out):  # type: ignore[no-untyped-def]
     for n in range(x.shape[0]):
         best = F(np.inf)
         for shift in (1, -1):
-            negative, square, total = 0, F(0), F(0)
+            negative, beyond, total = 0, F(0.5), F(0)  # beyond: |x - shift|^2 less |x|^2
             for i in range(8):
-                v = x[n, i] * inverse - F(0.25) * F(shift)
+                y = x[n, i] * inverse
+                v = y - F(0.25) * F(shift)
                 negative ^= v < 0
                 size[i] = abs(v)
-                square, total = square + v * v, total + size[i]
+                beyond, total = beyond - F(0.5) * F(shift) * y, total + size[i]
                 rank[i] = 0
             for i in range(8):
                 for j in range(i):
@@ -121,19 +122,19 @@ def _nearest(x, inverse, halves, out):  # type: ignore[no-untyped-def]
                 value[rank[i]] = size[i]
             least = value[7]
             found, of_best = -1, best
-            far, first = square + F(2) - total, value[0]  # all 1/2
+            far, first = beyond + F(2) - total, value[0]  # all 1/2
             for k in range(5):
                 cost = far + F(2) * least * F((negative ^ k) & 1)
                 if cost < of_best:
                     found, of_best = k, cost
                 far += F(2) - F(2) * value[k]
-            far = square + F(8) - total - F(4) * first
+            far = beyond + F(8) - total - F(4) * first
             for k in range(2):
                 cost = far + F(2) * least * F((negative ^ k) & 1)
                 if cost < of_best:
                     found, of_best = 5 + k, cost
                 far += F(2) - F(2) * value[1]
-            far = square + F(12) - F(3) * total
+            far = beyond + F(12) - F(3) * total
             if far + F(2) * (value[5] + value[6] + value[7]) < of_best:
                 for m in range(halves.size):
                     small, low, high = F(0), F(np.inf), F(np.inf)
