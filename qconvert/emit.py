@@ -198,7 +198,8 @@ def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progre
             make_folders(parts.paths.values())
         with open_parts(plan, parts.paths) as fds:
             todo = Todo(plan, weights, journal, partial(sync_all, fds.values()))
-            progress(todo.done_nbytes)
+            if todo.done_nbytes:
+                progress(todo.done_nbytes)
             try:
                 in_parallel(todo.blocks(fds), lambda b: todo.write(b, weights, progress), threads)
             finally:

@@ -15,7 +15,7 @@ from qconvert import kernels
 from qconvert.scheme import F32, QTensor, Scheme
 
 if TYPE_CHECKING:
-    from qconvert.kernels.recover import Grid
+    from qconvert.kernels.grid_recovery import Grid
 
 SOLVER = "recover"
 

@@ -178,8 +178,8 @@ GGUFS: dict[str, tuple[Change, tuple[str, str, str]]] = {
         ("note", "output.weight", "repeats"),
     ),
     "type unknown": (
-        put("blk.0.ffn_down.weight", ("IQ1_S", np.zeros((4, 50), np.uint8))),
-        ("note", "tensors", "1 of ggml's type19"),
+        put("blk.0.ffn_down.weight", ("Q8_K", np.zeros((4, 292), np.uint8))),
+        ("note", "tensors", "1 of ggml's type15"),
     ),
 }
 

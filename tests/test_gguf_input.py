@@ -362,9 +362,9 @@ def test_a_type_that_is_not_read_is_named(made: Any, tmp_path: Path) -> None:
     path = made("Q4_0")
     data = bytearray(path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
-    data[at : at + 4] = (16).to_bytes(4, "little")  # iq2_xxs
+    data[at : at + 4] = (15).to_bytes(4, "little")  # q8_k, of activations
     (tmp_path / "a.gguf").write_bytes(data)
-    with pytest.raises(UnsupportedError, match=r"#blk\.0\.attn_q\.weight: type16 is not a type of weights"):
+    with pytest.raises(UnsupportedError, match=r"#blk\.0\.attn_q\.weight: type15 is not a type of weights"):
         logits(tmp_path / "a.gguf", some_tokens(1024, 4))
 
 

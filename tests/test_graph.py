@@ -260,7 +260,7 @@ def test_pass_options_have_the_types_of_their_fields(doubled: type[Doubled]) -> 
     [
         ("doubled{tines=3}", UsageError, "no option 'tines=3'; it has times, scale, where, dry"),
         ("doubled{times}", UsageError, "no option 'times'"),
-        ("dou bled", UsageError, "cannot read the pass"),
+        ("dou bled", UsageError, "cannot read 'dou bled'"),
         ("doubledd", UnsupportedError, "no passe? is called 'doubledd'"),
     ],
 )

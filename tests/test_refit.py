@@ -113,7 +113,7 @@ def test_kl_falls_on_text_that_was_not_seen(tmp_path: Path) -> None:
 
 def test_a_conversion_writes_refitted_adapters_where_they_are_nearer(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
-    options: dict[str, Any] = {"to": "onnx", "bits": 4, "adapters_as": "swap", "threads": 1}
+    options: dict[str, Any] = {"to": "onnx", "bits": 2, "adapters_as": "swap", "threads": 1}
     result = convert(f"{TINY}+{LORA}", output=tmp_path / "new", refit_adapters=True, **options)
     (note,) = [n for n in result.report.notes if "refit" in n]
     before, after = (float(v) for v in note.split("mean KL ")[1].split(" from")[0].split(" -> "))

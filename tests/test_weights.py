@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qconvert.errors import GraphError, InputError
+from qconvert.errors import GraphError, InputError, UnsupportedError
 from qconvert.ops import verify
 from qconvert.scheme import QTensor
 from qconvert.sources import Store
@@ -305,7 +305,7 @@ def test_quantized_weight_that_was_not_packed_is_not_written(make: Make) -> None
 
 def test_unknown_solver_is_named(make: Make) -> None:
     w = make(f'%out : q8_0[{N},{K}] = quantize(%w) {{"solver": "magic"}}')
-    with pytest.raises(GraphError, match="unknown solver 'magic'"):
+    with pytest.raises(UnsupportedError, match="no solver is called 'magic'"):
         w.real("out")
 
 

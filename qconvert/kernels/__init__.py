@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from qconvert.kernels.float_quants import nvfp4 as nvfp4
     from qconvert.kernels.float_quants import scales_of as scales_of
     from qconvert.kernels.ggml_search import search as search
+    from qconvert.kernels.grid_recovery import recover as recover
     from qconvert.kernels.hadamard import coherent as coherent
     from qconvert.kernels.hadamard import incoherent as incoherent
     from qconvert.kernels.hadamard import known_width as known_width
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
     from qconvert.kernels.real import row_norms as row_norms
     from qconvert.kernels.real import widen_and_check as widen_and_check
     from qconvert.kernels.real import widen_bf16 as widen_bf16
-    from qconvert.kernels.recover import recover as recover
     from qconvert.kernels.table_quants import table_codes as table_codes
     from qconvert.kernels.ternary_quants import magnitude_sums as magnitude_sums
     from qconvert.kernels.ternary_quants import ternary_codes as ternary_codes
@@ -75,7 +75,7 @@ _REAL = ("add_low_rank", "all_finite", "narrow_bf16", "row_norms", "widen_and_ch
 _FLOATS = ("e4m3_codes", "group_peaks", "int8_codes", "mx_exponents", "mxfp4", "nvfp4", "scales_of")
 _WHERE = dict.fromkeys(_REAL, "real") | dict.fromkeys(_FLOATS, "float_quants") | {
     "search": "ggml_search", "affine": "affine_quants", "affine_codes": "affine_nearest", "table_codes": "table_quants",
-    "recover": "recover",
+    "recover": "grid_recovery",
 }  # fmt: skip
 _BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes")
 _WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")
