@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from qconvert import __version__
 from qconvert.errors import QConvertError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qconvert.report import Report
 
 INTERRUPTED = 130
+ABOUT = ("json_file", "html_file", "quiet", "verbose")  # of the command, not of a conversion
 
 
 class DefaultGroup(click.Group):
@@ -146,9 +148,13 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--allow-lossy", is_flag=True, help="Go on where rounding may undo an adapter, which is refused.")
 @click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.')
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass.")
+@click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="YAML that says what flags can; flags win.")
+@click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE", help="Write what was asked as a recipe.")
 @click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes", "targets"]))
 @report_options
-def convert(model: str | None, listing: str | None, **options: Any) -> None:
+def convert(
+    model: str | None, listing: str | None, recipe: Path | None, save_config: Path | None, **options: Any
+) -> None:
     """Convert MODEL: a folder, a .gguf, or org/name[@revision] in the local Hugging Face cache.
 
     MODEL+ADAPTER[:WEIGHT] adds adapters, as -a does.
@@ -158,36 +164,42 @@ def convert(model: str | None, listing: str | None, **options: Any) -> None:
 
         click.echo("\n".join(lines(listing)))
         return
-    if model is None:
+    from qconvert.recipe import asked
+
+    source = click.get_current_context().get_parameter_source
+    said = {k: v for k, v in options.items() if source(k) is not ParameterSource.DEFAULT}
+    runs = asked(recipe, options, said if model is None else {"model": model, **said})
+    if any("model" not in each for each in runs):
         raise click.UsageError("Missing argument 'MODEL'.")
-    run_convert(model, **options)
+    run_convert(runs, save_config)
 
 
-def run_convert(
-    model: str,
-    json_file: str | None,
-    html_file: str | None,
-    quiet: bool,
-    verbose: bool,
-    no_check: bool,
-    passes: str,
-    dry_run: bool,
-    **options: Any,
-) -> None:
+def run_convert(runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
     from qconvert.conversion import convert as run
-    from qconvert.pipeline import split_passes
+    from qconvert.conversion import request_of
     from qconvert.printing import plan_text, report_text
+    from qconvert.recipe import recipe_text
 
+    about = [{key: options.pop(key) for key in ABOUT} for options in runs]
+    json_file, html_file, quiet, verbose = (about[0][key] for key in ABOUT)
+    if html_file is not None and len(runs) > 1:
+        raise click.UsageError(f"--html {html_file}: one page is of one output, and there are {len(runs)}.")
     set_up_log(quiet, verbose)
-    chosen = [... if p == "..." else p for p in split_passes(passes)]
-    result: Result = run(
-        model, passes=chosen, check=not no_check, dry_run=dry_run, progress=lambda plan: bar(plan, quiet), **options
-    )
-    if json_file != "-":
-        click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
-    if not quiet and not dry_run:
-        click.echo(report_text(result.report), err=True)
-    write_report(result.report, json_file, html_file)
+    if save_config is not None:
+        save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
+    reports = []
+    for options in runs:
+        result: Result = run(**options, progress=lambda plan: bar(plan, quiet))
+        dry_run = options["dry_run"]
+        if json_file != "-":
+            click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
+        if not quiet and not dry_run:
+            click.echo(report_text(result.report), err=True)
+        reports.append(result.report)
+    if len(reports) == 1:
+        write_report(reports[0], json_file, html_file)
+    else:
+        dump([report.data() for report in reports], json_file)
 
 
 @cli.command()
@@ -294,7 +306,7 @@ def write_report(report: Report, json_file: str | None, html_file: str | None) -
         Path(html_file).write_text(html_page(report), encoding="utf-8")
 
 
-def dump(facts: dict[str, Any], file: str | None) -> None:
+def dump(facts: dict[str, Any] | list[Any], file: str | None) -> None:
     if file is None:
         return
     text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)

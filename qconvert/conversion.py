@@ -72,17 +72,28 @@ def convert(
     passes: run after the merge; `...` stands for qconvert's own, so [MyPass(), ...] runs before it.
     Raises QConvertError; VerificationError has the whole report as its `report`.
     """
-    unknown = options.keys() - {f.name for f in fields(Request)}
-    if unknown:
-        raise UsageError(f"convert() has no option {min(unknown)!r}", hint="options are the fields of qconvert.request.Request")
-    name, named = parse_model(str(model))
-    to, quant = parse_target(options.pop("to", "gguf"), options.pop("quant", None))
-    request = Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
+    request = request_of(model, adapters=adapters, passes=passes, **options)
     store = Store()
     try:
         return _convert(request, store, progress)
     finally:
         store.close()
+
+
+def request_of(
+    model: str | Path,
+    *,
+    adapters: Sequence[str | AdapterSpec] = (),
+    passes: Sequence[Pass | Function | str | EllipsisType] = (...,),
+    **options: Any,
+) -> Request:
+    """What convert() is given, as one record."""
+    unknown = options.keys() - {f.name for f in fields(Request)}
+    if unknown:
+        raise UsageError(f"convert() has no option {min(unknown)!r}", hint="options are the fields of qconvert.request.Request")
+    name, named = parse_model(str(model))
+    to, quant = parse_target(options.pop("to", "gguf"), options.pop("quant", None))
+    return Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
 
 
 def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:

@@ -159,6 +159,24 @@ def _fitting(hint: Any, value: object, what: str) -> Any:
     return made(str(value) if hint is str else value)
 
 
+def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
+    """The options of each conversion: what the command line said, else the recipe, else what is usual."""
+    outputs = read_recipe(path).with_flags(_fields(said)) if path is not None else (_fields(said),)
+    return [{**_fields(usual), **options} for options in outputs]
+
+
+def _fields(flags: Mapping[str, Any]) -> Options:
+    """Flags by the names that Request has."""
+    from qconvert.pipeline import split_passes
+
+    out = dict(flags)
+    if "no_check" in out:
+        out["check"] = not out.pop("no_check")
+    if "passes" in out:
+        out["passes"] = tuple(... if p == "..." else p for p in split_passes(out["passes"]))
+    return out
+
+
 # and back -----------------------------------------------------------------------------------------
 
 

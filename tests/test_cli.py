@@ -171,3 +171,22 @@ def test_help_answers_without_numpy() -> None:
     code = "import sys; import qconvert.cli; print(sorted({'numpy', 'torch', 'numba'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+def test_a_recipe_makes_several_outputs_and_flags_win(tmp_path: Path) -> None:
+    outputs = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    recipe = tmp_path / "recipe.yaml"
+    pairs = zip(("Q8_0", "Q4_0"), outputs, strict=True)
+    told = [f"  - {{format: gguf, quant: {quant}, output: {path}}}" for quant, path in pairs]
+    recipe.write_text("\n".join([f"model: {TINY}", "threads: 1", "no-such: 1", "to:", *told]))
+    wrong = qconvert("--recipe", recipe)
+    assert wrong.returncode == 2 and f"{recipe}:3: no option is called 'no-such'" in wrong.stderr
+    recipe.write_text(recipe.read_text().replace("no-such: 1", "split-max-size: 2G"))
+    saved = tmp_path / "saved.yaml"
+    done = qconvert("--recipe", recipe, "--no-check", "--split-max-size", "3G", "--save-config", saved, "--json", "-", "-q")
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert [Path(r["outputs"][0]["path"]) for r in reports] == outputs and all(path.exists() for path in outputs)
+    assert "split-max-size: 3G" in saved.read_text() and "check: false" in saved.read_text()
+    again = qconvert("--recipe", saved, "--dry-run")
+    assert again.returncode == 0 and again.stdout.count("Q8_0") and again.stdout.count("Q4_0")
