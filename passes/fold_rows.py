@@ -29,7 +29,9 @@ class FoldRows:
             attrs = {"parts": parts, "high_first": self.high_first}
             new = {f"{name}~folded": Node("fold", (code,), Type("u8", (n // parts, k)), attrs)}
             if "scale" in {each.suffix for each in layout.beside}:
-                new[f"{name}~scale"] = Node("cast", (f"{name}~mean",), Type(self.dtype, (1,)))
+                mean = f"{name}~mean"  # else codes are those of a source, beside its scale
+                known = mean if mean in graph.nodes else graph.nodes[code].inputs[1]
+                new[f"{name}~scale"] = Node("cast", (known,), Type(self.dtype, (1,)))
             return {**new, name: replace(node, inputs=(code, *new))}
 
         return graph.rewrite(rule)

@@ -135,6 +135,13 @@ def test_bitnet_folders_are_read_as_their_linears_multiply(linear_class: str, tm
     assert torch.equal(values, torch.cat([-want, torch.zeros(1), want]))
 
 
+def test_a_bitnet_folder_written_again_is_the_same(tmp_path: Path) -> None:
+    convert(TINY, to="safetensors", quant="bitnet", output=tmp_path / "first", check=False)
+    convert(tmp_path / "first", to="safetensors", quant="bitnet", output=tmp_path / "second", check=False)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_bitnet_models_that_normalize_on_the_way_are_refused(tmp_path: Path) -> None:
     convert(TINY, to="safetensors", quant="bitnet", output=tmp_path / "first", check=False)
     path = tmp_path / "first" / "config.json"
