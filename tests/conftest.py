@@ -38,6 +38,9 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         else:
             monkeypatch.delitem(sys.modules, name, raising=False)
             SEEN[name] = pytest.importorskip(name)
+            for full, module in list(sys.modules.items()):  # loaded before, when their parent was hidden again
+                if full.startswith(f"{name}.") and full.count(".") == 1:
+                    setattr(SEEN[name], full.partition(".")[2], module)
         return SEEN[name]
 
     return found
