@@ -14,13 +14,14 @@ import numpy as np
 
 from qconvert import check
 from qconvert.check import Tokens
-from qconvert.emit import Entry, in_parallel, row_ranges
+from qconvert.emit import Entry, row_ranges
 from qconvert.formats import gguf_vocabulary_check
 from qconvert.formats.gguf_activations import as_ggml, round_q8_0, round_q8_k
 from qconvert.formats.gguf_kernels import kernel_rows
 from qconvert.formats.gguf_values import BY_GGML, Tensor, by_rows, dequantized, read_tensors
 from qconvert.formats.llama_cpp import LlamaCpp
 from qconvert.graph import Graph
+from qconvert.parallel import in_parallel
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.target import Lowered, Source

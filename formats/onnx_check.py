@@ -17,7 +17,7 @@ import torch
 from qconvert import check
 from qconvert.check import LIMITS, Distance, LogProbs, Tokens
 from qconvert.companions import n_vocab
-from qconvert.emit import Entry, encoded_rows, entry_ranges, in_parallel
+from qconvert.emit import Entry, encoded_rows, entry_ranges
 from qconvert.errors import VerificationError
 from qconvert.formats import onnx_int8_check as int8
 from qconvert.formats.onnx_arch import context_length
@@ -35,6 +35,7 @@ from qconvert.formats.onnx_safetensors import safetensors_rows
 from qconvert.formats.onnx_swap_check import swap_rows
 from qconvert.graph import Graph, Node, n_rows
 from qconvert.layouts import layout_of
+from qconvert.parallel import in_parallel
 from qconvert.reals import Reals
 from qconvert.report import Row, judged
 from qconvert.run import run

@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from qconvert.check import LIMITS
-from qconvert.emit import encoded_rows, entry_ranges, in_parallel
+from qconvert.emit import encoded_rows, entry_ranges
 from qconvert.errors import VerificationError
 from qconvert.formats.onnx_check import Place, checker_row, read_rows
 from qconvert.formats.onnx_exact import without_levels
@@ -37,6 +37,7 @@ from qconvert.formats.onnx_layouts import LAYOUTS
 from qconvert.formats.onnx_proto import DATA_FILE, bits_of
 from qconvert.formats.onnx_runtime import EXTERNAL_FOLDER, FUSED_ACCURACY, OnnxRuntime
 from qconvert.layouts import layout_of
+from qconvert.parallel import in_parallel
 from qconvert.report import Row, judged
 from qconvert.scheme import Array
 from qconvert.weights import Weights

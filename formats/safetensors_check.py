@@ -17,7 +17,7 @@ import torch
 from qconvert import check
 from qconvert.check import LIMITS, Tokens
 from qconvert.companions import n_vocab
-from qconvert.emit import encoded_rows, in_parallel
+from qconvert.emit import encoded_rows
 from qconvert.formats import safetensors_encoder_check as encoders
 from qconvert.formats import safetensors_hqq_check as hqq
 from qconvert.formats import safetensors_mlx_check as mlx
@@ -31,6 +31,7 @@ from qconvert.formats.safetensors_names import stored_transposed
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph, Node, Type, n_rows
 from qconvert.layouts import layout_of
+from qconvert.parallel import in_parallel
 from qconvert.passes.untie_head import has_head
 from qconvert.reals import Reals
 from qconvert.report import Row, judged

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from qconvert.emit import default_threads
 from qconvert.errors import UsageError, uninterrupted
 from qconvert.graph import Graph
 from qconvert.merge_base import N_SEQUENCES, prompts_of
+from qconvert.parallel import default_threads
 from qconvert.passes.adapter_slots import alone, filling
 from qconvert.passes.refit_adapter import RefitAdapter
 from qconvert.request import Request

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
-from qconvert.companions import n_vocab
-from qconvert.emit import default_threads
+from qconvert.companions import context_of, n_vocab
 from qconvert.errors import InputError, UnsupportedError, UsageError, uninterrupted
-from qconvert.graph import Attr, Graph
+from qconvert.graph import Graph
+from qconvert.parallel import default_threads
 from qconvert.request import Request
 from qconvert.sources import Store
 from qconvert.tokenizer import Tokenizer
@@ -59,8 +58,7 @@ def calibration_of(request: Request, store: Store, tokenizer: Tokenizer | None) 
         return Calibration(store, tokenizer, (own_text(),), None, threads, request.calibrate_tokens)
     if tokenizer is None:
         raise UnsupportedError(f"--calibrate {path}: the model has no tokenizer that could cut the text", hint="leave it out")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    texts = tuple(map(text_of, files))
+    texts = tuple(read_text(file, "--calibrate") for file in files_of(path))
     if not texts:
         raise InputError(f"--calibrate {path}: an empty folder")
     return Calibration(store, tokenizer, texts, str(path), threads, request.calibrate_tokens)
@@ -71,13 +69,19 @@ def own_text() -> str:
     return (Path(__file__).parent / "calibration.txt").read_text("utf-8")
 
 
-def text_of(path: Path) -> str:
+def files_of(path: Path) -> list[Path]:
+    """All of a folder, sorted; or the file itself."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def read_text(path: Path, flag: str) -> str:
+    """UsageError, InputError for a file that is no text."""
     try:
         return path.read_text("utf-8")
     except OSError as e:
-        raise UsageError(f"--calibrate {path}: {e.strerror}") from e
+        raise UsageError(f"{flag} {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
-        raise InputError(f"--calibrate {path}: not a text in UTF-8: {e}") from e
+        raise InputError(f"{flag} {path}: not a text in UTF-8: {e}") from e
 
 
 def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]]:
@@ -86,8 +90,7 @@ def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]
     They are those of llama-imatrix: each begins with what the tokenizer puts before a text, in place of what it covers.
     InputError where the text is too short.
     """
-    context = cast(int, cast(Mapping[str, Attr], graph.meta["config"])["context"])
-    length, vocab, tokenizer = min(LENGTH, context), n_vocab(graph), calibration.tokenizer
+    length, vocab, tokenizer = min(LENGTH, context_of(graph)), n_vocab(graph), calibration.tokenizer
     n = -(-(calibration.n_tokens or n_tokens) // length)
     if tokenizer is None:
         return [np.random.default_rng(i).integers(0, vocab, length).tolist() for i in range(min(n, 4))]

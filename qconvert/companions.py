@@ -51,3 +51,9 @@ def sentence_files(folder: Path) -> dict[str, bytes]:
     paths = [str(module.get("path", "")) for module in json.loads(inside(folder, "modules.json").read_bytes())]
     names = [*SENTENCES, *(f"{path}/config.json" for path in paths if path)]
     return {name: inside(folder, name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def context_of(graph: Graph) -> int:
+    config = graph.meta["config"]
+    assert isinstance(config, dict) and isinstance(config["context"], int)
+    return config["context"]

@@ -16,8 +16,9 @@ from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.calibration import read_text
 from qconvert.companions import n_vocab, tokenizer_of
-from qconvert.emit import Plan, Progress, default_threads, preflight, written
+from qconvert.emit import Plan, Progress, preflight, written
 from qconvert.errors import (
     GateError,
     NotVerifiedError,
@@ -27,10 +28,11 @@ from qconvert.errors import (
     VerificationError,
     uninterrupted,
 )
-from qconvert.evaluation import affordable, evaluation_text, overlap, read_text
+from qconvert.evaluation import affordable, evaluation_text, overlap
 from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.graph import Graph
 from qconvert.lowering import lower, offload, read_source, torch_threads_of
+from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.qat_grids import grid_notes, recovered_rows
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of

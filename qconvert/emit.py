@@ -21,8 +21,7 @@ import numpy as np
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
 from qconvert.journal import Digests, Journal, journal_at, sync_all
-from qconvert.parallel import default_threads as default_threads
-from qconvert.parallel import in_parallel as in_parallel
+from qconvert.parallel import in_parallel
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block

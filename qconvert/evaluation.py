@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qconvert.calibration import OWN, own_text
-from qconvert.companions import n_vocab
-from qconvert.errors import InputError, UsageError
+from qconvert.calibration import OWN, files_of, own_text, read_text
+from qconvert.companions import context_of, n_vocab
+from qconvert.errors import InputError
 from qconvert.graph import Graph
 from qconvert.tokenizer import Tokenizer
 
@@ -48,20 +48,9 @@ def evaluation_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tok
 def calibration_text(path: Path | None, tokenizer: Tokenizer, graph: Graph, n_tokens: int) -> Text:
     """About n_tokens of --calibrate FILE or folder, or of the text that ships for it."""
     vocab, context = n_vocab(graph), context_of(graph)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path and path.is_dir() else [path] if path else []
-    text = "\n".join(read_text(p, "--calibrate") for p in files) if path else own_text()
+    text = "\n".join(read_text(p, "--calibrate") for p in files_of(path)) if path else own_text()
     ids, name = [i for i in tokenizer.reference()(text) if i < vocab], str(path) if path else OWN
     return Text(name, cut(ids, tokenizer.around, min(LENGTH, context), n_tokens, name))
-
-
-def read_text(path: Path, flag: str) -> str:
-    """UsageError, InputError for a file that is no text."""
-    try:
-        return path.read_text("utf-8")
-    except OSError as e:
-        raise UsageError(f"{flag} {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{flag} {path}: not a text in UTF-8: {e}") from e
 
 
 def cut(
@@ -74,12 +63,6 @@ def cut(
     if len(found[0]) < 2:
         raise InputError(f"{name}: {len(ids)} tokens are no text to measure on")
     return found
-
-
-def context_of(graph: Graph) -> int:
-    config = graph.meta["config"]
-    assert isinstance(config, dict) and isinstance(config["context"], int)
-    return config["context"]
 
 
 def affordable(graph: Graph, n_runs: int) -> int:

@@ -22,12 +22,12 @@ from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.calibrated import calibrated, statistics_wanted
 from qconvert.companions import tokenizer_of
-from qconvert.emit import default_threads
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.graph import Graph
 from qconvert.merge_base import choose_base, refuse_erasing
+from qconvert.parallel import default_threads
 from qconvert.passes.adapter_slots import AdapterSlots, alone
 from qconvert.passes.attach_adapter import AttachAdapter
 from qconvert.passes.fold import Fold
@@ -108,21 +108,20 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
 def solved(target: Format, graph: Graph, options: Any, solving: Solving) -> tuple[Graph, Legal]:
     """The graph, its weights folded where that is asked for, and how it is legal with the solver in place of the format's."""
 
-    def legal(graph: Graph) -> Legal:
-        made = target.legalize(graph, options)
+    def with_solver(made: Legal) -> Legal:
         if solving.solver is None:
             return made
         passes = (replace(p, solver=solving.solver) if isinstance(p, Quantize | Incoherence) else p for p in made.passes)
         return made._replace(passes=tuple(passes))
 
-    plain = legal(graph)
+    plain = target.legalize(graph, options)
     if not solving.fold:
-        return graph, plain
-    quantize = next((p for p in target.legalize(graph, options).passes if isinstance(p, Quantize)), None)
+        return graph, with_solver(plain)
+    quantize = next((p for p in plain.passes if isinstance(p, Quantize)), None)
     if quantize is None or not any(map(scheme_of, quantize.types.values())):
         raise UnsupportedError(f"--solver {solving.fold}: no weight is quantized to a type that a fold helps")
     folded = Pipeline((Fold(solving.fold, solver=quantize.solver, types=quantize.types),)).run(graph)
-    return folded, legal(folded)
+    return folded, with_solver(target.legalize(folded, options))
 
 
 def best_solver(

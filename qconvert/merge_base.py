@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from qconvert.adapters import Adapter
-from qconvert.emit import default_threads, row_ranges
+from qconvert.emit import row_ranges
 from qconvert.errors import QConvertError, UnsupportedError, UsageError, uninterrupted
 from qconvert.graph import Graph, Node
+from qconvert.parallel import default_threads
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.round_base import RoundBase
 from qconvert.request import Request

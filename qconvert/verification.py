@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qconvert.emit import default_threads
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.lowering import read_source, transform
+from qconvert.parallel import default_threads
 from qconvert.report import Report
 from qconvert.request import Request, adapters_of, parse_model
 from qconvert.sources import Store

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, Plane, in_parallel, preflight, written
+from qconvert.emit import Entry, FilePlan, Plan, Plane, preflight, written
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
+from qconvert.parallel import in_parallel
 from qconvert.sources import Store
 from qconvert.weights import Weights
 

@@ -28,13 +28,13 @@ import numpy as np
 import torch
 
 from qconvert import kernels
-from qconvert.emit import default_threads, in_parallel
 from qconvert.kernels.gpu import quantize, reference
 from qconvert.kernels.gpu.check import relative
 from qconvert.kernels.gpu.launch import multiply
 from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part
 from qconvert.kernels.gpu.records import place
 from qconvert.kernels.gpu.tuning import fastest, n_copies, seconds
+from qconvert.parallel import default_threads, in_parallel
 from qconvert.weights import BLOCK_VALUES
 
 ROOT = Path(__file__).parents[1]

@@ -74,7 +74,7 @@ def fit_scales(w: F32, group: int, grid: Grid, importance: F32, first: int, n_gr
 
 
 @njit(forceinline=True)
-def _extent(lanes, W, at, group):  # type: ignore[no-untyped-def]
+def extent_of(lanes, W, at, group):  # type: ignore[no-untyped-def]
     least = greatest = load(lanes, W, at)
     for i in range(1, group):
         v = load(lanes, W, at + i * ROWS)
@@ -108,7 +108,7 @@ def _lines(lanes, W, k, group, importance, first, n_groups, spans, shifts, last,
                 total += importance[column + i]
             for lane in range(0, ROWS, count(lanes)):
                 at = (t * k + column) * ROWS + lane
-                least, greatest = _extent(lanes, W, at, group)
+                least, greatest = extent_of(lanes, W, at, group)
                 middle, extent = (least + greatest) * F(0.5), greatest - least
                 mean = splat(lanes, F(0))
                 for i in range(group):
@@ -172,7 +172,7 @@ def _zero_points(lanes, W, k, group, importance, first, n_groups, spans, last, s
             for lane in range(0, ROWS, count(lanes)):
                 at = (t * k + column) * ROWS + lane
                 nothing = splat(lanes, F(0))
-                least, greatest = _extent(lanes, W, at, group)
+                least, greatest = extent_of(lanes, W, at, group)
                 least, greatest = minimum(least, nothing), maximum(greatest, nothing)
                 middle, extent = (least + greatest) * F(0.5), greatest - least
                 best = scale = zero = nothing

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from numba import njit
 
 from qconvert.kernels.feedback import ROWS
-from qconvert.kernels.fit_quants import _extent
+from qconvert.kernels.fit_quants import extent_of
 from qconvert.kernels.lanes import (
     absolute,
     any_lane,
@@ -93,7 +93,7 @@ def _zero_points(lanes, W, n, k, group, last, power, weight, free, pers, zeros, 
         for g in range(k // group):
             for lane in range(0, ROWS, m):
                 at = (t * k + g * group) * ROWS + lane
-                least, greatest = _extent(lanes, W, at, group)
+                least, greatest = extent_of(lanes, W, at, group)
                 extent = greatest - least
                 per = select(extent <= FLAT, splat(lanes, F(1)), F(1) / extent * last)
                 per = minimum(per, splat(lanes, LARGEST))
