@@ -24,7 +24,7 @@ FLOORS: dict[float, str] = {
     "solver_spec qat_grids on_device sensitivity budget plots findings",
     3.5: "passes passes.* formats formats.*",
     4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base adapter_refit",
-    5: "cli __main__",
+    5: "cli options __main__",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
 FORMATS = {"llama_cpp": "gguf", "llama_cpp_abi": "gguf"}
