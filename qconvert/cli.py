@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import click
 from click.core import ParameterSource
 
 from qconvert import __version__
-from qconvert.errors import QConvertError
+from qconvert.errors import OutputsError, QConvertError
 from qconvert.options import Sectioned, conversion_options, report_options
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def convert(
 
 def run_convert(runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
     from qconvert.conversion import convert as run
-    from qconvert.conversion import request_of
+    from qconvert.conversion import convert_all, request_of
     from qconvert.printing import plan_text, report_text
     from qconvert.recipe import recipe_text
 
@@ -98,19 +98,30 @@ def run_convert(runs: Sequence[dict[str, Any]], save_config: Path | None) -> Non
     set_up_log(quiet, verbose)
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
-    reports = []
-    for options in runs:
-        result: Result = run(**options, progress=lambda plan: bar(plan, quiet))
-        dry_run = options["dry_run"]
-        if json_file != "-":
+    failed: OutputsError | None = None
+    results: Sequence[Result]
+    try:
+        if len(runs) == 1:
+            results = [run(**runs[0], progress=lambda plan: bar(plan, quiet))]
+        else:
+            results = convert_all([request_of(**options) for options in runs], lambda plan: bar(plan, quiet))
+    except OutputsError as e:
+        results, failed = cast("Sequence[Result]", e.results), e
+    dry_run = runs[0]["dry_run"]
+    for result in results:
+        if json_file != "-" and (dry_run or result.outputs):
             click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
         if not quiet and not dry_run:
             click.echo(report_text(result.report), err=True)
-        reports.append(result.report)
-    if len(reports) == 1:
-        write_report(reports[0], json_file, html_file)
+        if result.error is not None:
+            click.echo(f"error: {result.plan.folder or result.plan.files[0].path}: {result.error}", err=True)
+    if len(results) == 1:
+        write_report(results[0].report, json_file, html_file)
     else:
-        dump([report.data() for report in reports], json_file)
+        dump([result.data() for result in results], json_file)
+    if failed is not None:
+        click.echo(f"error: {failed}", err=True)
+        sys.exit(failed.exit_code)
 
 
 @cli.command()

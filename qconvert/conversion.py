@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
@@ -38,6 +39,7 @@ from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
+from qconvert.rehearsal import not_judged, refuse_rehearsing, rehearsing
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store
@@ -65,7 +67,14 @@ class Result:
 
     @property
     def verified(self) -> bool:
-        return self.report.verified
+        return self.report.verified and self.error is None
+
+    def data(self) -> dict[str, Any]:
+        """What --json writes of it."""
+        if self.error is None:
+            return self.report.data()
+        told = {"exit": self.error.exit_code, "error": self.error.message, "hint": self.error.hint}
+        return {**self.report.data(), "outputs": [], "verified": False, **told}
 
 
 def convert(
@@ -123,8 +132,18 @@ def request_of(
 
 
 def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
-    with ExitStack() as stack:
-        return write(planned(requests, stack), progress)
+    for flag in ("dry_run", "rehearse"):
+        if len({getattr(request, flag) for request in requests}) > 1:
+            raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
+    if not requests[0].rehearse:
+        with ExitStack() as stack:
+            return write(planned(requests, stack), progress)
+    for request in requests:
+        refuse_rehearsing(request)
+    with TemporaryDirectory(prefix="qconvert-") as folder, ExitStack() as stack:
+        small = [rehearsing(request, Path(folder) / str(i)) for i, request in enumerate(requests)]
+        results = write(planned(small, stack), progress)
+        return tuple(replace(r, outputs=(), report=replace(r.report, outputs=[])) for r in results)
 
 
 class Job(NamedTuple):
@@ -143,8 +162,6 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     """All that can be known before a byte is written. Sources are read once for all outputs of them."""
     for request in requests:
         refuse_at_once(request)
-    if len({request.dry_run for request in requests}) > 1:
-        raise UsageError("--dry-run: of some outputs and not of others", hint="say it for all of them")
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
     built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
     sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
@@ -272,8 +289,10 @@ def proven(
         proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
     else:
         proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
-    report = replace(job.report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
-    judge(report, job.request)
+    request, skipped = not_judged(job.request) if job.request.rehearse else (job.request, [])
+    rows = [*proof.rows, *skipped]
+    report = replace(job.report, checks=rows, runtime=proof.runtime, quality=dict(proof.quality))
+    judge(report, request)
     return report
 
 

@@ -6,13 +6,16 @@ text -> nodes with their lines -> checked against the options of a conversion ->
     adapters: [./adapter, {path: ./other, weight: 0.5}]
     to: [gguf:Q4_K_M, {format: onnx, quant: int4, output: onnx-folder}]
     tensor-types: {ffn_down: q6_k}
+
+Outputs share one reading, merge and calibration. All are planned before the first is written; each is then judged by
+itself: those that are what was asked for get their files, the exit code is that of the first which is not.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -39,15 +42,23 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there."""
+    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there. common: those
+    that are said for all."""
 
-    outputs: tuple[Options, ...]
+    outputs: tuple[Options, ...] = ({},)
+    common: Options = field(default_factory=dict)
 
     def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
-        """What the command line says wins. UsageError where it names one output file for several."""
-        if len(self.outputs) > 1 and "output" in flags:
-            raise UsageError(f"--output: the recipe has {len(self.outputs)} outputs", hint="say `output` beside each of them")
-        return tuple({**options, **flags} for options in self.outputs)
+        """What the command line says wins; outputs that it names, as a tuple, take the place of all others.
+
+        UsageError where it names one output file for several.
+        """
+        named = flags.get("to")
+        outputs = tuple({**self.common, "to": to} for to in named) if isinstance(named, tuple) else self.outputs
+        if len(outputs) > 1 and "output" in flags:
+            raise UsageError(f"--output: there are {len(outputs)} outputs", hint="say `output` beside each, in a recipe")
+        flags = {k: v for k, v in flags.items() if k != "to"} if isinstance(named, tuple) else flags
+        return tuple({**options, **flags} for options in outputs)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -70,7 +81,7 @@ def read_recipe(path: Path) -> Recipe:
                 raise UsageError(f"{place}: to: no output is named", hint="to: [gguf:Q4_K_M]")
         else:
             common["to" if key == "format" else key] = _value(key, node, place)
-    return Recipe(tuple({**common, **options} for options in outputs))
+    return Recipe(tuple({**common, **options} for options in outputs), common)
 
 
 def _output(node: yaml.Node, path: Path) -> Options:
@@ -161,8 +172,8 @@ def _fitting(hint: Any, value: object, what: str) -> Any:
 
 def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
     """The options of each conversion: what the command line said, else the recipe, else what is usual."""
-    outputs = read_recipe(path).with_flags(_fields(said)) if path is not None else (_fields(said),)
-    return [{**_fields(usual), **options} for options in outputs]
+    outputs = (Recipe() if path is None else read_recipe(path)).with_flags(_fields(said))
+    return [{**_fields(usual), "to": Request.to, **options} for options in outputs]
 
 
 def _fields(flags: Mapping[str, Any]) -> Options:
@@ -172,6 +183,8 @@ def _fields(flags: Mapping[str, Any]) -> Options:
     out = dict(flags)
     if "no_check" in out:
         out["check"] = not out.pop("no_check")
+    if "to" in out:
+        out["to"] = tuple(name for each in out["to"] for name in each.split(","))
     if "passes" in out:
         out["passes"] = tuple(... if p == "..." else p for p in split_passes(out["passes"]))
     return out
@@ -194,12 +207,12 @@ def recipe_text(requests: tuple[Request, ...]) -> str:
 
 def _told(request: Request) -> Options:
     out: Options = {}
-    for field in fields(Request):
-        value = getattr(request, field.name)
-        if value == field.default and field.name != "to":
+    for each in fields(Request):
+        value = getattr(request, each.name)
+        if value == each.default and each.name != "to":
             continue
-        key = field.name.replace("_", "-")
-        match field.name, value:
+        key = each.name.replace("_", "-")
+        match each.name, value:
             case "adapters", _:
                 out[key] = [a.path if a.weight == 1 else {"path": a.path, "weight": a.weight} for a in value]
             case "passes", _:
