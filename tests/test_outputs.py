@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 from test_journal import source, subject, whole
 from tiny_models import CASES, save_random
 
@@ -181,7 +181,6 @@ def test_a_weight_that_one_type_cannot_hold_fails_that_one(tmp_path: Path) -> No
     shutil.copytree(TINY, model)
     tensors = load_file(model / "model.safetensors")
     name = next(n for n in tensors if n.endswith("down_proj.weight"))
-    assert tensors[name].dtype == np.float32 or tensors[name].dtype.name == "bfloat16"
     tensors[name][0, 0] = 1e5
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     outputs = ({"to": "gguf:F16"}, {"to": "safetensors:fp32"}, {"to": "gguf:BF16"})
