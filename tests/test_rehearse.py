@@ -28,7 +28,7 @@ needs_llama = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=f"{Lla
 
 @pytest.fixture(scope="session")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """golden/tiny and its adapter with the same layers four times over: eight."""
+    """golden/tiny and its adapter with its layers four times over."""
     folder = tmp_path_factory.mktemp("deep")
     for name, of in (("model", TINY), ("adapter", LORA)):
         shutil.copytree(of, folder / name)
@@ -36,7 +36,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tensors = load_file(path)
         for i in range(LAYERS, 4 * LAYERS):
             old, new = f".layers.{i % LAYERS}.", f".layers.{i}."
-            tensors |= {key.replace(old, new): value for key, value in list(tensors.items()) if old in key}
+            tensors |= {key.replace(old, new): value.clone() for key, value in list(tensors.items()) if old in key}
         save_file(tensors, path, {"format": "pt"})
     config = json.loads((folder / "model" / "config.json").read_text("utf-8"))
     config["num_hidden_layers"] = 4 * LAYERS
