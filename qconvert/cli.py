@@ -229,8 +229,10 @@ def dump(facts: dict[str, Any] | list[Any], file: str | None) -> None:
 
 def fail(error: QConvertError, args: list[str]) -> int:
     """Say what went wrong on stderr; what is known goes where --json says."""
+    from qconvert.report import Report
+
     report: Any = error.report
-    facts = {"outputs": [], "verified": False} if report is None else report.data()
+    facts = Report([]).data() if report is None else report.data()
     if report is not None:
         from qconvert.printing import report_text
 

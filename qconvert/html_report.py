@@ -44,12 +44,12 @@ PARTS = {
 def html_page(report: Report) -> str:
     """All of a report."""
     made = ", ".join(escape(str(o["path"])) for o in report.outputs[:1]) or escape(str(report.provenance.get("model", "")))
-    word = "bad" if report.failed else "good" if report.verified else ""
+    word = "bad" if report.exit else "good" if report.verified else ""
     body = [
         f"<h1>{made}</h1>",
         f'<p>{escape(str(report.provenance.get("model", "")))}, {escape(report.quant)}, qconvert {__version__}</p>',
         f'<p class="{word}">{escape(verdict(report))}</p>', tiles(report), *quality_parts(report.quality),
-        *budget_parts(report.budget), *byte_parts(report), *checks(report), *notes(report),
+        *budget_parts(report.budget), *byte_parts(report), *gates(report), *checks(report), *notes(report),
     ]  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -137,6 +137,15 @@ def checks(report: Report) -> list[str]:
     rows = [(r.verdict, r.what, r.metric, "" if r.value is None else number(r.value),
              "" if r.limit is None else f"<= {number(r.limit)}", r.reason) for r in report.checks]  # fmt: skip
     return ["<h2>Checks</h2>", f'<div class="scroll">{table(("", "check", "metric", "value", "limit", ""), rows)}</div>']
+
+
+def gates(report: Report) -> list[str]:
+    if not report.gates:
+        return []
+    rows = [(g.verdict, g.flag, g.metric, "" if g.value is None else number(g.value), f"{g.bound} {number(g.limit)}",
+             g.origin, g.place, g.reason) for g in report.gates]  # fmt: skip
+    listed = table(("", "gate", "metric", "value", "limit", "from", "", ""), rows)
+    return ["<h2>Gates</h2>", f'<div class="scroll">{listed}</div>']
 
 
 def notes(report: Report) -> list[str]:

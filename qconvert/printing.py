@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qconvert.conversion import Result
-from qconvert.report import Report, check_table, nbytes_text, table
+from qconvert.report import Report, check_table, gate_table, nbytes_text, table
 
 
 def report_text(report: Report) -> str:
@@ -18,6 +18,8 @@ def report_text(report: Report) -> str:
         parts.append("checks\n" + check_table(report.checks))
     if "mean_kl" in report.quality:
         parts.append(quality_text(report.quality))
+    if report.gates:
+        parts.append("gates\n" + gate_table(report.gates))
     if report.outputs:
         parts.append(size_text(report))
     parts.append(verdict(report))
@@ -88,6 +90,8 @@ def device_lines(placement: dict[str, Any]) -> list[str]:
 def verdict(report: Report) -> str:
     if report.failed:
         return f"FAILED  {report.failed[0].what}"
+    if report.failed_gates:
+        return f"FAILED  {', '.join(g.flag for g in report.failed_gates)}"
     skipped = [r for r in report.checks if r.verdict == "skip"]
     if report.verified:
         assert report.runtime is not None
@@ -106,4 +110,6 @@ def plan_text(result: Result) -> str:
     if report.fallbacks:
         lines.append(fallback_text(report))
     lines += [f"note: {n}" for n in report.notes]
+    if report.gates:
+        lines.append("gates\n" + gate_table(report.gates))
     return "\n".join([*lines, size_text(report)])

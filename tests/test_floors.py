@@ -21,7 +21,7 @@ FLOORS: dict[float, str] = {
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
-    "solver_spec qat_grids on_device sensitivity budget plots findings",
+    "solver_spec qat_grids on_device sensitivity budget plots findings baseline gates",
     3.5: "passes passes.* formats formats.*",
     4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base adapter_refit",
     5: "cli options __main__",
