@@ -193,6 +193,8 @@ def check_table(rows: Sequence[Row]) -> str:
 
 
 def number(x: float) -> str:
+    if not math.isfinite(x):
+        return str(x)
     if x == int(x) and abs(x) < 1e15:
         return str(int(x))
     return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
