@@ -125,8 +125,12 @@ SECTIONS: Mapping[str, tuple[Decorator, ...]] = {
 
 REPORT: tuple[Decorator, ...] = (
     click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
-    click.option("--html", "html_file", metavar="FILE", help="Write the report as one HTML page, with plots."),
-    click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."),
+    click.option("--sarif", metavar="FILE", expose_value=False, help="... as SARIF: what has a place, for code scanning."),
+    click.option("--junit", metavar="FILE", expose_value=False, help="... as JUnit XML, a case for each check."),
+    click.option("--markdown", metavar="FILE", expose_value=False, help="... as Markdown, for a job's summary."),
+    click.option("--html", metavar="FILE", expose_value=False, help="... as one HTML page, with plots."),
+    click.option("--json", metavar="FILE", expose_value=False, help="Write the report as JSON; - for standard output."),
+    click.option("--reports", metavar="DIR", expose_value=False, help="Write the report in every form, also of a failure."),
     click.option("-v", "--verbose", is_flag=True, help="Say why, too: declined rewrites, chosen types."),
     click.option("-q", "--quiet", is_flag=True, help="Errors only."),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qconvert.conversion import Result
+from qconvert.facts import Facts
 from qconvert.report import Report, check_table, gate_table, nbytes_text, table
 
 
@@ -22,7 +23,7 @@ def report_text(report: Report) -> str:
         parts.append("gates\n" + gate_table(report.gates))
     if report.outputs:
         parts.append(size_text(report))
-    parts.append(verdict(report))
+    parts.append(Facts(report.data()).verdict)
     return "\n".join(parts)
 
 
@@ -85,19 +86,6 @@ def device_lines(placement: dict[str, Any]) -> list[str]:
             parts.append(f"{nbytes_text(staging)} staging")
         lines.append(f"        {device:<10}  {' + '.join(parts)}")
     return ["devices", *lines]
-
-
-def verdict(report: Report) -> str:
-    if report.failed:
-        return f"FAILED  {report.failed[0].what}"
-    if report.failed_gates:
-        return f"FAILED  {', '.join(g.flag for g in report.failed_gates)}"
-    skipped = [r for r in report.checks if r.verdict == "skip"]
-    if report.verified:
-        assert report.runtime is not None
-        also = f"; not checked: {', '.join(r.what for r in skipped)}" if skipped else ""
-        return f"verified in {report.runtime['name']} {report.runtime['version']}{also}"
-    return f"not verified: {skipped[0].reason if skipped else 'no check ran'}"
 
 
 def plan_text(result: Result) -> str:
