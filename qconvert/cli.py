@@ -96,7 +96,7 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
 
     quiet, verbose = [{options.pop(key) for options in runs}.pop() for key in ABOUT]
     set_up_log(quiet, verbose)
-    run.begin(*({"provenance": {"model": options["model"]}, "quant": options["to"]} for options in runs))
+    run.begin(*map(asked_for, runs), baseline=runs[0].get("baseline"))
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
     for options in runs:
@@ -108,6 +108,13 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
             click.echo(report_text(result.report), err=True)
         run.add(result.report.data())
     run.write()
+
+
+def asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of an output that was not begun."""
+    adapters = (str(getattr(each, "path", each)) for each in options["adapters"])
+    to = ":".join(filter(None, (options["to"], options["quant"])))
+    return {"provenance": {"model": "+".join([options["model"], *adapters])}, "quant": to}
 
 
 @cli.command()
@@ -200,6 +207,8 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
 
 def record(run: Run, error: QConvertError, kind: str) -> None:
     """Put into the reports what is known of a command that failed. No second error hides the first."""
+    if not run.targets:
+        return
     try:
         run.fail(error, kind)
         run.write()

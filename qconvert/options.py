@@ -125,6 +125,8 @@ SECTIONS: Mapping[str, tuple[Decorator, ...]] = {
 
 REPORT: tuple[Decorator, ...] = (
     click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
+    click.option("--sarif", metavar="FILE", expose_value=False, help="... as SARIF: what has a place, for code scanning."),
+    click.option("--junit", metavar="FILE", expose_value=False, help="... as JUnit XML, a case for each check."),
     click.option("--markdown", metavar="FILE", expose_value=False, help="... as Markdown, for a job's summary."),
     click.option("--html", metavar="FILE", expose_value=False, help="... as one HTML page, with plots."),
     click.option("--json", metavar="FILE", expose_value=False, help="Write the report as JSON; - for standard output."),

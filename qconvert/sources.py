@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple, cast
 
 from qconvert import registry
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, Place, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
 from qconvert.tensor_files import TensorFile, open_tensors
@@ -247,11 +247,11 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_int=_count)
     except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
+        raise InputError(f"{path}: {e.strerror}", place=Place(str(path))) from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not valid JSON: {e}") from e
+        raise InputError(f"{path}: not valid JSON: {e}", place=Place(str(path), getattr(e, "lineno", None))) from e
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
+        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}", place=Place(str(path)))
     return cast(dict[str, object], value)
 
 
