@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from qconvert import registry
+from qconvert.layouts import layout_of
+from qconvert.scheme import scheme_of
+
+KNOWN = (registry.entries, scheme_of, layout_of)  # what is kept of names
 PLUGIN = Path(__file__).parent / "plugin"
 
 
@@ -25,3 +34,21 @@ def install(folder: Path, files: dict[str, str] | None = None) -> Path:
     lines = (line for group, points in groups for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items())))
     (about / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@contextmanager
+def refreshed(site: Path) -> Iterator[None]:
+    """Packages in `site` are found, and come before others, for a while."""
+    sys.path.insert(0, str(site))
+    forget()
+    yield
+    sys.path.remove(str(site))
+    forget()
+
+
+def forget() -> None:
+    for known in KNOWN:
+        known.cache_clear()
+    for name in [m for m in sys.modules if m.startswith("qconvert_example")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()

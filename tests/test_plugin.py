@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from plugin_installed import install
+from plugin_installed import install, refreshed
 from safetensors.torch import load_file
 
 from qconvert import convert, registry
 from qconvert.errors import QConvertError, UsageError
 from qconvert.formats.gguf_check import read_tensors
-from qconvert.layouts import layout_of
 from qconvert.listing import lines
 from qconvert.options import LISTS
 from qconvert.scheme import scheme_of
 from qconvert.solver_spec import Solving
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
-KNOWN = (registry.entries, scheme_of, layout_of)  # what is kept of names
 
 
 @pytest.fixture(scope="module", autouse=True)
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = str(install(tmp_path_factory.mktemp("site")))
-    sys.path.insert(0, folder)
-    refresh()
-    yield
-    sys.path.remove(folder)
-    refresh()
-
-
-def refresh() -> None:
-    for known in KNOWN:
-        known.cache_clear()
-    for name in [m for m in sys.modules if m.startswith("qconvert_example")]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    with refreshed(install(tmp_path_factory.mktemp("site"))):
+        yield
 
 
 def test_its_pass_runs_by_name_with_options(tmp_path: Path) -> None:

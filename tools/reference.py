@@ -209,7 +209,8 @@ def python() -> str:
         "## Formats", "`qconvert.target`", record(target.Format), record(target.Legal),
         "## Schemes and layouts", "`qconvert.scheme`", record(scheme.Scheme), record(scheme.Level), record(scheme.Layout),
         "## Errors",
-        "`qconvert.errors`. All are a `QConvertError`: `message`, `hint`, `exit_code`, `report`.", "See [exit codes](exits.md).",
+        "`qconvert.errors`. All are a `QConvertError`: `message`, `hint`, `exit_code`, `report`.",
+        "See [exit codes](exits.md).",
     ])  # fmt: skip
 
 
