@@ -8,6 +8,7 @@ A block behind `<!-- not run: why -->` is not run. A fence with a title is a fil
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from qconvert.cli import main
@@ -30,6 +32,7 @@ GOLDEN = {"model": "tiny", "adapter": "tiny-lora", "a": "tiny-lora", "b": "tiny-
 SHELL = ("ls", "cat", "head", "cp", "mkdir", "sed", "python")  # programs besides qconvert that pages run
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?")
+MEANT = {"MODEL[+ADAPTER]": "model+adapter", "FILE": "tiny.gguf", "FOLDER": "llama-70b"}
 SHAPE_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
@@ -73,6 +76,17 @@ def blocks(page: Path) -> Iterator[Block]:
         at += 1
 
 
+def inline(page: Path) -> list[Command]:
+    """Those in the running text, with something in the place of words in capitals."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = []
+    for said in re.findall(r"`(qconvert [^`]+)`", text):
+        for word, meant in MEANT.items():
+            said = said.replace(word, meant)
+        found.append(Command(said, (), 0, 0))
+    return found
+
+
 def commands(block: Block) -> list[Command]:
     """Lines behind `$ `, joined where they end in a backslash; `$ echo $?` says how the one before it ended."""
     found: list[Command] = []
@@ -100,7 +114,21 @@ def workshop(folder: Path) -> Path:
     (folder / "my-text.txt").write_text(text[:12000], encoding="utf-8")
     (folder / "llama-70b").mkdir()
     (folder / "llama-70b" / "config.json").write_text(json.dumps(SHAPE_70B), encoding="utf-8")
+    if importlib.util.find_spec("onnx"):
+        (folder / "model.onnx").write_bytes(onnx_product())
     return folder
+
+
+def onnx_product() -> bytes:
+    """x f32[1,256] times a weight, as others write it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 256]) for name in "xy")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = helper.make_graph([node], "product", [x], [y], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def ran(command: Command, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:

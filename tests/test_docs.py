@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from documents import DOCS, PAGES, ROOT, Block, blocks, commands, ran, unlike, workshop
+from documents import DOCS, PAGES, ROOT, Block, blocks, commands, inline, ran, unlike, workshop
 from plugin_installed import PLUGIN, install, refreshed
 
 from qconvert.cli import cli
@@ -66,6 +66,9 @@ def test_what_a_page_shows_runs(name: str, tmp_path: Path, monkeypatch: pytest.M
         for block in blocks(page):
             if not block.why:
                 run_block(page, block, monkeypatch)
+        for command in inline(page):
+            code, output = ran(command, monkeypatch)
+            assert code == 0, f"{name}: {command.text}\n{output}"
 
 
 def run_block(page: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
