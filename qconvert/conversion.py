@@ -16,20 +16,14 @@ from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.budget import n_weights
 from qconvert.calibration import read_text
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, preflight, written
-from qconvert.errors import (
-    GateError,
-    NotVerifiedError,
-    ResourceError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-    uninterrupted,
-)
+from qconvert.errors import ResourceError, UnsupportedError, UsageError, uninterrupted
 from qconvert.evaluation import affordable, evaluation_text, overlap
 from qconvert.formats.gguf_source import tokenizer_rows
+from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
 from qconvert.lowering import lower, offload, read_source, torch_threads_of
 from qconvert.parallel import default_threads
@@ -136,7 +130,7 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     report = replace(
         described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
         notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
-        fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
+        fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
@@ -183,6 +177,8 @@ def write(
     """Stream the plan into files, prove them, and give them their names; the report gets the proof's rows."""
     for entry in plan.entries:
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
+    gates = Gates.of(request, report)
+    report = gates.before(report)
     if request.dry_run:
         return Result((), report, plan)
     preflight(plan, request.force)
@@ -196,7 +192,8 @@ def write(
         else:
             proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
         report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
-        judge(report, request)
+        report = gates.after(report)
+        demand(report)
     return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
 
 
@@ -270,39 +267,9 @@ def runs_on(request: Request) -> list[str]:
 
 def provenance(source: Source) -> dict[str, Any]:
     meta = source.graph.meta.get("adapters", [])
-    return {"model": source.name, "revision": source.checkpoint.revision, "adapters": meta}
+    return {**kind_of(source.base, source.name, source.checkpoint.revision), "adapters": meta}
 
 
-def judge(report: Report, request: Request) -> None:
-    """Raise where a check failed or, with --require-verified, where the runtime did not prove the file."""
-    if report.failed:
-        row = report.failed[0]
-        error = VerificationError(
-            f"verification failed at {row.what}: {row.metric} {row.value:g}, limit {row.limit:g}. {row.reason}".rstrip(" ."),
-            hint="no file was left; --no-check writes it unverified",
-        )
-        error.report = report
-        raise error
-    gate(report, request)
-    if request.require_verified and not report.verified:
-        skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
-        unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
-        unverified.report = report
-        raise unverified
-
-
-def gate(report: Report, request: Request) -> None:
-    """GateError where quality is not what was asked for, or was not measured."""
-    for flag, wanted, key, sign in (("--max-kl", request.max_kl, "mean_kl", 1), ("--min-top1", request.min_top1, "top1", -1)):
-        if wanted is None:
-            continue
-        found = report.quality.get(key)
-        if found is None:
-            why = f"not measured: {report.quality.get('skipped')}"
-        elif sign * found <= sign * wanted:
-            continue
-        else:
-            why = f"{key} is {found:.4g} on {report.quality['n_tokens']} tokens of {report.quality['text']}"
-        error = GateError(f"{flag} {wanted:g}: {why}", hint="no file was left; more bits are nearer to what was trained")
-        error.report = report
-        raise error
+def kind_of(graph: Graph, model: str, revision: str | None) -> dict[str, Any]:
+    """A model by name, and by what stays where it is trained again."""
+    return {"model": model, "revision": revision, "family": graph.meta.get("family"), "n_weights": n_weights(graph)}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from qconvert import registry
 from qconvert.errors import UnsupportedError
+from qconvert.facts import NOT_COMPARED
 from qconvert.findings import Finding
 from qconvert.sources import find_model
 from qconvert.target import Examiner, reader_of
@@ -53,5 +54,5 @@ def diagnosis_text(found: Diagnosis) -> str:
     counts = [sum(f.severity == s for f in found.findings) for s in RANK]
     lines = [line for f in found.findings for line in (f"{f.severity:8}{f.place}: {f.what}", f"        {f.do}")]
     said = ", ".join(f"{n} {s}{'s' * (n != 1)}" for s, n in zip(RANK, counts, strict=True) if n) or "nothing found"
-    return "\n".join([*lines, f"{found.path}: {said}; its answers were not compared with a model (--against MODEL does)"])
+    return "\n".join([*lines, f"{found.path}: {said}; {NOT_COMPARED}"])
 

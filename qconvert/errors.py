@@ -10,6 +10,7 @@ QConvertError                 1  a bug in qconvert, where nothing below fits
 ├── VerificationError         6  the file is not what it should be; names stage and tensor
 ├── GateError                 7  a quality gate failed
 ├── NotVerifiedError          8  not verified where --require-verified asked for it
+├── Interrupted             130  by Ctrl-C; what was done can be resumed
 └── GraphError                1  a pass left an invalid graph
 """
 
@@ -72,6 +73,10 @@ class GateError(QConvertError):
 
 class NotVerifiedError(QConvertError):
     exit_code = 8
+
+
+class Interrupted(QConvertError):
+    exit_code = 130
 
 
 class GraphError(QConvertError):

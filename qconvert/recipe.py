@@ -6,6 +6,7 @@ text -> nodes with their lines -> checked against the options of a conversion ->
     adapters: [./adapter, {path: ./other, weight: 0.5}]
     to: [gguf:Q4_K_M, {format: onnx, quant: int4, output: onnx-folder}]
     tensor-types: {ffn_down: q6_k}
+    gates: {max-kl: 0.05, max-size: 800M}       # or: gates: default
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import yaml  # type: ignore[import-untyped]
 
 from qconvert.errors import UsageError
-from qconvert.request import AdapterSpec, Request, parse_adapter
+from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
 
 Options = dict[str, Any]
+Said = dict[str, "tuple[Any, Place]"]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
-HINTS = get_type_hints(Request)
+HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name != "places"}
 
 
 class Place(NamedTuple):
@@ -39,9 +41,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there."""
+    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there.
+
+    places: where each of them was said.
+    """
 
     outputs: tuple[Options, ...]
+    places: tuple[dict[str, str], ...] = ()
 
     def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
         """What the command line says wins. UsageError where it names one output file for several."""
@@ -61,30 +67,51 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}:{line}: not YAML: {getattr(e, 'problem', e)}") from e
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}: a recipe is a mapping: model, to, …", hint="model: FOLDER")
-    common: Options = {}
-    outputs: list[Options] = [{}]
-    for key, node, place in _items(root, path, set(), (*HINTS, "format")):
+    common: Said = {}
+    outputs: list[Said] = [{}]
+    for key, node, place in _items(root, path, set(), (*HINTS, "format", "gates")):
         if key == "to" and isinstance(node, yaml.SequenceNode):
             outputs = [_output(each, path) for each in node.value]
             if not outputs:
                 raise UsageError(f"{place}: to: no output is named", hint="to: [gguf:Q4_K_M]")
         else:
-            common["to" if key == "format" else key] = _value(key, node, place)
-    return Recipe(tuple({**common, **options} for options in outputs))
+            _say(common, key, node, place)
+    merged = [{**common, **said} for said in outputs]
+    values = tuple({key: value for key, (value, _) in said.items()} for said in merged)
+    return Recipe(values, tuple({key: str(place) for key, (_, place) in said.items()} for said in merged))
 
 
-def _output(node: yaml.Node, path: Path) -> Options:
+def _output(node: yaml.Node, path: Path) -> Said:
     """`gguf:Q4_K_M`, or a mapping with `format` and other options of this output alone."""
-    if isinstance(node, yaml.ScalarNode):
-        return {"to": str(node.value)}
     place = Place(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return {"to": (str(node.value), place)}
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{place}: an output is gguf:TYPE, or a mapping with format, quant …")
-    known = ("format", *(name for name in HINTS if name not in (*SHARED, "to")))
-    found = {("to" if k == "format" else k): _value(k, v, p) for k, v, p in _items(node, path, set(), known)}
+    known = ("format", "gates", *(name for name in HINTS if name not in (*SHARED, "to")))
+    found: Said = {}
+    for key, value, where in _items(node, path, set(), known):
+        _say(found, key, value, where)
     if "to" not in found:
         raise UsageError(f"{place}: the output says no format", hint="format: gguf")
     return found
+
+
+def _say(said: Said, key: str, node: yaml.Node, place: Place) -> None:
+    """Add what a key says; `gates` says what is in it, or `default`."""
+    if key == "gates" and isinstance(node, yaml.MappingNode):
+        for name, value, where in _items(node, place.file, set(), ("default", *GATES)):
+            _say(said, "gate" if name == "default" else name, value, where)
+        return
+    if key == "gates":
+        if node.value != "default":
+            raise UsageError(f"{place}: gates: a mapping was wanted, or default", hint="gates: {max-kl: 0.05}")
+        key, value = "gate", True
+    else:
+        key, value = "to" if key == "format" else key, _value(key, node, place)
+    if key in said:
+        raise UsageError(f"{place}: {key.replace('_', '-')} is said twice, at {said[key][1]} too")
+    said[key] = (value, place)
 
 
 def _items(
@@ -161,8 +188,12 @@ def _fitting(hint: Any, value: object, what: str) -> Any:
 
 def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
     """The options of each conversion: what the command line said, else the recipe, else what is usual."""
-    outputs = read_recipe(path).with_flags(_fields(said)) if path is not None else (_fields(said),)
-    return [{**_fields(usual), **options} for options in outputs]
+    flags, usual = _fields(said), _fields(usual)
+    if path is None:
+        return [{**usual, **flags}]
+    recipe = read_recipe(path)
+    places = ({key: place for key, place in of.items() if key not in flags} for of in recipe.places)
+    return [{**usual, **options, "places": of} for options, of in zip(recipe.with_flags(flags), places, strict=True)]
 
 
 def _fields(flags: Mapping[str, Any]) -> Options:
@@ -196,7 +227,7 @@ def _told(request: Request) -> Options:
     out: Options = {}
     for field in fields(Request):
         value = getattr(request, field.name)
-        if value == field.default and field.name != "to":
+        if (value == field.default and field.name != "to") or field.name == "places":
             continue
         key = field.name.replace("_", "-")
         match field.name, value:
@@ -210,4 +241,7 @@ def _told(request: Request) -> Options:
                 out[key] = list(value)
             case _:
                 out[key] = value
+    gates = {"default" if name == "gate" else key: out.pop(key) for name in GATES if (key := name.replace("_", "-")) in out}
+    if gates:
+        out["gates"] = "default" if gates == {"default": True} else gates
     return out
