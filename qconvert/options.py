@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+LISTS = ("passes", "formats", "families", "solvers", "layouts", "types", "dialects", "runtimes", "targets")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 INPUT: tuple[Decorator, ...] = (
@@ -116,7 +117,7 @@ RUN: tuple[Decorator, ...] = (
     click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="YAML that says what flags can; flags win."),
     click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE", help="Write what was asked as a recipe."),
-    click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes", "targets"])),
+    click.option("--list", "listing", type=click.Choice(LISTS), help="Names, and the packages that they come from."),
 )  # fmt: skip
 SECTIONS: Mapping[str, tuple[Decorator, ...]] = {
     "Input": INPUT, "Type": TYPE, "Calibration": CALIBRATION, "Quality": QUALITY, "Gates": GATES,
