@@ -74,6 +74,9 @@ class Request:
     pure: bool = False
     leave_output_tensor: bool = False
     split_max_size: str | None = None
+    card: bool = False  # README.md beside the output
+    license: str | None = None  # that the card says, where what the output was made from does not
+    modelfile: bool = False  # for Ollama
     layout: str | None = None
     weights_in: str | None = None
     offload_meta: str | None = None  # a device of placement.DEVICES, or cpu
