@@ -16,6 +16,7 @@ from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.beside import beside
 from qconvert.budget import n_weights
 from qconvert.calibration import read_text
 from qconvert.companions import n_vocab, tokenizer_of
@@ -106,6 +107,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     source = read_source(request, store)
     lowered = lower(request, source, target)
     report = describe(request, source, lowered)
+    others = beside(request, source, lowered)
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
@@ -117,11 +119,17 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
         return Proof(rows, runtime, found)
 
-    return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+    result = write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+    if result.outputs:
+        for path in others.write(result.report):
+            log.info("%-14s %s", "write", path)
+    return result
 
 
 def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress], target: Format) -> Result:
     """A file of the target's own format: its weights change, its graph does not."""
+    if flag := "--card" if request.card else "--modelfile" if request.modelfile else None:
+        raise UnsupportedError(f"{flag}: not for an ONNX model as input, which says nothing of where it is from")
     if not hasattr(target, "rewrite"):
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
     rewriter = cast(Rewriter, target)

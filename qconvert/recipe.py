@@ -52,7 +52,7 @@ def read_recipe(path: Path) -> Recipe:
         root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
         raise UsageError(f"--recipe {path}: {e.strerror}") from e
-    except (yaml.MarkedYAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         line = e.problem_mark.line + 1 if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else 1
         raise mistake(Place(str(path), line), f"not YAML: {getattr(e, 'problem', e)}") from e
     if not isinstance(root, yaml.MappingNode):
@@ -127,7 +127,10 @@ def _items(
 
 
 def _value(name: str, node: yaml.Node, place: Place) -> Any:
-    value = yaml.SafeLoader("").construct_document(node)
+    try:
+        value = yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # tags that are not safe, dates that are none
+        raise UsageError(f"{place}: {name.replace('_', '-')}: {getattr(e, 'problem', None) or e}") from e
     if name == "format":
         return str(value)
     if name == "adapters":
