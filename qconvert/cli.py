@@ -147,7 +147,8 @@ def verify(
 ) -> None:
     """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from.
 
-    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other.
+    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other; and
+    where --certify put a certificate into it, prove it by that.
     """
     from qconvert.printing import report_text
     from qconvert.verification import verify_file
@@ -156,7 +157,7 @@ def verify(
     if against is None:
         if adapters:
             raise click.UsageError("-a needs --against MODEL")
-        look_over(file, json_file, quiet)
+        look_over(file, json_file, quiet, threads)
     report = verify_file(file, against, adapters, threads)
     if not quiet:
         click.echo(report_text(report), err=json_file == "-")
@@ -164,14 +165,19 @@ def verify(
     sys.exit(report.exit)
 
 
-def look_over(file: Path, json_file: str | None, quiet: bool) -> NoReturn:
+def look_over(file: Path, json_file: str | None, quiet: bool, threads: int | None) -> NoReturn:
+    from qconvert.certifying import certificate_report
     from qconvert.doctor import diagnose, diagnosis_text
+    from qconvert.printing import report_text
 
-    found = diagnose(file)
-    if not quiet or found.exit:
+    found, report = diagnose(file), certificate_report(file, threads)
+    code = max(found.exit, report.exit if report else 0)
+    if not quiet or code:
         click.echo(diagnosis_text(found), err=json_file == "-")
-    dump(found.data(), json_file)
-    sys.exit(found.exit)
+        if report:
+            click.echo(report_text(report), err=json_file == "-")
+    dump({**found.data(), **({"certificate": report.data()} if report else {}), "exit": code}, json_file)
+    sys.exit(code)
 
 
 def set_up_log(quiet: bool, verbose: bool) -> None:
