@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qconvert.certificate import KEY, Answers, Expected, Located
 from qconvert.emit import FilePlan
-from qconvert.errors import uninterrupted
+from qconvert.errors import InputError, uninterrupted
 from qconvert.sources import inside
 from qconvert.target import Lowered
 from qconvert.weights import Weights
@@ -33,7 +33,10 @@ class Certifier:
 
     def files(self, first: Path, names: Sequence[str]) -> list[Path]:
         """Beside the model, which may itself lie in a folder of the output."""
-        root = first.parents[len(Path(names[0]).parts) - 1]
+        depth = len(Path(names[0]).parts)
+        if not 0 < depth <= len(first.parents):
+            raise InputError(f"{first} does not lie in {names[0]!a}, as its certificate says")
+        root = first.parents[depth - 1]
         return [first, *(inside(root, name) for name in names[1:])]
 
     def located(self, files: Sequence[Path]) -> list[Located]:

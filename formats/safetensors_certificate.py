@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qconvert.certificate import KEY, Answers, Expected, Located
 from qconvert.emit import FilePlan
-from qconvert.errors import VerificationError, uninterrupted
+from qconvert.errors import InputError, VerificationError, uninterrupted
 from qconvert.placement import ALIGNMENT as ARENA
 from qconvert.reals import Reals
 from qconvert.report import Row
@@ -71,6 +71,7 @@ class Certifier:
         with uninterrupted():
             from qconvert import check
             from qconvert.build import build
+            from qconvert.companions import n_vocab
             from qconvert.formats import safetensors_check as checks
             from qconvert.formats.safetensors_dialects import dialect_of
             from qconvert.formats.safetensors_verify import dense_dtype, name_of, written_in
@@ -81,6 +82,8 @@ class Certifier:
             checkpoint = read_checkpoint(found, store)
             graph = build(checkpoint)
             weights, facts = Weights(graph, store), written_in(graph, dense_dtype(checkpoint.config))
+            if (worst := max(map(max, prompts))) >= n_vocab(graph):
+                raise InputError(f"{found}: its probes have the token {worst}, of {n_vocab(graph)}")
             named, method = self.certificate(found), method_of(checkpoint.config)
             quant = read_metadata(named[0]).get("qconvert.quant") if named else None
             loading = dialect_of(quant or name_of(method[0] if method else None, facts)).loading(facts)

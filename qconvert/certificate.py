@@ -254,8 +254,10 @@ class Certificate:
     qconvert: str = __version__
     version: int = VERSION
 
-    def rows(self) -> list[Row]:
-        return [Row(*row) for row in self.checks]
+    def told(self) -> str:
+        """What it was when it was made, in a line."""
+        by = f"verified in {' '.join(self.runtime.values())}" if self.verified and self.runtime else "not verified"
+        return f"made by qconvert {self.qconvert}, {by} then; manifest {self.manifest}"
 
     def text(self) -> str:
         """JSON in ASCII, with a seal: the sha256 of all the rest."""

@@ -159,7 +159,8 @@ def certificate_report(path: Path, threads: int | None = None) -> Report | None:
     finally:
         log.setLevel(log_level)
     facts = {"file": path.name, "manifest": certificate.manifest, "qconvert": certificate.qconvert}
-    return Report([], [*rows, *answers], runtime, pipeline=certificate.pipeline, provenance=facts)
+    notes = [certificate.told()]
+    return Report([], [*rows, *answers], runtime, notes=notes, pipeline=certificate.pipeline, provenance=facts)
 
 
 def digest_rows(certifier: Certifier, certificate: Certificate, first: Path, text: str, threads: int) -> list[Row]:
@@ -169,6 +170,8 @@ def digest_rows(certifier: Certifier, certificate: Certificate, first: Path, tex
         files = certifier.files(first, names)
         if missing := [path for path in files if not path.is_file()]:
             raise InputError(f"{missing[0]} is missing")
+        if len(files) != len(names):
+            raise InputError(f"it has {len(files)} files, its certificate has {len(names)}")
         now = c.digests(certifier, files, threads, c.raw(text, certifier.quoted))
     except QConvertError as e:
         return [judged(FILES, "cannot be read", 1.0, 0.0, e.message)]
@@ -210,7 +213,7 @@ def answer_rows(
         from qconvert.check import LIMITS
     try:
         asked = p.probes_of(certificate.probes, str(found))
-        if asked.kind not in LIMITS:
+        if asked.kind not in LIMITS or not asked.kind.startswith(what):
             raise InputError(f"{found}: its probes are judged by {asked.kind[:40]!a}, which this qconvert does not know")
         answers = certifier.answers(found, asked.tokens, threads)
         return compared(asked, answers, LIMITS[asked.kind][0])

@@ -18,6 +18,7 @@ from qconvert.scheme import Array
 TOP = 64
 LENGTH = 32  # tokens of a prompt
 PROMPTS = 4
+MOST = 4096  # tokens of prompts that a file is asked for
 NBYTES = 2 * PROMPTS * (LENGTH * (8 * TOP + 8) * 4 // 3 + 4) + 12 * PROMPTS * LENGTH  # of both models' answers as text
 
 
@@ -52,8 +53,10 @@ def probes_of(data: Mapping[str, Any], where: str) -> Probes:
         tokens = [[int(i) for i in prompt] for prompt in data["tokens"]]
         reference, expected = ([read(t, len(p)) for t, p in zip(data[side], tokens, strict=True)]
                                for side in ("reference", "expected"))  # fmt: skip
-        if data["metric"] not in METRICS or not tokens:
+        if data["metric"] not in METRICS:
             raise ValueError(f"no metric is called {data['metric']!r}")
+        if not 0 < sum(map(len, tokens)) <= MOST or min(map(min, tokens)) < 0:
+            raise ValueError(f"prompts of {sum(map(len, tokens))} tokens")
         return Probes(tokens, str(data["kind"]), str(data["metric"]), reference, expected)
 
 
