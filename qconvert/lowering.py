@@ -21,6 +21,7 @@ from qconvert.adapters import read_adapter
 from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.calibrated import calibrated, statistics_wanted
+from qconvert.certifying import with_room
 from qconvert.companions import tokenizer_of
 from qconvert.errors import Place, UnsupportedError, UsageError, located, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
@@ -101,6 +102,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     told = (*source.notes, *told, *refits, *refuse_rounding(final, request.allow_lossy))
     legal = legal._replace(notes=(*legal.notes, *told, *refuse_erasing(final, source.store, request)))
     plan = target.plan(final, options, legal, Path(request.output or target.default_path(source, merged, options)))
+    plan = with_room(request, plan, final)
     if budget:
         assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
     pipeline = ",".join(filter(None, (spec, str(first), solving.fold, str(last))))
@@ -173,7 +175,7 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+        return Weights(graph, source.store), with_room(request, target.plan(graph, mixed, legal, path), graph).nbytes
 
     with torch_threads_of(request):
         n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)

@@ -94,6 +94,10 @@ GATES: tuple[Decorator, ...] = (
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here."),
+    click.option("--certify", is_flag=True,
+                  help="Put into the output what `verify FILE` needs to prove it anywhere without the model; about 0.2 MB."),
+    click.option("--manifest", type=click.Path(path_type=Path), metavar="FILE",
+                  help="Write inputs, recipe, versions, checks and every weight's sha256 there, and SHA256SUMS beside it."),
     click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
     click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M."),

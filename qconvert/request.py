@@ -65,6 +65,8 @@ class Request:
     baseline_tolerance: float = 0.05
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
+    manifest: Path | None = None  # a file; SHA256SUMS lies beside it
+    certify: bool = False
     target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs

@@ -97,6 +97,16 @@ class Store:
         _check_range(ref, "columns", begin, end, shape[1])
         return file.read_columns(name, begin, end)
 
+    def files(self) -> dict[str, Path]:
+        """Every file of tensors that was opened, by ALIAS/FILE."""
+        with self._lock:
+            return {f"{alias}/{name}": self.roots[alias] / name for alias, name in self._files}
+
+    def folders(self) -> dict[str, Path]:
+        """By alias, the folders of which more than one file of tensors may be read."""
+        with self._lock:
+            return {alias: root for alias, root in self.roots.items() if alias not in self._single}
+
     def close(self) -> None:
         """Close all files. A later read opens them again."""
         with self._lock:
