@@ -13,14 +13,15 @@ QConvertError                 1  a bug in qconvert, where nothing below fits
 ├── GateError                 7  a quality gate failed
 ├── NotVerifiedError          8  not verified where --require-verified asked for it
 ├── Interrupted             130  by Ctrl-C; what was done can be resumed
-└── GraphError                1  a pass left an invalid graph
+├── GraphError                1  a pass left an invalid graph
+└── OutputsError                 of several outputs some were not made: the code of the first of these
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -104,6 +105,15 @@ class Interrupted(QConvertError):
 
 class GraphError(QConvertError):
     pass
+
+
+class OutputsError(QConvertError):
+    """Of several outputs some were not made. results: of all, in the order of the requests (conversion.Result)."""
+
+    def __init__(self, message: str, exit_code: int, results: Sequence[object]) -> None:
+        super().__init__(message, hint="the others have their files")
+        self.exit_code = exit_code
+        self.results = results
 
 
 # what Python raises where nested data has other types, keys or lengths than were counted on
