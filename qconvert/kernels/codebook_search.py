@@ -20,20 +20,20 @@ MASK = (1 << LENGTH) - 1
 
 
 @njit(forceinline=True)
-def _closest(row, X, R, at, stride, width, steps, first, T, E, words, begin, length):  # type: ignore[no-untyped-def]
+def _closest(row, X, R, at, stride, width, steps, T, E, words, begin, length):  # type: ignore[no-untyped-def]
     """Of words[begin : begin + length] the first with the least sum of R * (level - X)**2.
 
-    Weight i of the group is X[at + i * stride]; steps[first : first + 16] are its levels, over and over; T f32[8 * 16] and
+    Weight i of the group is X[at + i * stride]; steps f32[16] its levels, over and over; T f32[8 * 16] and
     E i32[16] are scratch.
     """
     n, bits = count(row), 2 if width == 8 else 3
     if n == 1:
         for i in range(width):
             for level in range(1 << bits):
-                difference = steps[first + level] - X[at + i * stride]
+                difference = steps[level] - X[at + i * stride]
                 T[i * 8 + level] = R[at + i * stride] * difference * difference
     else:
-        levels = load(row, steps, first)
+        levels = load(row, steps, 0)
         for i in range(width):
             difference = levels - spread(row, X, at + i * stride)
             store(T, i * n, spread(row, R, at + i * stride) * difference * difference)
@@ -58,6 +58,34 @@ def _closest(row, X, R, at, stride, width, steps, first, T, E, words, begin, len
         place = min(place, E[lane] * n + lane)
         least &= least - U(1)
     return words[begin + min(place, length - 1)]
+
+
+@njit(forceinline=True)
+def _settle(lanes, row, X, R, at, width, S, C, levels, second, wanted, cells, steps, T, E, words, to):  # type: ignore[no-untyped-def]
+    """The word of the entry that stands for a group of each lane, from X[at] on, whose cell is C, at the scale S f32[n].
+
+    To words[to : to + n], FAR set where it was searched for, in lanes of `wanted`. levels f32[16]: the values that levels
+    stand for, over and over; from 16 on those of lanes that are in `second`.
+    """
+    far = U(0)
+    for lane in range(count(lanes)):
+        span = cells.spans[C[lane]]
+        words[to + lane] = cells.words[span >> LENGTH]
+        far |= U((span & MASK) != 0) << U(lane)
+    far &= wanted
+    while far:
+        lane = first_bit(far)
+        far &= far - U(1)
+        span, begin = cells.spans[C[lane]], 16 if second >> U(lane) & U(1) else 0
+        for i in range(0, 16, count(row)):
+            store(steps, i, S[lane] * load(row, levels, begin + i))
+        found = _closest(row, X, R, at + lane, count(lanes), width, steps, T, E, cells.words, span >> LENGTH, span & MASK)
+        words[to + lane] = np.int32(found) | FAR
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def settle_octets(lanes, row, X, R, at, S, C, levels, second, wanted, cells, steps, T, E, words, to):  # type: ignore[no-untyped-def]
+    _settle(lanes, row, X, R, at, 8, S, C, levels, second, wanted, cells, steps, T, E, words, to)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -85,17 +113,4 @@ def _points(lanes, row, X, R, size, width, factor, scale, odd, cells, wanted, S,
             level = nearest_any(F(0.5) * (factor * load(lanes, X, (group * width + i) * n) - F(1)))
             cell = cell * radix + minimum(maximum(level, 0), radix - 1)
         store(C, 0, cell)
-        far = U(0)
-        for lane in range(n):
-            span = cells.spans[C[lane]]
-            words[group * n + lane] = cells.words[span >> LENGTH]
-            far |= U((span & MASK) != 0) << U(lane)
-        far &= wanted
-        while far:
-            lane = first_bit(far)
-            far &= far - U(1)
-            span, at = cells.spans[C[lane]], group * width * n + lane
-            for i in range(0, 16, count(row)):
-                store(steps, i, S[lane] * load(row, odd, i))
-            found = _closest(row, X, R, at, n, width, steps, 0, T, E, cells.words, span >> LENGTH, span & MASK)
-            words[group * n + lane] = np.int32(found) | FAR
+        _settle(lanes, row, X, R, group * width * n, width, S, C, odd, U(0), wanted, cells, steps, T, E, words, group * n)

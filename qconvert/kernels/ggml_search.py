@@ -48,6 +48,8 @@ KERNELS: dict[str, Kernel] = {
     "iq2_s": Kernel("codebook_quants", 82, 8, 16),
     "iq2_xs": Kernel("codebook_quants", 74, 8, 16, needs=True),
     "iq2_xxs": Kernel("codebook_quants", 66, 8, 16, needs=True),
+    "iq1_m": Kernel("codebook_ternary", 56, 8, 16),
+    "iq1_s": Kernel("codebook_ternary", 50, 8, 16, needs=True),
 }
 
 
