@@ -18,14 +18,16 @@ def lines(group: str) -> list[str]:
 
 def types() -> list[str]:
     """Usual names of the mixes, and the tensor types with their bits per weight."""
-    from qconvert.formats.gguf_mix import BITS, FILE_TYPES
+    from qconvert.formats.gguf_mix import BITS
+    from qconvert.formats.gguf_mix_rules import FILE_TYPES
     from qconvert.formats.onnx import QUANTS
-    from qconvert.scheme import SCHEMES
+    from qconvert.scheme import GGML_SCHEMES
 
     by_bits = {name: f"--bits {bits}" for bits, name in BITS.items()}
     mixes = [(name, f"mostly {t.default}", by_bits.get(name, "")) for name, t in FILE_TYPES.items()]
     tensors = [
-        (s.name, f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}") for s in SCHEMES.values()
+        (s.name, f"{s.code_bits:g} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}")
+        for s in GGML_SCHEMES.values()
     ]
     dialects = table([(name,) for name in registry.entries("dialects")]).splitlines()
     return ["mixes (--quant)", *table(mixes).splitlines(), "tensor types (--tensor-type)", *table(tensors).splitlines(),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from qconvert.graph import Attr
 from qconvert.pipeline import parsed
-from qconvert.scheme import LATTICES, MINIFLOATS, SCB, SCHEMES, TERNARY, Scheme
+from qconvert.scheme import GGML_SCHEMES, LATTICES, MINIFLOATS, SCB, TERNARY, Scheme
 
 
 class Chosen(NamedTuple):
@@ -76,11 +76,11 @@ def _registered(name: str) -> Callable[[Scheme], str | None]:
 
 
 def _search(scheme: Scheme) -> str | None:
-    return None if scheme.name in SCHEMES else "it is ggml's own, of GGUF's types (mse is the one of others)"
+    return None if scheme.name in GGML_SCHEMES else "it is ggml's own, of GGUF's types (mse is the one of others)"
 
 
 def _mse(scheme: Scheme) -> str | None:
-    if scheme.name in SCHEMES:
+    if scheme.name in GGML_SCHEMES:
         return "GGUF's types have search and lsq"
     if scheme.name in TERNARY or scheme.name in SCB:
         return "its scale is another library's, absmean or absmax"

@@ -290,7 +290,8 @@ pick4, pick8 = _picker(4), _picker(8)
 def _picked(builder: Any, entries: Any, index: Any, size: int) -> Any:
     """One of `size` entries in every lane; they fill a register over and over."""
     width, lanes = entries.type.count, index.type.count
-    parts = [_permute(builder, entries, _shuffle(builder, index, list(range(i, i + width))), size) for i in range(0, lanes, width)]
+    some = [_shuffle(builder, index, list(range(i, i + width))) for i in range(0, lanes, width)]
+    parts = [_permute(builder, entries, at, size) for at in some]
     while len(parts) > 1:
         k = parts[0].type.count
         both = ir.Constant(ir.VectorType(I32, 2 * k), list(range(2 * k)))

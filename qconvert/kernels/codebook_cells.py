@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from qconvert.codebooks import entries
+
 LENGTH = 9  # bits of a span that count candidates
 PADDED = 16  # a multiple of so many words has each list: those after its end repeat its first
 DISTANCES = {"iq2_xxs": 2, "iq2_xs": 2, "iq2_s": 1, "iq1_s": 3, "iq1_m": 3, "iq3_xxs": 2, "iq3_s": 3}
@@ -23,23 +25,12 @@ DISTANCES = {"iq2_xxs": 2, "iq2_xs": 2, "iq2_s": 1, "iq1_s": 3, "iq1_m": 3, "iq3
 class Cells(NamedTuple):
     """spans i32[cells]: where a cell's words begin << LENGTH | how many candidates; 0 of them: the one word is the point's own.
 
-    words u16[...]; index u16[words there can be]: the codebook's, of an entry's word.
+    words u16[...]; entry u16[words there can be]: the index in the codebook of an entry's word.
     """
 
     spans: npt.NDArray[np.int32]
     words: npt.NDArray[np.uint16]
-    index: npt.NDArray[np.uint16]
-
-
-@cache
-def entries(name: str) -> npt.NDArray[np.int8]:
-    """The codebook, i8[entries, 4 or 8]."""
-    from gguf import quants
-
-    kind = getattr(quants, name.upper())
-    kind.init_grid()
-    grid: npt.NDArray[np.int8] = kind.grid.reshape(-1, kind.grid.shape[-1]).astype(np.int8)
-    return grid
+    entry: npt.NDArray[np.uint16]
 
 
 @cache
@@ -49,11 +40,11 @@ def cells(name: str) -> Cells:
     width, (radix, bits) = grid.shape[1], (3, 2) if grid.shape[1] == 8 else (8, 3)
     points = (np.arange(radix**width)[:, None] // radix ** np.arange(width) % radix).astype(np.int16)
     of_entry = (levels << bits * np.arange(width)).sum(1).astype(np.uint16)
-    index = np.zeros(1 << bits * width, np.uint16)
-    index[of_entry] = np.arange(len(grid))
+    entry = np.zeros(1 << bits * width, np.uint16)
+    entry[of_entry] = np.arange(len(grid))
     spans, words = np.zeros(len(points), np.int32), np.zeros(len(points) * (len(grid) + PADDED), np.uint16)
     used = _fill(np.ascontiguousarray(levels.T), points, of_entry, DISTANCES[name], spans, words)
-    return Cells(spans, words[:used].copy(), index)
+    return Cells(spans, words[:used].copy(), entry)
 
 
 @njit(cache=True, nogil=True)

@@ -113,7 +113,9 @@ def _weights(lanes, X, first, size, k, importance, means, S, W):  # type: ignore
 
 
 @njit(forceinline=True)
-def _super_blocks(lanes, row, x, k, importance, out, cells, size, width, points, steps, odd, tiny, even, again, factor, finish, nbytes):  # type: ignore[no-untyped-def]
+def _super_blocks(  # type: ignore[no-untyped-def]
+    lanes, row, x, k, importance, out, cells, size, width, points, steps, odd, tiny, even, again, factor, finish, nbytes
+):
     """All super-blocks of x: fit their sub-blocks of `size` in groups of `width`, then `finish` each.
 
     factor: of the squares in the mean that weights hold.
@@ -181,7 +183,7 @@ def _super_blocks(lanes, row, x, k, importance, out, cells, size, width, points,
                 bits = select(turned, 255 - bits, bits)
                 store(signs, octet * stride + lane, select(skipped, 0, bits))
         for block in range(first // per, min((first + stride) // per, blocks)):
-            finish(row, out, block * nbytes, scales, block * per - first, cells.index, best, signs, stride)
+            finish(row, out, block * nbytes, scales, block * per - first, cells.entry, best, signs, stride)
 
 
 @njit(forceinline=True)
@@ -214,26 +216,26 @@ def _word_of_signs(signs, at, stride, step):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _finish_iq2_xxs(row, out, o, scales, at, index, words, signs, stride):  # type: ignore[no-untyped-def]
+def _finish_iq2_xxs(row, out, o, scales, at, entry_of, words, signs, stride):  # type: ignore[no-untyped-def]
     L = np.empty(8, np.int64)
     if not _put_scales(row, out, o, scales, at, 8, F(1), L):
         out[o : o + 66] = U8(0)
         return
     for j in range(8):
         for group in range(4):
-            out[o + 2 + 8 * j + group] = U8(index[words[group * stride + at + j] & 0xFFFF])
+            out[o + 2 + 8 * j + group] = U8(entry_of[words[group * stride + at + j] & 0xFFFF])
         _put(out, o + 6 + 8 * j, _word_of_signs(signs, at + j, stride, L[j]), 4)
 
 
 @njit(forceinline=True)
-def _finish_iq3_xxs(row, out, o, scales, at, index, words, signs, stride):  # type: ignore[no-untyped-def]
+def _finish_iq3_xxs(row, out, o, scales, at, entry_of, words, signs, stride):  # type: ignore[no-untyped-def]
     L = np.empty(8, np.int64)
     if not _put_scales(row, out, o, scales, at, 8, F(1.0125), L):
         out[o : o + 98] = U8(0)
         return
     for j in range(8):
         for group in range(8):
-            out[o + 2 + 8 * j + group] = U8(index[words[group * stride + at + j] & 0xFFF])
+            out[o + 2 + 8 * j + group] = U8(entry_of[words[group * stride + at + j] & 0xFFF])
         _put(out, o + 66 + 4 * j, _word_of_signs(signs, at + j, stride, L[j]), 4)
 
 
@@ -244,7 +246,7 @@ def _put_nibbles(out, o, L, n):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _finish_iq2_xs(row, out, o, scales, at, index, words, signs, stride):  # type: ignore[no-untyped-def]
+def _finish_iq2_xs(row, out, o, scales, at, entry_of, words, signs, stride):  # type: ignore[no-untyped-def]
     L = np.empty(16, np.int64)
     if not _put_scales(row, out, o, scales, at, 16, F(1), L):
         out[o : o + 74] = U8(0)
@@ -252,19 +254,19 @@ def _finish_iq2_xs(row, out, o, scales, at, index, words, signs, stride):  # typ
     for j in range(16):
         for group in range(2):
             place = group * stride + at + j
-            _put(out, o + 2 + 4 * j + 2 * group, index[words[place] & 0xFFFF] | (signs[place] & 127) << 9, 2)
+            _put(out, o + 2 + 4 * j + 2 * group, entry_of[words[place] & 0xFFFF] | (signs[place] & 127) << 9, 2)
     _put_nibbles(out, o + 66, L, 16)
 
 
 @njit(forceinline=True)
-def _finish_iq2_s(row, out, o, scales, at, index, words, signs, stride):  # type: ignore[no-untyped-def]
+def _finish_iq2_s(row, out, o, scales, at, entry_of, words, signs, stride):  # type: ignore[no-untyped-def]
     L = np.empty(16, np.int64)
     _put_scales(row, out, o, scales, at, 16, F(0.9875), L)
     for j in range(8):
         high = 0
         for i in range(4):
             place = i % 2 * stride + at + 2 * j + i // 2
-            entry = index[words[place] & 0xFFFF]
+            entry = entry_of[words[place] & 0xFFFF]
             out[o + 2 + 4 * j + i], out[o + 34 + 4 * j + i] = U8(entry & 255), U8(signs[place])
             high |= entry >> 8 << 2 * i
         out[o + 66 + j] = U8(high)
@@ -272,13 +274,13 @@ def _finish_iq2_s(row, out, o, scales, at, index, words, signs, stride):  # type
 
 
 @njit(forceinline=True)
-def _finish_iq3_s(row, out, o, scales, at, index, words, signs, stride):  # type: ignore[no-untyped-def]
+def _finish_iq3_s(row, out, o, scales, at, entry_of, words, signs, stride):  # type: ignore[no-untyped-def]
     L = np.empty(8, np.int64)
     _put_scales(row, out, o, scales, at, 8, F(1.033), L)
     for j in range(8):
         high = 0
         for group in range(8):
-            entry = index[words[group * stride + at + j] & 0xFFF]
+            entry = entry_of[words[group * stride + at + j] & 0xFFF]
             out[o + 2 + 8 * j + group] = U8(entry & 255)
             high |= entry >> 8 << group
         out[o + 66 + j] = U8(high)
@@ -289,24 +291,29 @@ def _finish_iq3_s(row, out, o, scales, at, index, words, signs, stride):  # type
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq2_xxs(lanes, row, x, k, importance, out, cells):  # type: ignore[no-untyped-def]
-    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 8, octets, STEPS_2_XXS, ODD_2, F(1e-15), True, ALL, 1, _finish_iq2_xxs, 66)
+    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 8, octets, STEPS_2_XXS, ODD_2,
+                  F(1e-15), True, ALL, 1, _finish_iq2_xxs, 66)  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq2_xs(lanes, row, x, k, importance, out, cells):  # type: ignore[no-untyped-def]
-    _super_blocks(lanes, row, x, k, importance, out, cells, 16, 8, octets, STEPS_2, ODD_2, F(1e-15), True, FAR_GROUPS, 1, _finish_iq2_xs, 74)
+    _super_blocks(lanes, row, x, k, importance, out, cells, 16, 8, octets, STEPS_2, ODD_2,
+                  F(1e-15), True, FAR_GROUPS, 1, _finish_iq2_xs, 74)  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq2_s(lanes, row, x, k, importance, out, cells):  # type: ignore[no-untyped-def]
-    _super_blocks(lanes, row, x, k, importance, out, cells, 16, 8, octets, STEPS_2, ODD_2, F(1e-8), False, FAR_GROUPS, 2, _finish_iq2_s, 82)
+    _super_blocks(lanes, row, x, k, importance, out, cells, 16, 8, octets, STEPS_2, ODD_2,
+                  F(1e-8), False, FAR_GROUPS, 2, _finish_iq2_s, 82)  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq3_xxs(lanes, row, x, k, importance, out, cells):  # type: ignore[no-untyped-def]
-    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 4, quartets, STEPS_3_XXS, ODD_3, F(1e-8), True, FAR_GROUPS, 2, _finish_iq3_xxs, 98)
+    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 4, quartets, STEPS_3_XXS, ODD_3,
+                  F(1e-8), True, FAR_GROUPS, 2, _finish_iq3_xxs, 98)  # fmt: skip
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def iq3_s(lanes, row, x, k, importance, out, cells):  # type: ignore[no-untyped-def]
-    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 4, quartets, STEPS_3, ODD_3, LEAST, False, BLOCKS_WITH_FAR, 2, _finish_iq3_s, 110)
+    _super_blocks(lanes, row, x, k, importance, out, cells, 32, 4, quartets, STEPS_3, ODD_3,
+                  LEAST, False, BLOCKS_WITH_FAR, 2, _finish_iq3_s, 110)  # fmt: skip

@@ -100,7 +100,7 @@ def quartets(lanes, row, X, R, size, factor, scale, odd, cells, wanted, S, C, st
 
 @njit(forceinline=True)
 def _points(lanes, row, X, R, size, width, factor, scale, odd, cells, wanted, S, C, steps, T, E, words):  # type: ignore[no-untyped-def]
-    """The word of the entry that stands for each group of each lane's sub-block X f32[size * n], at `scale`; factor its inverse.
+    """The word of the entry that stands for each group of each lane's sub-block X f32[size * n], at `scale`, 1 / factor.
 
     To words i32[size / width * n], FAR set where it was searched for: in lanes whose bit is set in `wanted`. Others are any.
     odd f32[16]: 1, 3, 5 ..., 2 levels + 1, over and over. S f32[n], C i32[n], steps f32[16], T, E are scratch.

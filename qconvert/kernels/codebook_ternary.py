@@ -237,7 +237,7 @@ def _super_blocks(lanes, row, x, k, importance, out, cells, size, tiny, finish, 
                 store(words, at, select(nothing, 0, load(lanes, words, at) & 0xFFFF))
         for block in range(first // per, min((first + stride) // per, blocks)):
             at = block * per - first
-            finish(lanes, row, x, block, W, out, block * nbytes, scales, at, cells.index, words, moves, stride)
+            finish(lanes, row, x, block, W, out, block * nbytes, scales, at, cells.entry, words, moves, stride)
 
 
 @njit(forceinline=True)
@@ -255,14 +255,14 @@ def _of_eight(scale, inverse):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _finish_iq1_s(lanes, row, x, block, W, out, o, scales, at, index, words, moves, stride):  # type: ignore[no-untyped-def]
+def _finish_iq1_s(lanes, row, x, block, W, out, o, scales, at, entry_of, words, moves, stride):  # type: ignore[no-untyped-def]
     d = _step(scales, at, 8)
     put_half(row, out, o, d * F(1.125))
     inverse = F(1) / d
     for j in range(8):
         high = 0
         for octet in range(4):
-            entry = index[words[octet * stride + at + j]]
+            entry = entry_of[words[octet * stride + at + j]]
             out[o + 2 + 4 * j + octet] = U8(entry & 255)
             high |= entry >> 8 << 3 * octet
         if d != F(0):
@@ -271,7 +271,7 @@ def _finish_iq1_s(lanes, row, x, block, W, out, o, scales, at, index, words, mov
 
 
 @njit(forceinline=True)
-def _finish_iq1_m(lanes, row, x, block, W, out, o, scales, at, index, words, moves, stride):  # type: ignore[no-untyped-def]
+def _finish_iq1_m(lanes, row, x, block, W, out, o, scales, at, entry_of, words, moves, stride):  # type: ignore[no-untyped-def]
     """The one f16 is fitted to all weights once the steps are known; its four parts stand above those of 4 sub-blocks each."""
     n, d = count(lanes), _step(scales, at, 16)
     inverse, sum_qx, sum_q2 = F(1) / d, F(0), F(0)
@@ -283,7 +283,7 @@ def _finish_iq1_m(lanes, row, x, block, W, out, o, scales, at, index, words, mov
             high = 0
             for octet in range(2):
                 word, down = words[octet * stride + at + j], moves[at + j] >> (1 - octet) & 1
-                entry = index[word]
+                entry = entry_of[word]
                 out[o + 2 * j + octet] = U8(entry & 255)
                 high |= (entry >> 8 | (down << 3 if d != F(0) else 0)) << 4 * octet
                 for m in range(8):

@@ -11,7 +11,7 @@ import numpy as np
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.kernels.codebook_cells import cells
 from qconvert.kernels.lanes import Lanes, choose
-from qconvert.scheme import CODEBOOKS, F32, SCHEMES, Bytes
+from qconvert.scheme import F32, GGML_SCHEMES, SCHEMES, Bytes
 
 
 class Kernel(NamedTuple):
@@ -65,7 +65,7 @@ def search(
     """
     if scheme not in KERNELS:
         raise UnsupportedError(f"no search quantizer for {scheme!r}", hint=f"there are {', '.join(KERNELS)}")
-    where, (n, k), block = KERNELS[scheme], x.shape, (SCHEMES.get(scheme) or CODEBOOKS[scheme]).block
+    where, (n, k), block = KERNELS[scheme], x.shape, GGML_SCHEMES[scheme].block
     if k % block:
         raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
     if where.needs and importance is None:
