@@ -25,7 +25,7 @@ from qconvert.graph import Graph, Node
 from qconvert.hessians import Factors
 from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, LATTICES, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, GGML_SCHEMES, LATTICES, MINIFLOATS, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.shared_rows import Shared
 from qconvert.solved_weights import gives_codes, solved
@@ -279,7 +279,7 @@ def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTenso
         return lattice_weights.quantized(w, name, node, begin, end)
     if gives_codes(node):
         return solved(w, name, node, begin, end, partial(_must_be_finite, w))
-    if node.type.dtype in SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
+    if node.type.dtype in GGML_SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
     codes = from_bits(packed, scheme.bits, node.type.dims[-1])

@@ -16,7 +16,7 @@ FLOORS: dict[float, str] = {
     "quip_words",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
     "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
-    "hessians own_solvers solving solved_weights recover lattice_weights patterns shared_rows lockstep",
+    "hessians own_solvers solving solved_weights recover lattice_weights patterns shared_rows lockstep codebooks",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
