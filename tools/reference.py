@@ -21,7 +21,7 @@ import click
 
 import qconvert
 from qconvert import conversion, errors, graph, pipeline, registry, report, request, scheme, solving, target
-from qconvert.cli import INTERRUPTED, cli
+from qconvert.cli import cli
 from qconvert.formats.gguf_mix import BITS, FILE_TYPES
 from qconvert.formats.onnx import QUANTS
 from qconvert.formats.safetensors_dialects import Wanted
@@ -73,7 +73,7 @@ def flags() -> str:
 
 
 def exits() -> str:
-    lines = [line for line in (errors.__doc__ or "").splitlines() if re.search(r"\s\d  ", line)]
+    lines = [line for line in (errors.__doc__ or "").splitlines() if re.search(r"\s\d+  ", line)]
     about: dict[int, list[str]] = {}
     for line in lines:
         name, code, what = re.split(r"\s{2,}", re.sub("[│├└─]", " ", line).strip(), maxsplit=2)
@@ -81,7 +81,6 @@ def exits() -> str:
         assert getattr(errors, name).exit_code == int(code), line
     rows = [(str(code), "<br>".join(what)) for code, what in sorted(about.items())]
     rows = [("0", "converted, and verified or said plainly not to be"), *rows]
-    rows.append((str(INTERRUPTED), "interrupted; the same command goes on where it stopped"))
     said = "A failure prints `error:` and, where there is a way out, `hint:` on standard error; `--json` has both."
     return f"# Exit codes\n\n{said}\n\n{table(('exit', 'kind of error in Python, and what it means'), rows)}"
 
