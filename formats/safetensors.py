@@ -17,6 +17,7 @@ from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.findings import Finding
+from qconvert.formats.safetensors_certificate import Certifier
 from qconvert.formats.safetensors_config import config_of
 from qconvert.formats.safetensors_dialects import (
     PLAIN,
@@ -167,6 +168,9 @@ class Safetensors:
     def find(self, path: Path) -> Path | None:
         """A model's folder of safetensors; see safetensors_verify."""
         return checkpoint_folder(path)
+
+    def certifier(self) -> Certifier:
+        return Certifier()
 
     def inspect(self, path: Path) -> Contents:
         return contents(path)

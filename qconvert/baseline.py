@@ -88,7 +88,7 @@ def read_baseline(path: Path, tolerance: float, report: Report, text: Path | Non
         baseline = Baseline(path, of_type[0], tolerance)
         refuse_another_model(path, baseline.data["provenance"], report.provenance)
         refuse_unmeasured(path, baseline.data, text)
-        tuple(baseline.limits())
+        tuple(baseline.limits()), baseline.fallbacks, baseline.lost(())  # all that is read of it
         return baseline
 
 

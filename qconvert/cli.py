@@ -24,9 +24,7 @@ from qconvert.reports import Run, json_text, put
 
 if TYPE_CHECKING:
     from qconvert.conversion import Result
-    from qconvert.doctor import Diagnosis
     from qconvert.emit import Plan
-    from qconvert.report import Report
 
 BUG = "run again with -v for the traceback, and report it"
 ABOUT = ("quiet", "verbose")  # of the command, not of a conversion
@@ -96,7 +94,7 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
 
     quiet, verbose = [{options.pop(key) for options in runs}.pop() for key in ABOUT]
     set_up_log(quiet, verbose)
-    run.begin(*({"provenance": {"model": options["model"]}, "quant": options["to"]} for options in runs))
+    run.begin(*map(asked_for, runs), baseline=runs[0].get("baseline"))
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
     for options in runs:
@@ -108,6 +106,13 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
             click.echo(report_text(result.report), err=True)
         run.add(result.report.data())
     run.write()
+
+
+def asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of an output that was not begun."""
+    adapters = (str(getattr(each, "path", each)) for each in options["adapters"])
+    to = ":".join(filter(None, (options["to"], options["quant"])))
+    return {"provenance": {"model": "+".join([options["model"], *adapters])}, "quant": to}
 
 
 @cli.command()
@@ -139,8 +144,10 @@ def verify(
 ) -> None:
     """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from.
 
-    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other.
+    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other; and
+    where --certify put a certificate into it, prove it by that.
     """
+    from qconvert.certifying import certificate_report
     from qconvert.doctor import diagnose, diagnosis_text
     from qconvert.printing import report_text
     from qconvert.verification import verify_file
@@ -149,18 +156,19 @@ def verify(
     if against is None and adapters:
         raise click.UsageError("-a needs --against MODEL")
     run.begin({"path": str(file)})
-    found: Diagnosis | Report
     if against is None:
-        found = diagnose(file)
-        said = diagnosis_text(found)
+        found, report = diagnose(file), certificate_report(file, threads)
+        said = "\n".join([diagnosis_text(found), *([report_text(report)] if report else [])])
+        proof = report.data() if report else {"exit": 0}
+        data = {**proof, **found.data(), "exit": max(found.exit, proof["exit"])}
     else:
-        found = verify_file(file, against, adapters, threads)
-        said = report_text(found)
-    if not quiet or (against is None and found.exit):
+        report = verify_file(file, against, adapters, threads)
+        said, data = report_text(report), report.data()
+    if not quiet or (against is None and data["exit"]):
         click.echo(said, err=run.prints)
-    run.add(found.data())
+    run.add(data)
     run.write()
-    sys.exit(found.exit)
+    sys.exit(data["exit"])
 
 
 def set_up_log(quiet: bool, verbose: bool) -> None:
@@ -200,6 +208,8 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
 
 def record(run: Run, error: QConvertError, kind: str) -> None:
     """Put into the reports what is known of a command that failed. No second error hides the first."""
+    if not run.targets:
+        return
     try:
         run.fail(error, kind)
         run.write()

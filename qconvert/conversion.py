@@ -16,8 +16,10 @@ from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.beside import beside
 from qconvert.budget import n_weights
 from qconvert.calibration import read_text
+from qconvert.certifying import attested, probes, with_room
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, preflight, written
 from qconvert.errors import ResourceError, UnsupportedError, UsageError, uninterrupted
@@ -26,6 +28,7 @@ from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
 from qconvert.lowering import lower, offload, read_source, torch_threads_of
+from qconvert.manifest import hashing, write_manifest
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.qat_grids import grid_notes, recovered_rows
@@ -106,6 +109,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
     source = read_source(request, store)
     lowered = lower(request, source, target)
     report = describe(request, source, lowered)
+    others = beside(request, source, lowered)
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
@@ -115,20 +119,27 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
         if share := found.get("read_by_calibration", 0):
             why = "the weights were fitted to this text; --eval FILE names another"
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
-        return Proof(rows, runtime, found)
+        return Proof(rows, runtime, found, probes(request, source, lowered, weights, parts, threads))
 
-    return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+    result = write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+    if result.outputs:
+        for path in others.write(result.report):
+            log.info("%-14s %s", "write", path)
+    return result
 
 
 def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress], target: Format) -> Result:
     """A file of the target's own format: its weights change, its graph does not."""
+    if flag := "--card" if request.card else "--modelfile" if request.modelfile else None:
+        raise UnsupportedError(f"{flag}: not for an ONNX model as input, which says nothing of where it is from")
     if not hasattr(target, "rewrite"):
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
     rewriter = cast(Rewriter, target)
     job = rewriter.rewrite(request, store)
+    plan = with_room(request, job.plan, job.graph)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
-        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
+        described(request, job.graph, plan, job.quant, fate_of(job.graph, plan, job.refs)),
         notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
         fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
@@ -136,15 +147,17 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
-    return write(request, job.graph, job.plan, report, store, progress, prove)
+    return write(request, job.graph, plan, report, store, progress, prove)
 
 
 class Proof(NamedTuple):
-    """Rows of all checks, what ran the file, and what quality.quality measured; {"skipped": why} where nothing was."""
+    """Rows of all checks, what ran the file, what quality.quality measured ({"skipped": why} where nothing was), and probes
+    for a certificate."""
 
     rows: list[Row]
     runtime: dict[str, str] | None
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
+    probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
 def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
@@ -185,15 +198,19 @@ def write(
     check_memory()
     weights = Weights(graph, store, device=request.device)
     threads = request.threads or default_threads()
-    with written(plan, weights, threads, progress(plan)) as parts:
+    with hashing(request, store) as sums, written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
             proof = prove(weights, parts, threads)
             proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
         else:
-            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
+            skipped = {"skipped": "--no-check"}
+            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
         report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
         report = gates.after(report)
         demand(report)
+        made = attested(request, plan, parts, report, proof.probes, sums, threads)
+    if made is not None and request.manifest is not None:
+        write_manifest(request.manifest, *made)
     return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
 
 

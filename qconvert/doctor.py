@@ -28,7 +28,14 @@ class Diagnosis(NamedTuple):
         return FAILED if any(f.severity == "error" for f in self.findings) else 0
 
     def data(self) -> dict[str, Any]:
-        return {"path": self.path, "findings": [f._asdict() for f in self.findings], "exit": self.exit}
+        found = [{**f._asdict(), "file": self.file(f)} for f in self.findings]
+        return {"path": self.path, "findings": found, "exit": self.exit}
+
+    def file(self, finding: Finding) -> str:
+        """The file of a folder that a finding's place is, or begins with (config.json: KEY); else the whole."""
+        name = finding.place.partition(":")[0]
+        beside = Path(self.path) / name if name else Path(self.path)
+        return str(beside if beside.is_file() else self.path)
 
 
 def diagnose(path: Path, values: bool = True) -> Diagnosis:

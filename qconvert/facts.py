@@ -5,11 +5,13 @@ Report.data(), Diagnosis.data() or what is known of an error -> Facts: cases tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+from qconvert.findings import UNREAD
 from qconvert.report import number
 
 Group = Literal["checks", "gates", "quality", "findings", "run"]
@@ -21,6 +23,7 @@ MEASURES = (
     ("top1", "top-1 unchanged", True), ("perplexity_ratio", "perplexity ratio", False),
 )  # fmt: skip
 NOT_COMPARED = "its answers were not compared with a model (--against MODEL does)"
+SAID: Mapping[Verdict, str] = {"fail": "failed", "skip": "skipped", "pass": "passed", "info": "for information"}
 SEVERITY: Mapping[str, Verdict] = {"error": "fail", "warning": "info", "note": "info"}
 
 
@@ -40,9 +43,10 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """data: what --json writes of this run."""
+    """data: what --json writes of this run. baseline: the same of the last release, where there is one."""
 
     data: Mapping[str, Any]
+    baseline: Facts | None = None
 
     @cached_property
     def cases(self) -> tuple[Case, ...]:
@@ -54,15 +58,25 @@ class Facts:
         return [c for c in self.cases if c.verdict == verdict]
 
     @property
+    def counts(self) -> dict[Verdict, int]:
+        return {verdict: len(self.of(verdict)) for verdict in get_args(Verdict)}
+
+    @property
     def outputs(self) -> Sequence[Mapping[str, Any]]:
         found: Sequence[Mapping[str, Any]] = self.data.get("outputs", ())
         return found
 
     @property
     def title(self) -> str:
-        """The first file that was made or looked at, else what it was to be made of."""
-        named = self.outputs[0]["path"] if self.outputs else self.data.get("path") or self.source
+        """The first file that was made or looked at, else what was to be made of what."""
+        to = f" to {self.data['quant']}" if self.data.get("quant") else ""
+        named = self.outputs[0]["path"] if self.outputs else self.data.get("path") or f"{self.source}{to}"
         return str(named or "qconvert")
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Format and type: what an output has in common with that of another release."""
+        return (self.outputs[0]["format"] if self.outputs else "", self.data.get("quant", ""))
 
     @property
     def source(self) -> str:
@@ -79,8 +93,8 @@ class Facts:
         """The outcome, and of what, in one line."""
         skipped, outcome = self.of("skip"), self.outcome
         if outcome == "FAILED":
-            first = self.of("fail")[0]
-            return f"{outcome}  {first.reason if first.group == 'run' else first.name}"
+            names = dict.fromkeys(c.reason if c.group == "run" else c.name for c in self.of("fail"))
+            return f"{outcome}  {', '.join(names)}"
         if outcome == "verified":
             also = f"; not checked: {', '.join(c.name for c in skipped)}" if skipped else ""
             return f"{outcome} in {self.data['runtime']['name']} {self.data['runtime']['version']}{also}"
@@ -89,11 +103,15 @@ class Facts:
 
 def _gates(data: Mapping[str, Any]) -> Iterator[Case]:
     for gate in data.get("gates", ()):
-        value, limit = _shown(gate["value"]), f"{gate['bound']} {number(gate['limit'])}"
-        file, _, line = str(gate["place"]).rpartition(":")
-        place = {"file": file, "line": int(line)} if line.isdecimal() else {"file": gate["place"]} if gate["place"] else None
-        reason = "; ".join(filter(None, (f"by {gate['origin']}", gate["reason"])))
-        yield Case("gates", gate["flag"], gate["metric"], value, limit, gate["verdict"], reason, "gate", place)
+        value, limit = _shown(gate["value"]), f"{gate['bound']} {_shown(gate['limit'])}"
+        why = "; ".join(part for part in (gate["reason"], f"limit from {gate['origin']} {gate['place']}".strip()) if part)
+        yield Case("gates", gate["flag"], gate["metric"], value, limit, gate["verdict"], why, "gate", _said_at(gate["place"]))
+
+
+def _said_at(text: str) -> Mapping[str, Any] | None:
+    """The place that FILE:LINE is; a file alone, as a baseline is, is none."""
+    file, _, line = text.rpartition(":")
+    return {"file": file, "line": int(line)} if file and line.isdecimal() else None
 
 
 def _checks(data: Mapping[str, Any]) -> Iterator[Case]:
@@ -121,10 +139,14 @@ def _findings(data: Mapping[str, Any]) -> Iterator[Case]:
     if "findings" not in data:
         return
     for f in data["findings"]:
-        place = {"file": data["path"], "key": f["place"]}
-        yield Case("findings", f["place"], f["severity"], "", "", SEVERITY[f["severity"]], f"{f['what']}; {f['do']}",
-                   "finding", place)  # fmt: skip
-    yield Case("findings", "answers", "", "", "", "skip", NOT_COMPARED, "")
+        verdict = "skip" if f["rule"] == UNREAD else SEVERITY[f["severity"]]
+        why = "; ".join(part for part in (f["what"], f["do"]) if part)
+        place = {"file": f["file"], "key": f["place"]}
+        yield Case("findings", f["place"], f["severity"], "", "", verdict, why, f["rule"], place)
+    if not any(f["severity"] == "error" for f in data["findings"]):
+        yield Case("findings", data["path"], "errors", "0", "", "pass", "", "")
+    if "checks" not in data:  # of a certificate
+        yield Case("findings", "answers", "", "", "", "skip", NOT_COMPARED, "")
 
 
 def _run(data: Mapping[str, Any], told: bool) -> Iterator[Case]:
@@ -133,9 +155,14 @@ def _run(data: Mapping[str, Any], told: bool) -> Iterator[Case]:
         yield Case("run", "run", "", "", "", "skip", why, "")
     elif not told and (error := data.get("error")):
         kind = data.get("kind", "error")
-        yield Case("run", "run", kind, "", "", "fail", error, kind, data.get("place"))
+        rule = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind).lower()
+        yield Case("run", "run", kind, "", "", "fail", error, rule, data.get("place"))
 
 
 def printable(text: str) -> str:
     """Control and other invisible characters as their escapes: names come from files that others made."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def counted(cases: Sequence[Case]) -> str:
+    return ", ".join(f"{n} {said}" for v, said in SAID.items() if (n := sum(c.verdict == v for c in cases))) or "nothing ran"

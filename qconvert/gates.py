@@ -103,15 +103,16 @@ class Gates:
 
     def before(self, report: Report) -> Report:
         """Judged by the plan alone. GateError where that is enough to fail, or where nothing is going to be measured."""
-        self_made = ["--no-check"] if not self.request.check else []
-        unmeasured = [*self_made, *(["--eval-tokens 0"] if self.request.eval_tokens == 0 else [])]
+        unproven = ["--no-check"] if not self.request.check else []
+        unmeasured = [*unproven, *(["--eval-tokens 0"] if self.request.eval_tokens == 0 else [])]
         gates = []
         for limit in self.limits:
+            never = unmeasured if limit.metric.name in QUALITY else unproven
             if limit.metric.planned:
                 gates.append(self.judged(limit, report))
             elif self.request.dry_run:
                 gates.append(gate(limit, None, "skip", "a dry run measures nothing"))
-            elif never := self_made if limit.metric.name not in QUALITY else unmeasured:
+            elif never:
                 gates.append(gate(limit, None, "fail", f"not measured: {never[0]}"))
             else:
                 gates.append(gate(limit, None, "skip", "not measured yet"))
@@ -156,7 +157,7 @@ class Gates:
                 lost = self.baseline.lost(report.checks) if self.baseline else []
                 return len(lost), some(lost)
             case name if name in quality:
-                return quality[name], f"{quality['n_tokens']} tokens of {quality['text']}"
+                return quality[name], ""
         return None, str(quality.get("skipped", "no check ran"))
 
 
@@ -179,7 +180,7 @@ def limits(request: Request, report: Report, baseline: Baseline | None) -> Itera
             continue
         at = parse_nbytes(value) if isinstance(value, str) else float(value)
         if not 0 <= at <= metric.most:
-            raise UsageError(f"{metric.flag} {value}: {'a share, from 0 to 1' if metric.most == 1 else 'not below 0'}")
+            raise UsageError(f"{metric.flag} {at:g}: {'a share, from 0 to 1' if metric.most == 1 else 'not below 0'}")
         place = request.places.get(metric.option, "")
         said[metric.name] = Limit(metric, at, "recipe" if place else "flag", place)
     yield from said.values()
@@ -210,11 +211,12 @@ def demand(report: Report) -> None:
             hint="no file was left; --no-check writes it unverified",
         )
     elif report.exit == NotVerifiedError.exit_code:
-        reason = gates[0].reason
-        error = NotVerifiedError(f"not verified: {reason}", hint="drop --require-verified to keep an unverified file")
+        reason = gates[0].reason.removeprefix("not measured: ")
+        flag = "--gate" if gates[0].origin == "default" else "--require-verified"
+        error = NotVerifiedError(f"not verified: {reason}", hint=f"drop {flag} to keep an unverified file")
     elif gates:
-        many = f"{len(gates)} gates failed: " if len(gates) > 1 else ""
-        error = GateError(many + ";\n  ".join(map(str, gates)), hint=hint_of(gates))
+        many = [f"{len(gates)} gates failed"] if len(gates) > 1 else []
+        error = GateError("\n  ".join([*many, *map(str, gates)]), hint=hint_of(gates))
     else:
         return
     error.report = report

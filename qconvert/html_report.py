@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from qconvert import __version__, plots
-from qconvert.facts import Facts, printable
+from qconvert.facts import Facts, counted, printable
 from qconvert.report import nbytes_text, number
 
 STYLE = """
@@ -57,8 +57,10 @@ def output_parts(facts: Facts) -> list[str]:
     of = ", ".join(said for said in (facts.source, data.get("quant", ""), f"qconvert {__version__}") if said)
     return [
         f"<h1>{escape(printable(facts.title))}</h1>", f"<p>{escape(printable(of))}</p>",
-        f'<p class="{word}">{escape(printable(facts.verdict))}</p>', *tiles(facts), *quality_parts(data.get("quality", {})),
-        *budget_parts(data.get("budget", {})), *byte_parts(data.get("accounting", {})), *cases(facts), *notes(data),
+        f'<p class="{word}">{escape(printable(facts.verdict))}</p>', f"<p>{counted(facts.cases)}</p>",
+        *([f"<p>{escape(printable(data['hint']))}</p>"] if data.get("hint") else []), *tiles(facts),
+        *quality_parts(data.get("quality", {})), *budget_parts(data.get("budget", {})),
+        *byte_parts(data.get("accounting", {})), *cases(facts), *notes(data),
     ]  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from qconvert.facts import Case, Facts, printable
+from qconvert.changes import changes
+from qconvert.facts import SAID, Case, Facts, counted, printable
 from qconvert.report import nbytes_text
 
 # what begins a structure of Markdown or HTML; _ where it does not stand within a word
-STRUCTURE = re.compile(r"[\\`*\[\]&|~#@$]|<(?=[A-Za-z/!?])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-GROUPS = (("run", "Run"), ("gates", "Gates"), ("findings", "Findings"), ("checks", "Checks"))
+STRUCTURE = re.compile(r"\\(?![A-Za-z0-9 ])|[`*\[\]&|~#@$]|<(?=[A-Za-z/!?])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+GROUPS = (("gates", "Gates"), ("findings", "Findings"), ("checks", "Checks"))
 
 
 def markdown_text(outputs: Sequence[Facts]) -> str:
@@ -24,16 +25,18 @@ def markdown_text(outputs: Sequence[Facts]) -> str:
 def output_parts(facts: Facts) -> Iterator[str]:
     yield f"### {text(facts.title)}"
     yield f"**{facts.outcome}**{text(facts.verdict.removeprefix(facts.outcome))}"
+    yield counted(facts.cases) + (f"; exit code {facts.data['exit']}" if facts.data["exit"] else "")
     if facts.data.get("hint"):
         yield f"Hint: {text(facts.data['hint'])}"
-    if facts.source:
-        yield f"From {code(facts.source)}" + (f" to {text(facts.data['quant'])}." if facts.data.get("quant") else ".")
+    if facts.outputs and facts.source:
+        yield f"From {code(facts.source)} to {text(facts.data['quant'])}."
     if facts.outputs:
         yield files(facts)
     for group, name in GROUPS:
         if cases := [c for c in facts.cases if c.group == group]:
             yield case_part(name, cases)
     yield from quality(facts)
+    yield from baseline(facts)
     yield from fallbacks(facts)
     if facts.data.get("notes"):
         yield "\n".join(f"- {text(note)}" for note in facts.data["notes"])
@@ -48,18 +51,14 @@ def files(facts: Facts) -> str:
 
 def case_part(name: str, cases: Sequence[Case]) -> str:
     """Counts, then what failed and what was skipped; the rest is folded away."""
-    counts = ", ".join(f"{n} {said}" for v, said in SAID.items() if (n := sum(c.verdict == v for c in cases)))
     first = [c for v in ("fail", "skip") for c in cases if c.verdict == v]
     rest = [c for c in cases if c not in first]
-    parts = [f"**{name}**: {counts}"]
+    parts = [f"**{name}**: {counted(cases)}"]
     if first:
         parts.append(case_table(first))
     if rest:
         parts.append(folded("the others" if first else f"all {len(rest)}", case_table(rest)))
     return "\n\n".join(parts)
-
-
-SAID = {"fail": "failed", "skip": "skipped", "pass": "passed", "info": "for information"}
 
 
 def case_table(cases: Sequence[Case]) -> str:
@@ -78,6 +77,14 @@ def quality(facts: Facts) -> Iterator[str]:
             head.append("of the fine-tune survives")
             row.append(f"{100 * tune['share']:.1f} %")
         yield f"**Quality** on {text(cases[0].metric)}, against the model as trained\n\n{table(head, [row])}"
+
+
+def baseline(facts: Facts) -> Iterator[str]:
+    """15 lines at most."""
+    if facts.baseline is not None:
+        found = changes(facts.baseline, facts)
+        lines = [f"- {'**worse** ' if c.worse else ''}{text(c.what)}" for c in found]
+        yield "\n".join(["**Since the baseline**:" if lines else "Nothing has changed since the baseline.", *lines])
 
 
 def fallbacks(facts: Facts) -> Iterator[str]:

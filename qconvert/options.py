@@ -94,9 +94,16 @@ GATES: tuple[Decorator, ...] = (
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here."),
+    click.option("--certify", is_flag=True,
+                  help="Put into the output what `verify FILE` needs to prove it anywhere without the model; about 0.2 MB."),
+    click.option("--manifest", type=click.Path(path_type=Path), metavar="FILE",
+                  help="Write inputs, recipe, versions, checks and every weight's sha256 there, and SHA256SUMS beside it."),
     click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
     click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M."),
+    click.option("--card", is_flag=True, help="Write a model card for the Hub: README.md in the output's folder."),
+    click.option("--license", metavar="ID", help="The card's, where model and adapters do not say it, or do not agree."),
+    click.option("--modelfile", is_flag=True, help="GGUF: write a Modelfile for Ollama beside it."),
     click.option("--layout", metavar="FOR", help="ONNX: folder for genai, or transformersjs. Default genai."),
     click.option("--weights-in", metavar="KIND", help="ONNX: weights in data, or safetensors. Default data."),
     click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it."),
@@ -126,6 +133,8 @@ SECTIONS: Mapping[str, tuple[Decorator, ...]] = {
 
 REPORT: tuple[Decorator, ...] = (
     click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
+    click.option("--sarif", metavar="FILE", expose_value=False, help="... as SARIF: what has a place, for code scanning."),
+    click.option("--junit", metavar="FILE", expose_value=False, help="... as JUnit XML, a case for each check."),
     click.option("--markdown", metavar="FILE", expose_value=False, help="... as Markdown, for a job's summary."),
     click.option("--html", metavar="FILE", expose_value=False, help="... as one HTML page, with plots."),
     click.option("--json", metavar="FILE", expose_value=False, help="Write the report as JSON; - for standard output."),

@@ -16,27 +16,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
-from qconvert.errors import UsageError
+from qconvert.errors import Place, UsageError
 from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
 
 Options = dict[str, Any]
 Said = dict[str, "tuple[Any, Place]"]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
 HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name != "places"}
-
-
-class Place(NamedTuple):
-    """Where a value was said."""
-
-    file: Path
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -62,18 +52,18 @@ def read_recipe(path: Path) -> Recipe:
         root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
         raise UsageError(f"--recipe {path}: {e.strerror}") from e
-    except (yaml.MarkedYAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         line = e.problem_mark.line + 1 if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else 1
-        raise UsageError(f"{path}:{line}: not YAML: {getattr(e, 'problem', e)}") from e
+        raise mistake(Place(str(path), line), f"not YAML: {getattr(e, 'problem', e)}") from e
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}: a recipe is a mapping: model, to, …", hint="model: FOLDER")
+        raise mistake(Place(str(path)), "a recipe is a mapping: model, to, …", hint="model: FOLDER")
     common: Said = {}
     outputs: list[Said] = [{}]
     for key, node, place in _items(root, path, set(), (*HINTS, "format", "gates")):
         if key == "to" and isinstance(node, yaml.SequenceNode):
             outputs = [_output(each, path) for each in node.value]
             if not outputs:
-                raise UsageError(f"{place}: to: no output is named", hint="to: [gguf:Q4_K_M]")
+                raise mistake(place, "to: no output is named", hint="to: [gguf:Q4_K_M]")
         else:
             _say(common, key, node, place)
     merged = [{**common, **said} for said in outputs]
@@ -81,36 +71,40 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe(values, tuple({key: str(place) for key, (_, place) in said.items()} for said in merged))
 
 
+def mistake(place: Place, what: str, hint: str | None = None) -> UsageError:
+    return UsageError(f"{place}: {what}", hint=hint, place=place)
+
+
 def _output(node: yaml.Node, path: Path) -> Said:
     """`gguf:Q4_K_M`, or a mapping with `format` and other options of this output alone."""
-    place = Place(path, node.start_mark.line + 1)
+    place = Place(str(path), node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
         return {"to": (str(node.value), place)}
     if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"{place}: an output is gguf:TYPE, or a mapping with format, quant …")
+        raise mistake(place, "an output is gguf:TYPE, or a mapping with format, quant …")
     known = ("format", "gates", *(name for name in HINTS if name not in (*SHARED, "to")))
     found: Said = {}
     for key, value, where in _items(node, path, set(), known):
         _say(found, key, value, where)
     if "to" not in found:
-        raise UsageError(f"{place}: the output says no format", hint="format: gguf")
+        raise mistake(place, "the output says no format", hint="format: gguf")
     return found
 
 
 def _say(said: Said, key: str, node: yaml.Node, place: Place) -> None:
     """Add what a key says; `gates` says what is in it, or `default`."""
     if key == "gates" and isinstance(node, yaml.MappingNode):
-        for name, value, where in _items(node, place.file, set(), ("default", *GATES)):
+        for name, value, where in _items(node, Path(place.file), set(), ("default", *GATES)):
             _say(said, "gate" if name == "default" else name, value, where)
         return
     if key == "gates":
         if node.value != "default":
-            raise UsageError(f"{place}: gates: a mapping was wanted, or default", hint="gates: {max-kl: 0.05}")
+            raise mistake(place, "gates: a mapping was wanted, or default", hint="gates: {max-kl: 0.05}")
         key, value = "gate", True
     else:
         key, value = "to" if key == "format" else key, _value(key, node, place)
     if key in said:
-        raise UsageError(f"{place}: {key.replace('_', '-')} is said twice, at {said[key][1]} too")
+        raise mistake(place, f"{key.replace('_', '-')} is said twice, at {said[key][1]} too")
     said[key] = (value, place)
 
 
@@ -119,21 +113,24 @@ def _items(
 ) -> Iterator[tuple[str, yaml.Node, Place]]:
     """(field, value, place) of each key; keys may be spelt with - or _."""
     for key, value in node.value:
-        place = Place(path, key.start_mark.line + 1)
+        place = Place(str(path), key.start_mark.line + 1)
         name = str(key.value).replace("-", "_")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             spelt = ", ".join(sorted(k.replace("_", "-") for k in known))
             hint = f"did you mean {near[0].replace('_', '-')}?" if near else f"there are {spelt}"
-            raise UsageError(f"{place}: no option is called {key.value!r}", hint=hint)
+            raise mistake(place, f"no option is called {key.value!r}", hint=hint)
         if name in seen:
-            raise UsageError(f"{place}: {key.value} is said twice")
+            raise mistake(place, f"{key.value} is said twice")
         seen.add(name)
         yield name, value, place
 
 
 def _value(name: str, node: yaml.Node, place: Place) -> Any:
-    value = yaml.SafeLoader("").construct_document(node)
+    try:
+        value = yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # tags that are not safe, dates that are none
+        raise UsageError(f"{place}: {name.replace('_', '-')}: {getattr(e, 'problem', None) or e}") from e
     if name == "format":
         return str(value)
     if name == "adapters":
@@ -144,7 +141,7 @@ def _value(name: str, node: yaml.Node, place: Place) -> Any:
         from qconvert.pipeline import split_passes
 
         return tuple(... if p == "..." else p for p in split_passes(str(value)))
-    return _fitting(HINTS[name], value, f"{place}: {name.replace('_', '-')}")
+    return _fitting(HINTS[name], value, place, name.replace("_", "-"))
 
 
 def _adapters(value: object, place: Place) -> tuple[AdapterSpec, ...]:
@@ -154,35 +151,35 @@ def _adapters(value: object, place: Place) -> tuple[AdapterSpec, ...]:
             try:
                 out.append(AdapterSpec(str(each["path"]), float(each.get("weight", 1.0))))
             except (TypeError, ValueError):
-                raise UsageError(f"{place}: adapters: the weight {each['weight']!r} is no number") from None
+                raise mistake(place, f"adapters: the weight {each['weight']!r} is no number") from None
         elif isinstance(each, str):
             out.append(parse_adapter(each))
         else:
-            raise UsageError(f"{place}: adapters: {each!r}", hint="PATH, PATH:WEIGHT or {path: PATH, weight: 0.5}")
+            raise mistake(place, f"adapters: {each!r}", hint="PATH, PATH:WEIGHT or {path: PATH, weight: 0.5}")
     return tuple(out)
 
 
-def _fitting(hint: Any, value: object, what: str) -> Any:
+def _fitting(hint: Any, value: object, place: Place, what: str) -> Any:
     """The value as the option's type has it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         hint = next(a for a in arguments if a is not type(None))
-        return _fitting(hint, value, what)
+        return _fitting(hint, value, place, what)
     if origin is Literal:
         if value not in arguments:
-            raise UsageError(f"{what}: {value!r}", hint=f"one of {', '.join(map(str, arguments))}")
+            raise mistake(place, f"{what}: {value!r}", hint=f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
-        return tuple(_fitting(arguments[0], each, what) for each in (value if isinstance(value, list) else [value]))
+        return tuple(_fitting(arguments[0], each, place, what) for each in (value if isinstance(value, list) else [value]))
     made: Any = hint
     if hint is Path:
         hint = str
     right = isinstance(value, (int, float) if hint is float else hint) and not (isinstance(value, bool) and hint is not bool)
     if not right and not (hint is str and isinstance(value, int | float) and not isinstance(value, bool)):
         named = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-        raise UsageError(f"{what}: {named.get(hint.__name__, hint.__name__)} was wanted, not {value!r}")
+        raise mistake(place, f"{what}: {named.get(hint.__name__, hint.__name__)} was wanted, not {value!r}")
     return made(str(value) if hint is str else value)
 
 

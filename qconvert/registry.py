@@ -47,6 +47,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "onnx": "qconvert.formats.onnx:ONNX",
         "safetensors": "qconvert.formats.safetensors:Safetensors",
     },
+    "usages": {name: f"qconvert.formats.{name}_usage:usage" for name in ("gguf", "onnx", "safetensors")},
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},

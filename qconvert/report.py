@@ -49,9 +49,12 @@ class Gate(NamedTuple):
     def __str__(self) -> str:
         """--max-kl 0.05 (recipe.yaml:7): mean_kl is 0.1; or why it is not known."""
         said = {"flag": "", "recipe": f" ({self.place})", "default": " (default)", "baseline": f" (--baseline {self.place})"}
-        found = "" if self.value is None else f"{self.metric} is {number(self.value)}"
-        limit = "" if self.flag == REQUIRED else f" {number(self.limit)}"
+        found = "" if self.value is None else f"{self.metric} is {self.said(self.value)}"
+        limit = "" if self.flag == REQUIRED else f" {self.said(self.limit)}"
         return f"{self.flag}{limit}{said[self.origin]}: {'; '.join(filter(None, (found, self.reason)))}"
+
+    def said(self, x: float) -> str:
+        return nbytes_text(x) if self.metric == "nbytes" else number(x)
 
 
 class Size(NamedTuple):
@@ -239,8 +242,8 @@ def check_table(rows: Sequence[Row]) -> str:
 def gate_table(gates: Sequence[Gate]) -> str:
     cells = [("", "gate", "metric", "value", "limit", "from")]
     for g in gates:
-        limit = f"{g.bound} {number(g.limit)}"
-        value = "" if g.value is None else number(g.value)
+        limit = f"{g.bound} {g.said(g.limit)}"
+        value = "" if g.value is None else g.said(g.value)
         cells.append((g.verdict, g.flag, g.metric, value, limit, "  ".join(filter(None, (g.origin, g.place, g.reason)))))
     return table(cells)
 

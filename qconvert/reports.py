@@ -35,6 +35,8 @@ FORMS = (
     Form("--json", "report.json", "qconvert.reports", "json_page"),
     Form("--html", "report.html", "qconvert.html_report", "html_page"),
     Form("--markdown", "report.md", "qconvert.markdown_report", "markdown_text"),
+    Form("--junit", "junit.xml", "qconvert.junit_report", "junit_text"),
+    Form("--sarif", "report.sarif", "qconvert.sarif_report", "sarif_text"),
 )
 
 
@@ -45,6 +47,7 @@ class Run:
         self.found: list[Data] = []
         self.asked: list[Data] = [{}]  # what is known of each output before it is begun
         self.targets = [(form, path) for form in FORMS if (path := value_of(form.flag, args))]
+        self.baseline: Path | None = None  # the report of the last release
         self.folder = value_of(DIRECTORY, args)
         if self.folder:
             self.targets += [(form, str(Path(self.folder) / form.file)) for form in FORMS]
@@ -54,9 +57,9 @@ class Run:
         """Whether standard output belongs to a report."""
         return any(path == "-" for _, path in self.targets)
 
-    def begin(self, *asked: Data) -> None:
+    def begin(self, *asked: Data, baseline: Path | None = None) -> None:
         """UsageError where a report could not be written at the end."""
-        self.asked = list(asked)
+        self.asked, self.baseline = list(asked), baseline
         if self.folder:
             make(self.folder)
         for form, path in self.targets:
@@ -70,12 +73,14 @@ class Run:
         """The output that was being made ended so; those behind it were not begun."""
         from qconvert.report import Report
 
-        empty, waiting = Report([]).data(), self.asked[len(self.found) :] or [{}]
-        known = error.report.data() if hasattr(error.report, "data") else {**empty, **waiting[0]}
-        what = {"exit": error.exit_code, "error": error.message, "hint": error.hint, "kind": kind}
+        waiting = self.asked[len(self.found) :] or [{}]
+        nothing = Report([]).data()
+        known = error.report.data() if isinstance(error.report, Report) else {**nothing, **waiting[0]}
+        place = error.place and error.place._asdict()
+        what = {"exit": error.exit_code, "error": error.message, "hint": error.hint, "kind": kind, "place": place}
         self.found.append({**known, **what})
-        skipped = {"skipped": "an output before it failed", "exit": error.exit_code}
-        self.found += [{**empty, **each, **skipped} for each in waiting[1:]]
+        skipped = {"exit": error.exit_code, "skipped": "an output before it failed"}
+        self.found += [{**nothing, **each, **skipped} for each in waiting[1:]]
 
     def write(self) -> None:
         """Every form that was asked for. ResourceError names the files that could not be written; the others are."""
@@ -85,7 +90,8 @@ class Run:
 
         if self.folder:
             make(self.folder)
-        facts = [Facts(data) for data in self.found]
+        then = {each.kind: each for each in map(Facts, self.released())}
+        facts = [Facts(data, then.get(Facts(data).kind)) for data in self.found]
         made: dict[Form, str] = {}
         failed = []
         for form, path in self.targets:
@@ -99,9 +105,18 @@ class Run:
             raise ResourceError(f"no report was written to {', '.join(failed)}")
 
 
+    def released(self) -> list[Data]:
+        """What the baseline says of each output; whether it can be one is judged by the gates."""
+        try:
+            found = json.loads(self.baseline.read_text("utf-8")) if self.baseline else []
+        except (OSError, ValueError):
+            return []
+        return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, Mapping)]
+
+
 def json_page(facts: Sequence[Facts]) -> str:
     """One object; of several outputs a list."""
-    data = [f.data for f in facts]
+    data = [{**f.data, "verdict": f.verdict, "counts": f.counts} for f in facts]
     return json_text(data[0] if len(data) == 1 else data)
 
 

@@ -65,6 +65,8 @@ class Request:
     baseline_tolerance: float = 0.05
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
+    manifest: Path | None = None  # a file; SHA256SUMS lies beside it
+    certify: bool = False
     target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
@@ -87,6 +89,9 @@ class Request:
     pure: bool = False
     leave_output_tensor: bool = False
     split_max_size: str | None = None
+    card: bool = False  # README.md beside the output
+    license: str | None = None  # that the card says, where what the output was made from does not
+    modelfile: bool = False  # for Ollama
     layout: str | None = None
     weights_in: str | None = None
     offload_meta: str | None = None  # a device of placement.DEVICES, or cpu
@@ -107,7 +112,7 @@ class Request:
 
 def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:
     """`model+a:0.7+b` to model and adapters. A path that contains + and exists is taken whole."""
-    if Path(text).exists():
+    if exists(text):
         return text, ()
     parts = [p.replace("\0", "+") for p in _keep_existing(text).split("+")]
     if not all(parts):
@@ -121,7 +126,7 @@ def _keep_existing(text: str) -> str:
     while i < len(pieces):
         for j in range(len(pieces), i + 1, -1):
             candidate = "+".join(pieces[i:j])
-            if Path(parse_adapter(candidate).path).exists():
+            if exists(parse_adapter(candidate).path):
                 out.append(candidate.replace("+", "\0"))
                 i = j
                 break
@@ -131,10 +136,18 @@ def _keep_existing(text: str) -> str:
     return "+".join(out)
 
 
+def exists(text: str) -> bool:
+    """Whether it is a path; a text too long for one is none."""
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False
+
+
 def parse_adapter(text: str) -> AdapterSpec:
     """`path[:weight]`; a path that exists is taken whole."""
     m = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
-    if m and not Path(text).exists():
+    if m and not exists(text):
         return AdapterSpec(m[1], float(m[2]))
     return AdapterSpec(text)
 
@@ -154,6 +167,6 @@ def adapters_of(adapters: Sequence[str | AdapterSpec]) -> tuple[AdapterSpec, ...
 def parse_nbytes(text: str) -> int:
     """500M, 2G, 1.5g: decimal units, as llama-gguf-split reads them. UsageError for anything else."""
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
-    if not m or float(m[1]) <= 0:
+    if not m or not 0 < float(m[1]) < 1e15:
         raise UsageError(f"cannot read {text!r} as a file size", hint="500M or 2G")
     return int(float(m[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[m[2]])
