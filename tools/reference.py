@@ -6,11 +6,11 @@ Each page is a function that gives its text. Packages beside qconvert do not sho
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ForwardRef, cast
@@ -21,7 +21,7 @@ import click
 
 import qconvert
 from qconvert import conversion, errors, graph, pipeline, registry, report, request, scheme, solving, target
-from qconvert.cli import INTERRUPTED, cli
+from qconvert.cli import cli
 from qconvert.formats.gguf_mix import BITS, FILE_TYPES
 from qconvert.formats.onnx import QUANTS
 from qconvert.formats.safetensors_dialects import Wanted
@@ -73,15 +73,12 @@ def flags() -> str:
 
 
 def exits() -> str:
-    lines = [line for line in (errors.__doc__ or "").splitlines() if re.search(r"\s\d  ", line)]
     about: dict[int, list[str]] = {}
-    for line in lines:
-        name, code, what = re.split(r"\s{2,}", re.sub("[│├└─]", " ", line).strip(), maxsplit=2)
+    for name, code, what in re.findall(r"(\w+) +(\d+)  (.+)", errors.__doc__ or ""):
+        assert getattr(errors, name).exit_code == int(code), name
         about.setdefault(int(code), []).append(f"`{name}`: {what}")
-        assert getattr(errors, name).exit_code == int(code), line
     rows = [(str(code), "<br>".join(what)) for code, what in sorted(about.items())]
     rows = [("0", "converted, and verified or said plainly not to be"), *rows]
-    rows.append((str(INTERRUPTED), "interrupted; the same command goes on where it stopped"))
     said = "A failure prints `error:` and, where there is a way out, `hint:` on standard error; `--json` has both."
     return f"# Exit codes\n\n{said}\n\n{table(('exit', 'kind of error in Python, and what it means'), rows)}"
 
@@ -181,17 +178,16 @@ def targets() -> str:
 
 
 def report_json() -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        made = conversion.convert(
-            ROOT / "golden" / "tiny", adapters=[str(ROOT / "golden" / "tiny-lora")], bits=4, output=Path(folder) / "tiny.gguf",
-            eval_tokens=256,
-        )  # fmt: skip
-    rows = [(f"`{path}`", kind) for path, kind in walked(made.report.data())]
+    schema = json.loads((ROOT / "qconvert" / "report.schema.json").read_text(encoding="utf-8"))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for path, kind, about in described(schema["$defs"]["report"], schema["$defs"], ""):
+        if kind not in (known := rows.setdefault((path, about), [])):
+            known.append(kind)
+    shown = [(f"`{path}`", " or ".join(kinds), about) for (path, about), kinds in rows.items()]
     return (
-        "# report.json\n\nWhat `--json FILE` writes, and `Result.report.data()` gives: the keys of a conversion of "
-        "`golden/tiny` and its adapter to GGUF. `[]` is each entry of a list, `*` each key of a table by name. "
-        "A failure adds `error` and `hint`.\n\n"
-        + table(("key", "value"), rows)
+        "# report.json\n\nWhat `--json FILE` writes, and `Result.report.data()` gives. `[]` is each entry of a list, `*` each "
+        "key of a table by name. Of several outputs it is a list. `qconvert/report.schema.json` is the JSON Schema.\n\n"
+        + table(("key", "value", "what it is"), shown)
     )
 
 
@@ -303,20 +299,24 @@ def members(cls: type, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-NAMED = {  # whose keys are names of tensors, types and the like
-    "accounting.config_keys", "accounting.parts", "accounting.files[].parts", "quality.by_layer", "quality.by_role",
-}  # fmt: skip
-
-
-def walked(value: object, path: str = "") -> list[tuple[str, str]]:
-    """(path, kind) of every key; a list is shown by its first entry."""
-    if isinstance(value, Mapping) and value and path.count(".") < 3:
-        items = [("*", next(iter(value.values())))] if path in NAMED else list(value.items())
-        return [found for key, each in items for found in walked(each, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-        return walked(value[0], f"{path}[]")
-    names = {bool: "true or false", int: "integer", float: "number", str: "text", list: "list", tuple: "list", dict: "table"}
-    return [(path, "empty here" if value is None else names.get(type(value), type(value).__name__))]
+def described(node: Mapping[str, Any], defs: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, str]]:
+    """(path, kind, description) of all that a JSON Schema has."""
+    if "$ref" in node:
+        node = {**defs[node["$ref"].rpartition("/")[2]], **{k: v for k, v in node.items() if k != "$ref"}}
+    if node.get("maxProperties") == 0:
+        return
+    for choice in node.get("anyOf", ()):
+        yield from described({**choice, **{k: v for k, v in node.items() if k == "description"}}, defs, path)
+    kinds = node.get("type", [])
+    said = f"`{node['const']}`" if "const" in node else ", ".join(f"`{v}`" for v in node.get("enum", ()))
+    kind = said or " or ".join([kinds] if isinstance(kinds, str) else kinds)
+    if path and kind and not (kind == "object" and path.endswith("[]")):
+        yield path, kind, node.get("description", "")
+    for key, each in node.get("properties", {}).items():
+        yield from described(each, defs, f"{path}.{key}" if path else key)
+    for key, step in (("items", "[]"), ("additionalProperties", ".*")):
+        if isinstance(node.get(key), Mapping):
+            yield from described(node[key], defs, path + step)
 
 
 def scheme_of(name: str) -> scheme.Scheme:
