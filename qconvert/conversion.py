@@ -17,22 +17,18 @@ from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
 from qconvert.beside import beside
+from qconvert.budget import n_weights
 from qconvert.calibration import read_text
+from qconvert.certifying import attested, probes, with_room
 from qconvert.companions import n_vocab, tokenizer_of
 from qconvert.emit import Plan, Progress, preflight, written
-from qconvert.errors import (
-    GateError,
-    NotVerifiedError,
-    ResourceError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-    uninterrupted,
-)
+from qconvert.errors import ResourceError, UnsupportedError, UsageError, uninterrupted
 from qconvert.evaluation import affordable, evaluation_text, overlap
 from qconvert.formats.gguf_source import tokenizer_rows
+from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
 from qconvert.lowering import lower, offload, read_source, torch_threads_of
+from qconvert.manifest import hashing, write_manifest
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.qat_grids import grid_notes, recovered_rows
@@ -123,7 +119,7 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
         if share := found.get("read_by_calibration", 0):
             why = "the weights were fitted to this text; --eval FILE names another"
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
-        return Proof(rows, runtime, found)
+        return Proof(rows, runtime, found, probes(request, source, lowered, weights, parts, threads))
 
     result = write(request, lowered.graph, lowered.plan, report, store, progress, prove)
     if result.outputs:
@@ -140,25 +136,28 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
     rewriter = cast(Rewriter, target)
     job = rewriter.rewrite(request, store)
+    plan = with_room(request, job.plan, job.graph)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
-        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
+        described(request, job.graph, plan, job.quant, fate_of(job.graph, plan, job.refs)),
         notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
-        fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
+        fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
         return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
-    return write(request, job.graph, job.plan, report, store, progress, prove)
+    return write(request, job.graph, plan, report, store, progress, prove)
 
 
 class Proof(NamedTuple):
-    """Rows of all checks, what ran the file, and what quality.quality measured; {"skipped": why} where nothing was."""
+    """Rows of all checks, what ran the file, what quality.quality measured ({"skipped": why} where nothing was), and probes
+    for a certificate."""
 
     rows: list[Row]
     runtime: dict[str, str] | None
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
+    probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
 def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
@@ -191,20 +190,27 @@ def write(
     """Stream the plan into files, prove them, and give them their names; the report gets the proof's rows."""
     for entry in plan.entries:
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
+    gates = Gates.of(request, report)
+    report = gates.before(report)
     if request.dry_run:
         return Result((), report, plan)
     preflight(plan, request.force)
     check_memory()
     weights = Weights(graph, store, device=request.device)
     threads = request.threads or default_threads()
-    with written(plan, weights, threads, progress(plan)) as parts:
+    with hashing(request, store) as sums, written(plan, weights, threads, progress(plan)) as parts:
         if request.check:
             proof = prove(weights, parts, threads)
             proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
         else:
-            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
+            skipped = {"skipped": "--no-check"}
+            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
         report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
-        judge(report, request)
+        report = gates.after(report)
+        demand(report)
+        made = attested(request, plan, parts, report, proof.probes, sums, threads)
+    if made is not None and request.manifest is not None:
+        write_manifest(request.manifest, *made)
     return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
 
 
@@ -278,39 +284,9 @@ def runs_on(request: Request) -> list[str]:
 
 def provenance(source: Source) -> dict[str, Any]:
     meta = source.graph.meta.get("adapters", [])
-    return {"model": source.name, "revision": source.checkpoint.revision, "adapters": meta}
+    return {**kind_of(source.base, source.name, source.checkpoint.revision), "adapters": meta}
 
 
-def judge(report: Report, request: Request) -> None:
-    """Raise where a check failed or, with --require-verified, where the runtime did not prove the file."""
-    if report.failed:
-        row = report.failed[0]
-        error = VerificationError(
-            f"verification failed at {row.what}: {row.metric} {row.value:g}, limit {row.limit:g}. {row.reason}".rstrip(" ."),
-            hint="no file was left; --no-check writes it unverified",
-        )
-        error.report = report
-        raise error
-    gate(report, request)
-    if request.require_verified and not report.verified:
-        skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
-        unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
-        unverified.report = report
-        raise unverified
-
-
-def gate(report: Report, request: Request) -> None:
-    """GateError where quality is not what was asked for, or was not measured."""
-    for flag, wanted, key, sign in (("--max-kl", request.max_kl, "mean_kl", 1), ("--min-top1", request.min_top1, "top1", -1)):
-        if wanted is None:
-            continue
-        found = report.quality.get(key)
-        if found is None:
-            why = f"not measured: {report.quality.get('skipped')}"
-        elif sign * found <= sign * wanted:
-            continue
-        else:
-            why = f"{key} is {found:.4g} on {report.quality['n_tokens']} tokens of {report.quality['text']}"
-        error = GateError(f"{flag} {wanted:g}: {why}", hint="no file was left; more bits are nearer to what was trained")
-        error.report = report
-        raise error
+def kind_of(graph: Graph, model: str, revision: str | None) -> dict[str, Any]:
+    """A model by name, and by what stays where it is trained again."""
+    return {"model": model, "revision": revision, "family": graph.meta.get("family"), "n_weights": n_weights(graph)}

@@ -62,14 +62,25 @@ class FilePlan(NamedTuple):
         return len(self.header) + sum(len(data) for _, data in self.between)
 
 
+class Slot(NamedTuple):
+    """Room in a file for text that is known only when all weights are written. quoted: it lies inside a JSON string."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    quoted: bool
+
+
 class Plan(NamedTuple):
     """Everything about the output but the weights' values; made from headers alone.
 
     folder: of all files, where they are one output; it is made beside its final name, so that they find each other.
+    slot: for its certificate, where it is to carry one.
     """
 
     files: tuple[FilePlan, ...]
     folder: Path | None = None
+    slot: Slot | None = None
 
     @property
     def place(self) -> Path:

@@ -102,8 +102,18 @@ def read_header(path: Path) -> Header:
                 raise InputError(f"{path}: damaged GGUF: {e}", hint="download or convert it again") from e
 
 
+def end_of_keys(header: bytes, path: Path) -> int:
+    """Where the tensor infos begin, in a header that is whole."""
+    reader = _Reader(header, path)
+    reader.unpack("<IQ")
+    for _ in range(reader.unpack("<Q")[0]):
+        reader.name("key")
+        reader.value(reader.unpack("<I")[0])
+    return reader.at
+
+
 class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
+    def __init__(self, data: mmap.mmap | bytes, path: Path) -> None:
         self.data, self.path, self.at = data, path, 4
 
     def header(self, file_nbytes: int) -> Header:

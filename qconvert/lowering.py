@@ -21,8 +21,9 @@ from qconvert.adapters import read_adapter
 from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.calibrated import calibrated, statistics_wanted
+from qconvert.certifying import with_room
 from qconvert.companions import tokenizer_of
-from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.errors import Place, UnsupportedError, UsageError, located, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.graph import Graph
@@ -57,12 +58,14 @@ def read_source(request: Request, store: Store) -> Source:
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint = reader(path, store)
-    base = build(checkpoint)
+    with located(Place(str(path / "config.json" if path.is_dir() else path))):
+        base = build(checkpoint)
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
         folder, own = find_model(spec.path), request.trained_on == "model"
-        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
+        with located(Place(str(folder))):
+            adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
@@ -99,6 +102,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     told = (*source.notes, *told, *refits, *refuse_rounding(final, request.allow_lossy))
     legal = legal._replace(notes=(*legal.notes, *told, *refuse_erasing(final, source.store, request)))
     plan = target.plan(final, options, legal, Path(request.output or target.default_path(source, merged, options)))
+    plan = with_room(request, plan, final)
     if budget:
         assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
     pipeline = ",".join(filter(None, (spec, str(first), solving.fold, str(last))))
@@ -171,7 +175,7 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+        return Weights(graph, source.store), with_room(request, target.plan(graph, mixed, legal, path), graph).nbytes
 
     with torch_threads_of(request):
         n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)

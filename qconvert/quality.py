@@ -135,7 +135,7 @@ def quality(reference: Model, quantized: Model, base: Model | None, text: Text) 
     hidden, moments = dict[str, float](), dict[str, F32]()
     found = answers(reference, quantized, text, hidden, moments)
     out: dict[str, Any] = {
-        "text": text.name, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
+        "text": text.name, "digest": text.digest, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
         **summary(found), "histogram": histogram(found.kl),
         "layers": [{"layer": i, "relative_error": e} for i, e in enumerate(hidden.values())],
         "tensors": tensor_errors(quantized, moments),

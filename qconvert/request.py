@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
 from typing import Literal, NamedTuple
@@ -14,6 +14,11 @@ from qconvert.pipeline import Function, Pass
 from qconvert.scheme import Device, ZeroPoint
 
 Fallback = Literal["error", "warn", "allow"]
+# options that limit an output: `gates` of a recipe
+GATES = (
+    "gate", "max_kl", "p999_kl", "min_top1", "max_ppl_ratio", "max_size", "max_bpw", "max_new_fallbacks", "require_verified",
+    "baseline", "baseline_tolerance",
+)  # fmt: skip
 
 
 class AdapterSpec(NamedTuple):
@@ -46,12 +51,22 @@ class Request:
     no_data: Literal["search", "error"] = "search"
     eval: Path | None = None
     eval_tokens: int | None = None  # 0: quality is not measured
-    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
     target_size: str | None = None
     target_bpw: float | None = None
+    gate: bool = False  # the type's default limits
+    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
+    p999_kl: float | None = None
     min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+    max_size: str | None = None
+    max_bpw: float | None = None  # of the whole file
+    max_new_fallbacks: int | None = None
+    baseline: Path | None = None  # the last release's report
+    baseline_tolerance: float = 0.05
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | None = None
+    manifest: Path | None = None  # a file; SHA256SUMS lies beside it
+    certify: bool = False
     target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
@@ -86,6 +101,7 @@ class Request:
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
     device: Device = "cpu"  # that quantizes
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)  # option -> recipe.yaml:7, where a recipe said it
 
     @property
     def chooses_types(self) -> bool:
