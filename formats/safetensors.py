@@ -46,7 +46,7 @@ from qconvert.provenance import names_of, provenance
 from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
-from qconvert.solver_spec import statistic_of
+from qconvert.solver_spec import reads_statistics
 from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
@@ -102,7 +102,7 @@ class Safetensors:
         tokenizer, calibration = tokenizer_of(source, graph), None
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
-        elif request.calibrate and not statistic_of(request.solver):
+        elif request.calibrate and not reads_statistics(request.solver):
             why = f"--calibrate {request.calibrate}: {dialect.name} has no fixed ranges of activations"
             raise UsageError(why, hint="--quant w8a8-static")
         return Options(

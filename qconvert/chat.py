@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qconvert.errors import InputError, require
+from qconvert.errors import MISSHAPEN, InputError, require
 
 if TYPE_CHECKING:
     from jinja2 import Environment, nodes
@@ -70,7 +70,7 @@ def render(
         text: str = environment.from_string(template).render(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
         )
-    except (TemplateError, TypeError, ValueError) as e:
+    except (TemplateError, *MISSHAPEN) as e:
         raise InputError(f"the chat template cannot be rendered: {e}") from e
     return text
 

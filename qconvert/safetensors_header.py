@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, Place, located
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
@@ -43,7 +43,10 @@ def read_header(fd: int, path: Path) -> dict[str, Entry]:
     """All tensors of the open file, begins counted from the file's start. InputError names the file and the key."""
     raw, n, file_nbytes = _read_table(fd, path)
     raw.pop("__metadata__", None)
-    entries = {name: _entry(name, value, path) for name, value in raw.items()}
+    entries = {}
+    for name, value in raw.items():
+        with located(Place(str(path), key=name)):
+            entries[name] = _entry(name, value, path)
     _check_spans(entries, file_nbytes - 8 - n, path)
     return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
 

@@ -10,17 +10,18 @@ import math
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from qconvert import registry
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, Place, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
 from qconvert.tensor_files import TensorFile, open_tensors
 
+T = TypeVar("T")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 INCOMPLETE = "the download is not complete; fetch it again"
@@ -44,6 +45,7 @@ class Store:
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
         self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
+        self.answers: dict[str, tuple[str, object]] | None = None  # kind -> the last question and its answer, if they are kept
 
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
@@ -116,6 +118,15 @@ class Store:
             if self._scratch is not None:
                 self._scratch.cleanup()
                 self._scratch = None
+
+    def known(self, kind: str, question: str, find: Callable[[], T]) -> T:
+        """What `find` gives; of each kind the last answer is kept where several outputs ask."""
+        if self.answers is None:
+            return find()
+        if self.answers.get(kind, ("",))[0] != question:
+            self.answers.pop(kind, None)
+            self.answers[kind] = question, find()
+        return cast(T, self.answers[kind][1])
 
     def scratch(self) -> Path:
         """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""
@@ -257,11 +268,11 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_int=_count)
     except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
+        raise InputError(f"{path}: {e.strerror}", place=Place(str(path))) from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not valid JSON: {e}") from e
+        raise InputError(f"{path}: not valid JSON: {e}", place=Place(str(path), getattr(e, "lineno", None))) from e
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
+        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}", place=Place(str(path)))
     return cast(dict[str, object], value)
 
 
