@@ -200,6 +200,14 @@ def test_sarif_points_at_the_tensor_that_the_doctor_names(made: dict[str, Made])
     assert key.startswith("blk.2.")
 
 
+def test_sarif_points_at_the_line_of_a_gate_and_else_at_the_output(made: dict[str, Made], tmp_path: Path) -> None:
+    out = made["gate"].folder.parents[1] / "a.gguf"
+    assert _placed(made["gate"]) == ("qconvert/gate", out.as_uri(), "", None)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {TINY}\nto: gguf:Q4_0\noutput: {tmp_path / 'a.gguf'}\ngates:\n  max-size: 1k\n")
+    assert _placed(qconvert(tmp_path, "--recipe", recipe, "-q")) == ("qconvert/gate", recipe.as_uri(), "", 5)
+
+
 def test_a_file_below_the_working_folder_is_named_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yaml").write_text("model: m\nbits: four\n")
