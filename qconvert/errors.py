@@ -1,6 +1,7 @@
 """What can go wrong, and the exit code of each.
 
-QConvertError                 1  a bug in qconvert, where nothing below fits
+QConvertError                 1
+├── Bug                       1  in qconvert, where nothing below fits
 ├── UsageError                2  wrong flags or arguments
 ├── InputError                3  the input is wrong: missing or corrupt file, NaN, unconsumed config key
 │   └── AdapterError          3  an adapter does not fit the model or its own configuration
@@ -53,6 +54,10 @@ class QConvertError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class Bug(QConvertError):
+    pass
 
 
 class UsageError(QConvertError):
