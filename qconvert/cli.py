@@ -89,6 +89,7 @@ def convert(
 def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
     from qconvert.conversion import convert as converted
     from qconvert.conversion import request_of
+    from qconvert.manifest import apart
     from qconvert.printing import plan_text, report_text
     from qconvert.recipe import recipe_text
 
@@ -97,7 +98,9 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
     run.begin(*map(asked_for, runs), baseline=runs[0].get("baseline"))
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
-    for options in runs:
+    of_all = Path(run.folder) / "manifest.json" if run.folder else None
+    for options, manifest in zip(runs, apart([each["manifest"] or of_all for each in runs]), strict=True):
+        options["manifest"] = manifest
         result: Result = converted(**options, progress=lambda plan: bar(plan, quiet))
         dry_run = options["dry_run"]
         if not run.prints:
