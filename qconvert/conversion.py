@@ -246,7 +246,7 @@ def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result
     threads = max(job.request.threads or default_threads() for job in jobs)
     factors = {id(job.store): Factors() for job in jobs}
     with ExitStack() as stack:
-        sums = [stack.enter_context(hashing(job.request, job.store)) for job in jobs]
+        sums = stack.enter_context(hashing([(job.request, job.store) for job in jobs]))
         outputs = []
         for job in jobs:
             weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])
