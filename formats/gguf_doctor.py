@@ -18,7 +18,8 @@ import numpy as np
 from qconvert.dtypes import DTYPES
 from qconvert.findings import UNREAD, Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
 from qconvert.formats.gguf_layouts import LAYOUTS
-from qconvert.formats.gguf_mix import FILE_TYPES, TensorShape, quantizable, role_of
+from qconvert.formats.gguf_mix import TensorShape, quantizable, role_of
+from qconvert.formats.gguf_mix_rules import FILE_TYPES
 from qconvert.formats.gguf_tokenizer import ENDS_BY_TEXT, TOKEN_TYPES
 from qconvert.gguf_reader import ALIGNMENT, GGML_TYPES, Header, Info, read_header
 from qconvert.scheme import Array

@@ -303,10 +303,11 @@ def read_certificate(where: Path, text: str) -> Certificate:
     return Certificate(**data)
 
 
-# field -> its type; [kind]: a list of such, {kind}: values by name
+# field -> its type; [kind]: a list of such, {"": kind}: values by any name
 FIELDS: Mapping[str, Any] = {
-    "manifest": str, "pipeline": str, "verified": bool, "runtime": ({"": str}, None), "checks": [list], "files": [{"": str}],
-    "weights": {"": str}, "facts": {"": str}, "probes": dict, "qconvert": str, "version": int,
+    "manifest": str, "pipeline": str, "verified": bool, "runtime": ({"": str}, None), "checks": [list],
+    "files": [{"name": str, "sha256": str}], "weights": {"": str}, "facts": {"": str}, "probes": dict,
+    "qconvert": str, "version": int,
 }  # fmt: skip
 
 
@@ -320,6 +321,8 @@ def is_like(value: object, kind: Any) -> bool:
             return isinstance(value, dict) and all(is_like(v, inner) for v in value.values())
         case None:
             return value is None
+        case {}:
+            return isinstance(value, dict) and value.keys() == kind.keys() and all(is_like(value[k], kind[k]) for k in kind)
     return isinstance(value, kind)
 
 

@@ -18,7 +18,7 @@ from qconvert.certificate import Certificate, Certifier, Digests, Located
 from qconvert.companions import context_of, n_vocab, tokenizer_of
 from qconvert.emit import Plan
 from qconvert.errors import InputError, QConvertError, UnsupportedError, VerificationError, uninterrupted
-from qconvert.graph import Graph
+from qconvert.graph import Graph, n_rows
 from qconvert.manifest import Hashing, Output, manifest_digest, manifest_of
 from qconvert.parallel import default_threads, in_parallel
 from qconvert.report import Report, Row, judged
@@ -116,8 +116,8 @@ def attested(
 
 
 def name_of(plan: Plan, i: int) -> str:
-    path = plan.files[i].path
-    return path.relative_to(plan.folder).as_posix() if plan.folder else path.name
+    """In its folder; a file alone may be called anything, and is the same."""
+    return plan.files[i].path.relative_to(plan.folder).as_posix() if plan.folder else f"part {i + 1}"
 
 
 def as_planned(plan: Plan, parts: Sequence[Path], threads: int) -> Digests:
@@ -126,7 +126,7 @@ def as_planned(plan: Plan, parts: Sequence[Path], threads: int) -> Digests:
     for file in plan.files:
         for e in file.entries:
             names = e.files or (file.path.name,) * len(e.pieces)
-            nbytes = [plane.file_nbytes(max(1, e.shape[0] if e.shape else 1)) for plane in e.pieces]
+            nbytes = [plane.file_nbytes(n_rows(e.shape)) for plane in e.pieces]
             tensors += [Located(e.name if len(names) == 1 else f"{e.name}.{i}", where[name], plane.offset, n, e.dtype)
                         for i, (name, plane, n) in enumerate(zip(names, e.pieces, nbytes, strict=True))]  # fmt: skip
     found: dict[str, str] = {}
@@ -180,9 +180,9 @@ def digest_rows(certifier: Certifier, certificate: Certificate, first: Path, tex
              for n in then if now.weights.get(n) != then[n]]  # fmt: skip
     wrong += [f"{n} was not there" for n in now.weights if n not in then]
     rows = [judged(f"{WEIGHTS}: {len(then)} tensors", "differ", float(len(wrong)), 0.0, listed(wrong))]
-    other = [f["name"] for f, sha256 in zip(certificate.files, now.files, strict=True) if f["sha256"] != sha256]
-    reason = listed(other)
-    if names[0] in other and (keys := changed(certificate.facts, c.fact_digests(certifier.facts(first)))):
+    other = [i for i, sha256 in enumerate(now.files) if certificate.files[i]["sha256"] != sha256]
+    reason = listed([files[i].name for i in other])
+    if 0 in other and (keys := changed(certificate.facts, c.fact_digests(certifier.facts(first)))):
         reason = f"{reason}: {listed(keys)}"
     rows.append(judged(f"{FILES}: {len(files)} file{'s' * (len(files) > 1)}", "differ", float(len(other)), 0.0, reason))
     return [*rows[:-1], rows[-1]._replace(reason=f"{reason}; {c.AGAIN}")] if other else rows

@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from qconvert import __version__
-from qconvert.errors import Interrupted, QConvertError, UsageError
+from qconvert.errors import Bug, Interrupted, QConvertError, UsageError
 from qconvert.options import Sectioned, conversion_options, report_options
 from qconvert.reports import Run, json_text, put
 
@@ -206,12 +206,12 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
     return progress
 
 
-def record(run: Run, error: QConvertError, kind: str) -> None:
+def record(run: Run, error: QConvertError) -> None:
     """Put into the reports what is known of a command that failed. No second error hides the first."""
     if not run.targets:
         return
     try:
-        run.fail(error, kind)
+        run.fail(error)
         run.write()
     except Exception as e:
         click.echo(f"reports: {e if isinstance(e, QConvertError) else repr(e)}", err=True)
@@ -224,7 +224,7 @@ def fail(run: Run, error: QConvertError) -> int:
         from qconvert.printing import report_text
 
         click.echo(report_text(report), err=True)
-    record(run, error, type(error).__name__)
+    record(run, error)
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
@@ -241,21 +241,21 @@ def main() -> None:
     except (click.exceptions.Abort, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("\ninterrupted", err=True)
-        record(run, Interrupted("interrupted", hint="the same command goes on"), "Interrupted")
+        record(run, Interrupted("interrupted", hint="the same command goes on"))
         sys.stdout.flush()
         # an interpreter that was interrupted within an extension would end by the signal instead
         os._exit(Interrupted.exit_code)
     except click.ClickException as e:
         e.show()
-        record(run, UsageError(e.format_message()), "UsageError")
+        record(run, UsageError(e.format_message()))
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as e:
-        bug = QConvertError(f"a bug in qconvert: {type(e).__name__}: {e}", hint=BUG)
-        record(run, bug, "Bug")
+        bug = Bug(f"a bug in qconvert: {type(e).__name__}: {e}", hint=BUG)
+        record(run, bug)
         if "-v" in args or "--verbose" in args:
             raise
         click.echo(f"error: {bug.message}\nhint: {bug.hint}", err=True)

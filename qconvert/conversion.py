@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
-from qconvert.beside import beside
+from qconvert.beside import Beside, beside
 from qconvert.budget import n_weights
 from qconvert.calibration import read_text
 from qconvert.certifying import attested, probes, with_room
-from qconvert.companions import n_vocab, tokenizer_of
-from qconvert.emit import Plan, Progress, preflight, written
-from qconvert.errors import ResourceError, UnsupportedError, UsageError, uninterrupted
-from qconvert.evaluation import affordable, evaluation_text, overlap
+from qconvert.emit import Plan, Progress, staged
+from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError
 from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
-from qconvert.lowering import lower, offload, read_source, torch_threads_of
-from qconvert.manifest import hashing, write_manifest
+from qconvert.hessians import Factors
+from qconvert.lowering import Ready, lower, offload, read_sources, readied
+from qconvert.manifest import Output, hashing, write_manifest
+from qconvert.measuring import Asked, measured
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
+from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
@@ -38,20 +40,24 @@ from qconvert.sources import Store
 from qconvert.statistics import ALIAS
 from qconvert.target import Format, Lowered, Rewriter, Source
 from qconvert.targets import target_notes
+from qconvert.together import Making, write_together
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
 REWRITTEN = ".onnx"  # a model whose graph is kept
-WORKING_NBYTES = 400 << 20  # interpreter, libraries and row blocks of two threads
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion made: files, whether the runtime proved them, and the report that says so."""
+    """What a conversion made: files, whether the runtime proved them, and the report that says so.
+
+    error: why there are no files, where this is one of several outputs.
+    """
 
     outputs: tuple[Path, ...]
     report: Report
     plan: Plan
+    error: QConvertError | None = None
 
     @property
     def verified(self) -> bool:
@@ -71,12 +77,29 @@ def convert(
     passes: run after the merge; `...` stands for qconvert's own, so [MyPass(), ...] runs before it.
     Raises QConvertError; VerificationError has the whole report as its `report`.
     """
-    request = request_of(model, adapters=adapters, passes=passes, **options)
-    store = Store()
-    try:
-        return _convert(request, store, progress)
-    finally:
-        store.close()
+    (result,) = _converted([request_of(model, adapters=adapters, passes=passes, **options)], progress)
+    if result.error is not None:
+        raise result.error
+    return result
+
+
+def convert_all(
+    requests: Sequence[Request], progress: Callable[[Plan], Progress] = lambda _: lambda _: None
+) -> tuple[Result, ...]:
+    """Several outputs: what they have in common is read, merged and calibrated once; see request_of for what is asked.
+
+    All are planned before the first byte of any is written. Each is then judged by itself: OutputsError where some are not
+    what was asked for, while the others have their files. What stops all is raised as it is.
+    """
+    if not requests:
+        raise UsageError("no output was asked for")
+    results = _converted(requests, progress)
+    if failed := [r for r in results if r.error is not None]:
+        first, place = failed[0].error, failed[0].plan.folder or failed[0].plan.files[0].path
+        assert first is not None
+        what = f"{len(failed)} of {len(results)} outputs failed, first {place}: {first.message}"
+        raise OutputsError(what, first.exit_code, results)
+    return results
 
 
 def request_of(
@@ -95,25 +118,69 @@ def request_of(
     return Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
 
 
-def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
+def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+    with ExitStack() as stack:
+        return write(planned(requests, stack), progress)
+
+
+class Job(NamedTuple):
+    """An output that is planned, and how it will be proven. of: what it is made of, but where a file's own graph is kept."""
+
+    request: Request
+    graph: Graph
+    plan: Plan
+    report: Report
+    store: Store
+    prove: Callable[[Weights, tuple[Path, ...], int, Mapping[str, Any]], Proof]
+    of: tuple[Source, Lowered] | None = None
+    others: Beside = Beside()
+
+
+def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
+    """All that can be known before a byte is written. Sources are read once for all outputs of them."""
+    for request in requests:
+        refuse_at_once(request)
+    if len({request.dry_run for request in requests}) > 1:
+        raise UsageError("--dry-run: of some outputs and not of others", hint="say it for all of them")
+    targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
+    built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
+    sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
+    ready: dict[int, Ready] = {}
+    for i in built:
+        if i not in ready:
+            alike = [j for j in built if sources[j] is sources[i]]
+            found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
+            ready |= zip(alike, found, strict=True)
+    jobs = []
+    for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
+        if request.dump_ir is not None and len(requests) > 1:
+            request = replace(request, dump_ir=request.dump_ir / f"{i}-{request.to}")
+        if i in ready:
+            jobs.append(of_source(request, sources[i], target, ready[i]))
+        else:
+            store = Store()
+            stack.callback(store.close)
+            jobs.append(rewriting(request, store, target))
+    refuse_same_place([job.plan for job in jobs])
+    return jobs
+
+
+def refuse_at_once(request: Request) -> None:
+    """Flags that do not go together, before anything is read."""
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
     on_device.demand(request)
-    offload(request)  # flags that go together, before anything is read
+    offload(request)
     if request.eval is not None:
         read_text(request.eval, "--eval")
-    target = cast(type[Format], registry.find("formats", request.to))()
-    if request.model.endswith(REWRITTEN):
-        return _rewrite(request, store, progress, target)
-    source = read_source(request, store)
-    lowered = lower(request, source, target)
-    report = describe(request, source, lowered)
-    others = beside(request, source, lowered)
 
-    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+
+def of_source(request: Request, source: Source, target: Format, ready: Ready) -> Job:
+    lowered = lower(request, source, target, ready)
+
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int, found: Mapping[str, Any]) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        found = measured(request, source, lowered, weights)
         rows += recovered_rows(lowered.graph, weights)
         rows = [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)]
         if share := found.get("read_by_calibration", 0):
@@ -121,14 +188,12 @@ def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
         return Proof(rows, runtime, found, probes(request, source, lowered, weights, parts, threads))
 
-    result = write(request, lowered.graph, lowered.plan, report, store, progress, prove)
-    if result.outputs:
-        for path in others.write(result.report):
-            log.info("%-14s %s", "write", path)
-    return result
+    report = describe(request, source, lowered)
+    others = beside(request, source, lowered)
+    return Job(request, lowered.graph, lowered.plan, report, source.store, prove, (source, lowered), others)
 
 
-def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress], target: Format) -> Result:
+def rewriting(request: Request, store: Store, target: Format) -> Job:
     """A file of the target's own format: its weights change, its graph does not."""
     if flag := "--card" if request.card else "--modelfile" if request.modelfile else None:
         raise UnsupportedError(f"{flag}: not for an ONNX model as input, which says nothing of where it is from")
@@ -144,10 +209,10 @@ def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress
         fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
 
-    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int, _: Mapping[str, Any]) -> Proof:
         return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
-    return write(request, job.graph, plan, report, store, progress, prove)
+    return Job(request, job.graph, plan, report, store, prove)
 
 
 class Proof(NamedTuple):
@@ -160,77 +225,83 @@ class Proof(NamedTuple):
     probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
-    """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
-    reference, final = lowered.stages[0].graph, lowered.graph
-    tokenizer = tokenizer_of(source, final)
-    if len(final.outputs) > 1 or final.nodes[final.outputs[0]].type.shape[-1] != n_vocab(final):
-        return {"skipped": "the model gives no logits"}
-    if tokenizer is None:
-        return {"skipped": "the model has no tokenizer that could cut a text"}
-    if request.eval_tokens == 0:
-        return {"skipped": "--eval-tokens 0"}
-    with uninterrupted():
-        from qconvert.quality import Model, quality  # loads torch
-    tuned = bool(source.adapters) and not source.swap
-    n = request.eval_tokens or affordable(final, 3 if tuned else 2)
-    text = evaluation_text(request.eval, tokenizer, final, n)
-    base = Model(source.base, Weights(source.base, source.store)) if tuned else None
-    with torch_threads_of(request):
-        found = quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
-    if lowered.calibrated.texts:
-        found["read_by_calibration"] = overlap(lowered.calibrated.texts, text.sequences)
-    return found
-
-
-def write(
-    request: Request, graph: Graph, plan: Plan, report: Report, store: Store, progress: Callable[[Plan], Progress],
-    prove: Callable[[Weights, tuple[Path, ...], int], Proof],
-) -> Result:  # fmt: skip
-    """Stream the plan into files, prove them, and give them their names; the report gets the proof's rows."""
-    for entry in plan.entries:
+def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+    """Stream the plans into files, prove each, and give their names to those that are what was asked for; the reports get
+    the rows of the proofs."""
+    for entry in (entry for job in jobs for entry in job.plan.entries):
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
-    gates = Gates.of(request, report)
-    report = gates.before(report)
-    if request.dry_run:
-        return Result((), report, plan)
-    preflight(plan, request.force)
+    gates = [Gates.of(job.request, job.report) for job in jobs]
+    jobs = [job._replace(report=g.before(job.report)) for g, job in zip(gates, jobs, strict=True)]
+    if jobs[0].request.dry_run:
+        return tuple(Result((), job.report, job.plan) for job in jobs)
+    for job in jobs:
+        preflight(job.plan, job.request.force)
+    refuse_full_disks([job.plan for job in jobs])
     check_memory()
-    weights = Weights(graph, store, device=request.device)
-    threads = request.threads or default_threads()
-    with hashing(request, store) as sums, written(plan, weights, threads, progress(plan)) as parts:
-        if request.check:
-            proof = prove(weights, parts, threads)
-            proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
-        else:
-            skipped = {"skipped": "--no-check"}
-            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
-        report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
-        report = gates.after(report)
-        demand(report)
-        made = attested(request, plan, parts, report, proof.probes, sums, threads)
-    if made is not None and request.manifest is not None:
-        write_manifest(request.manifest, *made)
-    return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
+    threads = max(job.request.threads or default_threads() for job in jobs)
+    factors = {id(job.store): Factors() for job in jobs}
+    with ExitStack() as stack:
+        sums = [stack.enter_context(hashing(job.request, job.store)) for job in jobs]
+        outputs = []
+        for job in jobs:
+            weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])
+            outputs.append(Making(stack.enter_context(staged(job.plan)), weights, progress(job.plan)))
+        errors = dict(write_together(outputs, threads))
+        checked = [i for i, job in enumerate(jobs) if job.request.check and i not in errors]
+        asked = {i: Asked(jobs[i].request, *of, outputs[i].weights) for i in checked if (of := jobs[i].of)}
+        quality = {**dict.fromkeys(checked, Proof([], None).quality), **measured(asked)}
+        results, manifests = [], {}
+        for i, (job, (output, weights, _)) in enumerate(zip(jobs, outputs, strict=True)):
+            error, report, parts = errors.get(i), job.report, tuple(output.parts.paths.values())
+            try:
+                if error is None:
+                    report, asked_again = proven(job, gates[i], weights, parts, threads, quality.get(i))
+                    manifests[i] = attested(job.request, job.plan, parts, report, asked_again, sums[i], threads)
+            except ResourceError:
+                raise
+            except QConvertError as e:
+                error, report = e, e.report if isinstance(e.report, Report) else report
+            made = (job.plan.folder,) if job.plan.folder else tuple(f.path for f in job.plan.files)
+            results.append(Result(() if error else made, report, job.plan, error))
+        for result, (output, _, _) in zip(results, outputs, strict=True):
+            if result.error is None:
+                output.publish()
+    for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        if result.error is None:
+            write_beside(job, result.report, manifests.get(i))
+    return tuple(results)
 
 
-def check_memory() -> None:
-    """ResourceError before the first byte where the machine has too little left to start."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return
-    available = next((int(line.split()[1]) << 10 for line in meminfo.splitlines() if line.startswith("MemAvailable")), None)
-    if available is not None and available < WORKING_NBYTES:
-        raise ResourceError(
-            f"{available >> 20} MB of memory are free, {WORKING_NBYTES >> 20} MB are needed",
-            hint="close something; the model's size does not matter",
-        )
+def write_beside(job: Job, report: Report, made: tuple[dict[str, Any], list[Output]] | None) -> None:
+    """What tells of an output that has its name."""
+    if made is not None and job.request.manifest is not None:
+        write_manifest(job.request.manifest, *made)
+    for path in job.others.write(report):
+        log.info("%-14s %s", "write", path)
+
+
+def proven(
+    job: Job, gates: Gates, weights: Weights, parts: tuple[Path, ...], threads: int,
+    quality: Mapping[str, Any] | QConvertError | None,
+) -> tuple[Report, Mapping[str, Any]]:  # fmt: skip
+    """The report with the rows of all checks, and the probes of a certificate; raises what `demand` does."""
+    if isinstance(quality, QConvertError):
+        raise quality
+    if quality is not None:
+        proof = job.prove(weights, parts, threads, quality)
+        proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
+    else:
+        skipped = {"skipped": "--no-check"}
+        proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
+    report = replace(job.report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
+    report = gates.after(report)
+    demand(report)
+    return report, proof.probes
 
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
-    aliases = [alias for alias in source.store.roots if alias != ALIAS]  # statistics are no part of the model
+    aliases = [alias for alias in source.store.roots if not alias.startswith(ALIAS)]  # statistics are no part of the model
     refs = [info.ref for alias in aliases for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)

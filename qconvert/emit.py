@@ -10,15 +10,16 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from qconvert.errors import ResourceError, UsageError
+from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
 from qconvert.journal import Digests, Journal, journal_at, sync_all
 from qconvert.parallel import in_parallel
@@ -111,50 +112,26 @@ Progress = Callable[[int], None]  # told the bytes written since the last call
 COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
 
 
-def preflight(plan: Plan, force: bool) -> None:
-    """Refuse what cannot work before the first byte: existing outputs, folders without write permission, full disks."""
-    for file in plan.files:
-        if file.path.is_dir():
-            raise UsageError(f"{file.path} is a folder", hint="-o FILE")
-        if file.path.exists() and not force:
-            raise UsageError(f"{file.path} exists already", hint="--force overwrites it; -o FILE writes elsewhere")
-    folder = plan.place
-    for place in {file.path.parent for file in plan.files if plan.folder} | ({plan.folder} if plan.folder else set()):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{place} is a file; the output is a folder", hint="-o FOLDER")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ResourceError(f"cannot make the folder {folder}: {e.strerror}", hint="-o FILE writes elsewhere") from e
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ResourceError(f"cannot write into {folder}: permission denied", hint="-o FILE writes elsewhere")
-    free = shutil.disk_usage(folder).free
-    if free < plan.nbytes:
-        raise ResourceError(
-            f"{folder} has {free / 1e9:.2f} GB free, the output needs {plan.nbytes / 1e9:.2f} GB",
-            hint="fewer bits, or -o on another disk",
-        )
+@contextmanager
+def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
+    """Write every file beside its final name and yield those paths, to be checked; then rename them all; see `staged`."""
+    with staged(plan) as output:
+        write_parts(plan, output.parts, weights, threads, progress, output.journal)
+        yield tuple(output.parts.paths.values())
+        output.publish()
 
 
 @contextmanager
-def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
-    """Write every file beside its final name and yield those paths, to be checked; then rename them all.
+def staged(plan: Plan) -> Iterator[Staged]:
+    """Where the files of a plan lie until they are published.
 
-    An error, inside the body too, leaves nothing behind but what the next run can go on from: where the disk is full
-    (ResourceError) or the run is interrupted. Tensors that such a run finished are not made again.
+    Those that are not leave nothing behind but what the next run can go on from: where the disk is full (ResourceError) or
+    the run is interrupted. Tensors that such a run finished are not made again.
     """
     parts = Parts.of(plan)
     with journal_at(parts.journal) as journal:
         try:
-            write_parts(plan, parts, weights, threads, progress, journal)
-            yield tuple(parts.paths.values())
-            if parts.staging and plan.folder and not plan.folder.exists():
-                parts.staging.rename(plan.folder)
-            else:
-                make_folders(parts.paths)
-                for path, part in parts.paths.items():
-                    part.replace(path)
-            sync_folder(plan.place)
+            yield Staged(plan, parts, journal)
         except (KeyboardInterrupt, ResourceError):
             journal.keep = bool(journal.done)
             if journal.keep:
@@ -164,6 +141,23 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
         finally:
             if not journal.keep:
                 parts.remove()
+
+
+class Staged(NamedTuple):
+    plan: Plan
+    parts: Parts
+    journal: Journal
+
+    def publish(self) -> None:
+        """Give all files their names."""
+        parts, plan = self.parts, self.plan
+        if parts.staging and plan.folder and not plan.folder.exists():
+            parts.staging.rename(plan.folder)
+        else:
+            make_folders(parts.paths)
+            for path, part in parts.paths.items():
+                part.replace(path)
+        sync_folder(plan.place)
 
 
 class Parts(NamedTuple):
@@ -200,13 +194,7 @@ class Parts(NamedTuple):
 def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progress: Progress, journal: Journal) -> None:
     """Every file of the plan, but for tensors of which the journal says that they are there."""
     try:
-        if not parts.are_whole(plan):
-            parts.remove()
-            journal.forget()
-        if parts.staging:
-            parts.staging.mkdir(exist_ok=True)
-            make_folders(parts.paths.values())
-        with open_parts(plan, parts.paths) as fds:
+        with opened(plan, parts, journal) as fds:
             todo = Todo(plan, weights, journal, partial(sync_all, fds.values()))
             if todo.done_nbytes:
                 progress(todo.done_nbytes)
@@ -234,20 +222,26 @@ class Todo:
         self._lock = threading.Lock()
 
     def blocks(self, fds: dict[Path, int]) -> Iterator[Block]:
+        for path, entry in self.entries():
+            yield from self.blocks_of(path, entry, fds)
+
+    def entries(self) -> Iterator[tuple[Path, Entry]]:
         for file in self.plan.files:
-            for entry in file.entries:
-                key = file.path, entry.name
-                if key in self.done:
-                    continue
-                names = entry.files or (file.path.name,) * len(entry.pieces)
-                places = tuple(fds[file.path.with_name(name)] for name in names)
-                ranges = list(entry_ranges(entry, self.values))
-                self._left[key] = len(ranges)
-                for begin, end in ranges:
-                    yield Block(places, entry, begin, end, key)
+            yield from ((file.path, entry) for entry in file.entries if (file.path, entry.name) not in self.done)
+
+    def blocks_of(self, path: Path, entry: Entry, fds: dict[Path, int]) -> Iterator[Block]:
+        key, names = (path, entry.name), entry.files or (path.name,) * len(entry.pieces)
+        places = tuple(fds[path.with_name(name)] for name in names)
+        ranges = list(entry_ranges(entry, self.values))
+        self._left[key] = len(ranges)
+        for begin, end in ranges:
+            yield Block(places, entry, begin, end, key)
 
     def write(self, block: Block, weights: Weights, progress: Progress) -> None:
         write_block(block, weights, progress)
+        self.wrote(block)
+
+    def wrote(self, block: Block) -> None:
         with self._lock:
             self._left[block.key] -= 1
             whole = not self._left[block.key]
@@ -264,11 +258,18 @@ def make_folders(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def open_parts(plan: Plan, parts: dict[Path, Path]) -> Iterator[dict[Path, int]]:
+def opened(plan: Plan, parts: Parts, journal: Journal) -> Iterator[dict[Path, int]]:
+    """The parts by the names that they will have; all that is known beforehand is written."""
+    if not parts.are_whole(plan):
+        parts.remove()
+        journal.forget()
+    if parts.staging:
+        parts.staging.mkdir(exist_ok=True)
+        make_folders(parts.paths.values())
     fds: dict[Path, int] = {}
     try:
         for file in plan.files:
-            fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR, 0o644)
+            fds[file.path] = fd = os.open(parts.paths[file.path], os.O_CREAT | os.O_RDWR, 0o644)
             reserve(fd, file.nbytes)
             for offset, data in ((0, file.header), *file.between):
                 write_all(fd, memoryview(data), offset)
@@ -318,8 +319,13 @@ def row_ranges(
 
 
 def write_block(block: Block, weights: Weights, progress: Progress) -> None:
+    deque(writing(block, weights, progress), 0)
+
+
+def writing(block: Block, weights: Weights, progress: Progress) -> Iterator[int]:
+    """Write a block step by step: yields the row that it has reached."""
     fds, entry, begin, end, _ = block
-    rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
+    rows, at, n = (yield from encoding(weights, entry, begin, end)), 0, n_rows(entry.shape)
     for fd, plane in zip(fds, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
@@ -341,6 +347,16 @@ def written_nbytes(entry: Entry, begin: int, end: int) -> int:
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
+    steps = encoding(weights, entry, begin, end)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as e:
+            return cast(Bytes, e.value)
+
+
+def encoding(weights: Weights, entry: Entry, begin: int, end: int) -> Generator[int, None, Bytes]:
+    """encoded_rows step by step: yields the row that it has reached."""
     values = BLOCK_VALUES[weights.device]
     width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end, values))
     rows = np.empty((end - begin if len(ranges) > 1 else 0, width), np.uint8)
@@ -351,6 +367,7 @@ def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
         if len(ranges) == 1:
             return data.reshape(j - i, width)
         rows[i - begin : j - begin] = data.reshape(j - i, width)
+        yield j
     return rows
 
 

@@ -1,6 +1,7 @@
 """What can go wrong, and the exit code of each.
 
-QConvertError                 1  a bug in qconvert, where nothing below fits
+QConvertError                 1
+├── Bug                       1  in qconvert, where nothing below fits
 ├── UsageError                2  wrong flags or arguments
 ├── InputError                3  the input is wrong: missing or corrupt file, NaN, unconsumed config key
 │   └── AdapterError          3  an adapter does not fit the model or its own configuration
@@ -13,14 +14,15 @@ QConvertError                 1  a bug in qconvert, where nothing below fits
 ├── GateError                 7  a quality gate failed
 ├── NotVerifiedError          8  not verified where --require-verified asked for it
 ├── Interrupted             130  by Ctrl-C; what was done can be resumed
-└── GraphError                1  a pass left an invalid graph
+├── GraphError                1  a pass left an invalid graph
+└── OutputsError                 of several outputs some were not made: the code of the first of these
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -52,6 +54,10 @@ class QConvertError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class Bug(QConvertError):
+    pass
 
 
 class UsageError(QConvertError):
@@ -104,6 +110,15 @@ class Interrupted(QConvertError):
 
 class GraphError(QConvertError):
     pass
+
+
+class OutputsError(QConvertError):
+    """Of several outputs some were not made. results: of all, in the order of the requests (conversion.Result)."""
+
+    def __init__(self, message: str, exit_code: int, results: Sequence[object]) -> None:
+        super().__init__(message, hint="the others have their files")
+        self.exit_code = exit_code
+        self.results = results
 
 
 # what Python raises where nested data has other types, keys or lengths than were counted on

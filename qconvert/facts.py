@@ -131,7 +131,7 @@ def _quality(data: Mapping[str, Any]) -> Iterator[Case]:
         yield Case("quality", "quality", "", "", "", "skip", q["skipped"], "quality")
     for key, name, share in MEASURES:
         if key in q:
-            value = f"{100 * q[key]:.2f} %" if share else number(q[key])
+            value = f"{100 * q[key]:.2f} %" if share else _shown(q[key])
             yield Case("quality", name, f"{q['n_tokens']} tokens of {q['text']}", value, "", "info", "", "quality")
 
 

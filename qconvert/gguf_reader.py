@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qconvert.errors import InputError
-from qconvert.scheme import CODEBOOKS, SCHEMES
+from qconvert.scheme import GGML_SCHEMES
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -46,7 +46,7 @@ class GGMLType(NamedTuple):
 
 
 def _quantized(name: str, number: int) -> GGMLType:
-    scheme = SCHEMES.get(name) or CODEBOOKS[name]
+    scheme = GGML_SCHEMES[name]
     return GGMLType(number, scheme.block, int(scheme.block * scheme.bits_per_weight) // 8)
 
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from qconvert import registry
 from qconvert.report import table
-from qconvert.scheme import SCHEMES, Layout, Scheme
+from qconvert.scheme import GGML_SCHEMES, Layout, Scheme
 from qconvert.solver_spec import FOLDS
 
 
@@ -33,12 +33,13 @@ def layouts() -> list[str]:
 
 def types() -> list[str]:
     """Usual names of the mixes, and the tensor types with their bits per weight."""
-    from qconvert.formats.gguf_mix import BITS, FILE_TYPES
+    from qconvert.formats.gguf_mix import BITS
+    from qconvert.formats.gguf_mix_rules import FILE_TYPES
     from qconvert.formats.onnx import QUANTS
 
     by_bits = {name: f"--bits {bits}" for bits, name in BITS.items()}
     mixes = [(name, f"mostly {t.default}", by_bits.get(name, "")) for name, t in FILE_TYPES.items()]
-    own = [(s.name, *described(s), registry.OWN) for s in SCHEMES.values()]
+    own = [(s.name, *described(s), registry.OWN) for s in GGML_SCHEMES.values()]
     foreign = registry.entries("schemes").items()
     others = [(name, *described(cast(Scheme, registry.find("schemes", name))), entry.origin) for name, entry in foreign]
     dialects = [(name, entry.origin) for name, entry in registry.entries("dialects").items()]
@@ -50,7 +51,7 @@ def types() -> list[str]:
 
 
 def described(s: Scheme) -> tuple[str, str]:
-    return f"{s.bits} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}"
+    return f"{s.code_bits:g} bits, {s.bits_per_weight:g} with metadata", f"blocks of {s.block}"
 
 
 def targets() -> list[str]:

@@ -12,8 +12,10 @@ from qconvert.changes import changes
 from qconvert.facts import SAID, Case, Facts, counted, printable
 from qconvert.report import nbytes_text
 
-# what begins a structure of Markdown or HTML; _ where it does not stand within a word
-STRUCTURE = re.compile(r"\\(?![A-Za-z0-9 ])|[`*\[\]&|~#@$]|<(?=[A-Za-z/!?])|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+# what begins a structure of Markdown or HTML, or makes an address a link; _ where it does not stand within a word
+STRUCTURE = re.compile(
+    r"\\(?![A-Za-z0-9 ])|[`*\[\]&|~#@$]|<(?=[A-Za-z/!?])|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+)
 GROUPS = (("gates", "Gates"), ("findings", "Findings"), ("checks", "Checks"))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from qconvert.scheme import FP4_TABLE, LATTICES, MINIFLOATS, NF4_TABLE, SCB, SCHEMES, TERNARY, Scheme
+from qconvert.scheme import FP4_TABLE, GGML_SCHEMES, LATTICES, MINIFLOATS, NF4_TABLE, SCB, TERNARY, Scheme
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ OF_LATTICES = "points of a lattice have nearest and ldlq"
 
 
 def _search(scheme: Scheme) -> str | None:
-    return None if scheme.name in SCHEMES else "it is ggml's own, of GGUF's types (mse is the one of others)"
+    return None if scheme.name in GGML_SCHEMES else "it is ggml's own, of GGUF's types (mse is the one of others)"
 
 
 def _mse(scheme: Scheme) -> str | None:
-    if scheme.name in SCHEMES:
+    if scheme.name in GGML_SCHEMES:
         return "GGUF's types have search and lsq"
     if scheme.name in LATTICES:
         return OF_LATTICES

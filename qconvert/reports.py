@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from qconvert.errors import QConvertError, ResourceError, UsageError
+from qconvert.errors import MISSHAPEN, QConvertError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from qconvert.facts import Facts
@@ -69,18 +70,12 @@ class Run:
     def add(self, data: Data) -> None:
         self.found.append(data)
 
-    def fail(self, error: QConvertError, kind: str) -> None:
+    def fail(self, error: QConvertError) -> None:
         """The output that was being made ended so; those behind it were not begun."""
-        from qconvert.report import Report
-
-        waiting = self.asked[len(self.found) :] or [{}]
-        nothing = Report([]).data()
-        known = error.report.data() if isinstance(error.report, Report) else {**nothing, **waiting[0]}
-        place = error.place and error.place._asdict()
-        what = {"exit": error.exit_code, "error": error.message, "hint": error.hint, "kind": kind, "place": place}
-        self.found.append({**known, **what})
+        failed, *waiting = self.asked[len(self.found) :] or [{}]
+        self.found.append(failure(error, failed))
         skipped = {"exit": error.exit_code, "skipped": "an output before it failed"}
-        self.found += [{**nothing, **each, **skipped} for each in waiting[1:]]
+        self.found += [{**nothing(), **each, **skipped} for each in waiting]
 
     def write(self) -> None:
         """Every form that was asked for. ResourceError names the files that could not be written; the others are."""
@@ -90,8 +85,7 @@ class Run:
 
         if self.folder:
             make(self.folder)
-        then = {each.kind: each for each in map(Facts, self.released())}
-        facts = [Facts(data, then.get(Facts(data).kind)) for data in self.found]
+        facts = [Facts(data, self.released(data)) for data in self.found]
         made: dict[Form, str] = {}
         failed = []
         for form, path in self.targets:
@@ -104,14 +98,34 @@ class Run:
         if failed:
             raise ResourceError(f"no report was written to {', '.join(failed)}")
 
+    def released(self, data: Data) -> Facts | None:
+        """What the baseline says of the same output; None where the gates did not take it, or it is not built so."""
+        from qconvert.changes import changes
+        from qconvert.facts import Facts
 
-    def released(self) -> list[Data]:
-        """What the baseline says of each output; whether it can be one is judged by the gates."""
-        try:
-            found = json.loads(self.baseline.read_text("utf-8")) if self.baseline else []
-        except (OSError, ValueError):
-            return []
-        return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, Mapping)]
+        taken = any(gate["origin"] == "baseline" for gate in data.get("gates", ()))
+        with suppress(OSError, *MISSHAPEN):
+            found = json.loads(self.baseline.read_text("utf-8")) if self.baseline and taken else []
+            for then in map(Facts, found if isinstance(found, list) else [found]):
+                if then.kind == Facts(data).kind:
+                    changes(then, Facts(data))
+                    return then
+        return None
+
+
+def nothing() -> Data:
+    """What a report says where nothing is known."""
+    from qconvert.report import Report
+
+    return Report([]).data()
+
+
+def failure(error: QConvertError, known: Data) -> Data:
+    """What a report says of an output that ended so, in place of what was known of it before."""
+    found: Any = error.report
+    place = error.place and error.place._asdict()
+    what = {"exit": error.exit_code, "error": error.message, "hint": error.hint, "kind": type(error).__name__, "place": place}
+    return {**({**nothing(), **known} if found is None else found.data()), **what}
 
 
 def json_page(facts: Sequence[Facts]) -> str:

@@ -288,6 +288,7 @@ MINIFLOATS: dict[str, Scheme] = {
     )
 }
 SCHEMES["mxfp4"] = MINIFLOATS["mxfp4"]  # the same codes and scales, whoever keeps them
+GGML_SCHEMES = SCHEMES | CODEBOOKS  # all that GGUF keeps in blocks
 
 AFFINE_NAME = re.compile(r"(u?int)([1-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
 TABLE_NAME = re.compile(r"(nf4|fp4|ternary|binary)_(?:g(\d+)|row)")

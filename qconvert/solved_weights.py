@@ -94,6 +94,6 @@ def given(w: Values, name: str, node: Node, solver: Any, expert: int) -> Any:
                 value = w.real(node.inputs[0], expert * n + i, expert * n + min(n, i + step))
                 yield np.ascontiguousarray(value, np.float32)
 
-        return w.factors.number((name, expert), lambda: f(blocks()))
+        return w.factors.number((id(w.graph), name, expert), lambda: f(blocks()))  # factors may be shared with other graphs
 
     return Given(whole, moments, factor, over_all)

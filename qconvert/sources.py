@@ -10,10 +10,10 @@ import math
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from qconvert import registry
 from qconvert.errors import InputError, Place, UnsupportedError
@@ -21,6 +21,7 @@ from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
 from qconvert.tensor_files import TensorFile, open_tensors
 
+T = TypeVar("T")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 INCOMPLETE = "the download is not complete; fetch it again"
@@ -44,6 +45,7 @@ class Store:
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
         self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
+        self.answers: dict[str, tuple[str, object]] | None = None  # kind -> the last question and its answer, if they are kept
 
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
@@ -116,6 +118,15 @@ class Store:
             if self._scratch is not None:
                 self._scratch.cleanup()
                 self._scratch = None
+
+    def known(self, kind: str, question: str, find: Callable[[], T]) -> T:
+        """What `find` gives; of each kind the last answer is kept where several outputs ask."""
+        if self.answers is None:
+            return find()
+        if self.answers.get(kind, ("",))[0] != question:
+            self.answers.pop(kind, None)
+            self.answers[kind] = question, find()
+        return cast(T, self.answers[kind][1])
 
     def scratch(self) -> Path:
         """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""

@@ -93,7 +93,8 @@ def github(runner: Runner, **inputs: str) -> Ended:
     values = {name: inputs.get(name.replace("-", "_"), of.get("default", "")) for name, of in ACTION["inputs"].items()}
     context = {**{f"inputs.{k}": v for k, v in values.items()}, "runner.temp": str(runner.temp), "runner.os": "Linux"}
     files = {name: runner.temp / name.lower() for name in ("GITHUB_OUTPUT", "GITHUB_PATH", "GITHUB_STEP_SUMMARY")}
-    env = {**runner.env(), "RUNNER_TEMP": str(runner.temp), "GITHUB_ACTION_PATH": str(ROOT), **{k: str(v) for k, v in files.items()}}
+    places = {"RUNNER_TEMP": runner.temp, "GITHUB_ACTION_PATH": ROOT, **files}
+    env = {**runner.env(), **{k: str(v) for k, v in places.items()}}
     said, status = "", 0
     for step in ACTION["runs"]["steps"]:
         if "uses" in step or status:

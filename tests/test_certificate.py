@@ -366,17 +366,21 @@ def test_what_is_forged_ends_in_a_failed_row(gguf: Made, tmp_path: Path, change:
     assert all(row.reason for row in report.failed)
 
 
-@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", "a/b/c/d/e/f/g/h/i/j/k/l/m/n/o/p", ""])
+@pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", "a/../../b", ""])
 @pytest.mark.parametrize("to", ["onnx", "safetensors"])
 def test_names_of_files_do_not_lead_out_of_the_folder(tmp_path: Path, to: str, name: str) -> None:
     certifier = certifier_of(to)
     assert certifier is not None
-    first = tmp_path / "model.x"
-    for names in (["model.x", name], *([[name, "x"]] if to == "onnx" and name[:1] != "." else [])):
-        if names[1] == "x" and name.startswith("/"):
-            continue
-        with pytest.raises(InputError):
-            certifier.files(first, names)
+    with pytest.raises(InputError):
+        certifier.files(tmp_path / "model.x", ["model.x", name])
+
+
+def test_a_model_does_not_lie_deeper_than_its_path_says(tmp_path: Path) -> None:
+    certifier = certifier_of("onnx")
+    assert certifier is not None
+    for name in ("", "a/" * 40 + "model.onnx"):
+        with pytest.raises(InputError, match="does not lie"):
+            certifier.files(tmp_path / "model.onnx", [name, "x"])
 
 
 def test_a_file_that_is_cut_ends_in_a_users_error(gguf: Made, tmp_path: Path) -> None:

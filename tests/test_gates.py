@@ -11,6 +11,7 @@ import pytest
 
 from qconvert import convert
 from qconvert.errors import GateError, InputError, NotVerifiedError, QConvertError, UsageError
+from qconvert.facts import Facts
 from qconvert.gates import DEFAULTS, Gates, defaults_of, demand
 from qconvert.html_report import html_page
 from qconvert.printing import plan_text, report_text
@@ -167,7 +168,7 @@ def test_defaults_give_way_to_what_is_said_and_are_told_apart(release: dict[str,
 def test_gates_are_printed() -> None:
     result = convert(TINY, to="gguf:Q4_0", output="unwritten.gguf", dry_run=True, max_size="2M", max_kl=0.1)
     assert "pass  --max-size  nbytes" in plan_text(result) and "skip  --max-kl" in plan_text(result)
-    assert "gates\n" in report_text(result.report) and "<h2>Gates</h2>" in html_page(result.report)
+    assert "gates\n" in report_text(result.report) and "<h2>Gates</h2>" in html_page([Facts(result.report.data())])
     gate = Gate("--max-kl", "mean_kl", "<=", 0.1, 0.2, "fail", "recipe", "r.yaml:7")
     assert str(gate) == "--max-kl 0.1 (r.yaml:7): mean_kl is 0.2"
     assert "FAILED  --max-kl" in report_text(Report([], gates=[gate]))

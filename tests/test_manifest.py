@@ -52,7 +52,7 @@ def test_sha256sum_agrees(made: tuple[Path, dict[str, Any]]) -> None:
 
 def test_every_file_that_was_read_is_there_by_its_sum(made: tuple[Path, dict[str, Any]]) -> None:
     found = {i["file"]: i["sha256"] for i in made[1]["inputs"]}
-    read = {"base": [p for p in TINY.iterdir()], "adapter0": [p for p in LORA.iterdir()]}
+    read = {"base": list(TINY.iterdir()), "adapter0": list(LORA.iterdir())}
     assert found == {f"{alias}/{p.name}": sha256(p) for alias, paths in read.items() for p in paths}
 
 
@@ -64,7 +64,7 @@ def test_weights_are_those_that_gguf_py_reads(made: tuple[Path, dict[str, Any]])
 
 
 def test_its_recipe_makes_the_same_file(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, manifest = made
+    manifest = made[1]
     (tmp_path / "recipe.yaml").write_text(manifest["recipe"])
     (options,) = read_recipe(tmp_path / "recipe.yaml").outputs
     convert(**options, output=tmp_path / "b.gguf", threads=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ import pytest
 
 from qconvert import convert
 from qconvert.chat import CONVERSATIONS, render
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import InputError, UnsupportedError, UsageError
 from qconvert.formats.gguf_gotemplate import Pieces, literal, rendered
 from qconvert.formats.gguf_ollama import LONG, Found, go_template, sampling, stop_texts, template_lines
 from qconvert.tokenizer import Tokenizer
@@ -98,6 +99,28 @@ def test_templates_that_do_more_have_no_go_template(jinja: str) -> None:
 def tokenizer(jinja: str | None, stops: tuple[int, ...] = (1,), tokens: tuple[str, ...] = ("<s>", "</s>")) -> Tokenizer:
     made: Any = SimpleNamespace(chat_template=jinja, special={"bos": 0, "eos": 1}, tokens=tokens, add_bos=True, stops=stops)
     return cast(Tokenizer, made)
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ messages * 10 ** 9 }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{{ range(10 ** 9) | list }}",
+]
+
+
+@pytest.mark.parametrize("jinja", ENDLESS)
+def test_templates_that_do_not_end_or_fill_the_memory_are_refused(jinja: str) -> None:
+    start = time.thread_time()
+    with pytest.raises(InputError, match="chat template"):
+        render(jinja, CONVERSATIONS[1], TOKENS)
+    assert time.thread_time() - start < 2
+
+
+def test_products_that_are_small_are_made() -> None:
+    assert render("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 3 * 'x' }}{{ 0.5 * 4 }}", CONVERSATIONS[0], TOKENS) == "---1024xxx2.0"
 
 
 def test_lines_of_a_template_that_fails_and_of_none() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from qconvert import convert
 from qconvert.cli import fail
 from qconvert.errors import GateError, QConvertError
 from qconvert.report import SCHEMA, Report, Row
+from qconvert.reports import Run
 from qconvert.verification import verify_file
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -65,7 +68,7 @@ def test_a_failed_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GateError) as caught:
         convert(TINY, to="gguf:Q2_K", output="out.gguf", eval_tokens=256, max_kl=1e-3)
-    assert fail(caught.value, ["--json", "report.json"]) == 7
+    assert fail(Run(["--json", "report.json"]), caught.value) == 7
     data = json.loads(Path("report.json").read_text())
     assert data["exit"] == 7 and data["error"].startswith("--max-kl 0.001: mean_kl is")
     accepted(data)
@@ -75,10 +78,23 @@ def test_a_run_that_failed_before_it_had_a_report(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(QConvertError) as caught:
         convert("no/such")
-    assert fail(caught.value, ["--json", "report.json"]) == 3
+    assert fail(Run(["--json", "report.json"]), caught.value) == 3
     data = json.loads(Path("report.json").read_text())
     assert data["outputs"] == [] and data["verified"] is False and data["schema"] == SCHEMA
     accepted(data)
+
+
+def test_an_output_that_was_not_begun_and_a_diagnosis(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {TINY}\nto: [{{format: gguf, quant: Q4_0, gates: {{max-size: 1k}}}}, gguf:Q8_0]\n")
+    for args, code in ((["--recipe", recipe], 7), (["verify", TINY], 0), (["verify", tmp_path / "none", "--against", "m"], 3)):
+        report = tmp_path / f"{code}.json"
+        command = [sys.executable, "-m", "qconvert", *map(str, args), "--json", str(report), "-q"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        accepted(json.loads(report.read_text()))
+    failed, waiting = json.loads((tmp_path / "7.json").read_text())
+    assert failed["gates"][0]["place"] == f"{recipe}:2" and waiting["skipped"] and waiting["exit"] == 7
 
 
 def test_numbers_that_json_cannot_say_are_null() -> None:

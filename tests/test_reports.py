@@ -200,6 +200,14 @@ def test_sarif_points_at_the_tensor_that_the_doctor_names(made: dict[str, Made])
     assert key.startswith("blk.2.")
 
 
+def test_sarif_points_at_the_line_of_a_gate_and_else_at_the_output(made: dict[str, Made], tmp_path: Path) -> None:
+    out = made["gate"].folder.parents[1] / "a.gguf"
+    assert _placed(made["gate"]) == ("qconvert/gate", out.as_uri(), "", None)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {TINY}\nto: gguf:Q4_0\noutput: {tmp_path / 'a.gguf'}\ngates:\n  max-size: 1k\n")
+    assert _placed(qconvert(tmp_path, "--recipe", recipe, "-q")) == ("qconvert/gate", recipe.as_uri(), "", 5)
+
+
 def test_a_file_below_the_working_folder_is_named_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b.yaml").write_text("model: m\nbits: four\n")
@@ -215,7 +223,7 @@ def test_every_kind_of_error_and_finding_has_a_rule() -> None:
                 yield from kinds(each)
 
     failed = {"outputs": [], "verified": False, "exit": 1, "error": "x"}
-    named = {Facts({**failed, "kind": kind}).cases[0].rule for kind in (*kinds(errors.QConvertError), "Bug")}
+    named = {Facts({**failed, "kind": kind}).cases[0].rule for kind in kinds(errors.QConvertError)}
     assert named | findings.RULES.keys() | {"check", "gate", "fallback", "skipped", "error"} == RULES.keys()
     files = [*(ROOT / "formats").glob("*_doctor.py"), ROOT / "qconvert" / "findings.py"]
     calls = [n for file in files for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
@@ -274,7 +282,7 @@ def test_names_in_sarif_and_json_are_text(evil: Facts) -> None:
 
 def test_a_name_that_is_no_utf8_is_written(tmp_path: Path) -> None:
     run = Run(["--reports", str(tmp_path)])
-    run.fail(errors.InputError("no \udc80"), "InputError")
+    run.fail(errors.InputError("no \udc80"))
     run.write()
     assert json.loads((tmp_path / "report.json").read_text())["error"] == "no \udc80"
     assert "no \\udc80" in (tmp_path / "report.md").read_text()
@@ -311,13 +319,17 @@ def test_what_is_worse_comes_first_and_no_diff_is_longer_than_15_lines(made: dic
 def test_a_baseline_is_matched_by_format_and_type(made: dict[str, Made], tmp_path: Path) -> None:
     (data,) = made["good"].outputs
     then = [{**data, "quant": "Q8_0"}, {**data, "quality": {**data["quality"], "mean_kl": 9.0}}]
-    (tmp_path / "then.json").write_text(json.dumps(then))
-    run = Run(["--markdown", str(tmp_path / "now.md")])
-    run.begin({}, baseline=tmp_path / "then.json")
-    run.add(data)
-    run.write()
-    text = (tmp_path / "now.md").read_text()
-    assert "\n- mean KL: 9 ->" in text and "Q8" not in text
+    baseline = tmp_path / "then.json"
+    baseline.write_text(json.dumps(then))
+    out = tmp_path / "a.gguf"
+    now = qconvert(tmp_path, f"{TINY}+{LORA}", "--quant", "Q4_0", "-o", out, "--baseline", baseline, *SHORT)
+    assert now.exit == 0
+    part = next(p for p in now.text("report.md").split("\n\n") if p.startswith("**Since the baseline"))
+    assert "\n- mean KL: 9 ->" in part and "Q8" not in part
+    baseline.write_text(json.dumps([{**then[1], "quality": {"mean_kl": 9.0}}]))
+    run = Run([])
+    run.begin({}, baseline=baseline)
+    assert run.released(now.data) is None  # what somebody altered is not compared
 
 
 # where reports go ---------------------------------------------------------------------------------
