@@ -18,28 +18,24 @@ from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.beside import Beside, beside
+from qconvert.budget import n_weights
 from qconvert.calibration import read_text
+from qconvert.certifying import attested, probes, with_room
 from qconvert.emit import Plan, Progress, staged
-from qconvert.errors import (
-    GateError,
-    NotVerifiedError,
-    OutputsError,
-    QConvertError,
-    ResourceError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-)
+from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError, of_output
 from qconvert.formats.gguf_source import tokenizer_rows
+from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
 from qconvert.hessians import Factors
 from qconvert.lowering import Ready, lower, offload, read_sources, readied
+from qconvert.manifest import Output, hashing, write_manifest
 from qconvert.measuring import Asked, measured
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
-from qconvert.rehearsal import not_judged, refuse_rehearsing, rehearsing
+from qconvert.rehearsal import refuse_rehearsing, rehearsing
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store
@@ -68,13 +64,6 @@ class Result:
     @property
     def verified(self) -> bool:
         return self.report.verified and self.error is None
-
-    def data(self) -> dict[str, Any]:
-        """What --json writes of it."""
-        if self.error is None:
-            return self.report.data()
-        told = {"exit": self.error.exit_code, "error": self.error.message, "hint": self.error.hint}
-        return {**self.report.data(), "outputs": [], "verified": False, **told}
 
 
 def convert(
@@ -138,8 +127,9 @@ def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]
     if not requests[0].rehearse:
         with ExitStack() as stack:
             return write(planned(requests, stack), progress)
-    for request in requests:
-        refuse_rehearsing(request)
+    for i, request in enumerate(requests):
+        with of_output(i):
+            refuse_rehearsing(request)
     with TemporaryDirectory(prefix="qconvert-") as folder, ExitStack() as stack:
         small = [rehearsing(request, Path(folder) / str(i)) for i, request in enumerate(requests)]
         results = write(planned(small, stack), progress)
@@ -156,12 +146,14 @@ class Job(NamedTuple):
     store: Store
     prove: Callable[[Weights, tuple[Path, ...], int, Mapping[str, Any]], Proof]
     of: tuple[Source, Lowered] | None = None
+    others: Beside = Beside()
 
 
 def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     """All that can be known before a byte is written. Sources are read once for all outputs of them."""
-    for request in requests:
-        refuse_at_once(request)
+    for i, request in enumerate(requests):
+        with of_output(i):
+            refuse_at_once(request)
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
     built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
     sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
@@ -169,18 +161,20 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     for i in built:
         if i not in ready:
             alike = [j for j in built if sources[j] is sources[i]]
-            found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
+            with of_output(*alike):
+                found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
             ready |= zip(alike, found, strict=True)
     jobs = []
     for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
         if request.dump_ir is not None and len(requests) > 1:
             request = replace(request, dump_ir=request.dump_ir / f"{i}-{request.to}")
-        if i in ready:
-            jobs.append(of_source(request, sources[i], target, ready[i]))
-        else:
-            store = Store()
-            stack.callback(store.close)
-            jobs.append(rewriting(request, store, target))
+        with of_output(i):
+            if i in ready:
+                jobs.append(of_source(request, sources[i], target, ready[i]))
+            else:
+                store = Store()
+                stack.callback(store.close)
+                jobs.append(rewriting(request, store, target))
     refuse_same_place([job.plan for job in jobs])
     return jobs
 
@@ -206,44 +200,54 @@ def of_source(request: Request, source: Source, target: Format, ready: Ready) ->
         if share := found.get("read_by_calibration", 0):
             why = "the weights were fitted to this text; --eval FILE names another"
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
-        return Proof(rows, runtime, found)
+        return Proof(rows, runtime, found, probes(request, source, lowered, weights, parts, threads))
 
     report = describe(request, source, lowered)
-    return Job(request, lowered.graph, lowered.plan, report, source.store, prove, (source, lowered))
+    others = beside(request, source, lowered)
+    return Job(request, lowered.graph, lowered.plan, report, source.store, prove, (source, lowered), others)
 
 
 def rewriting(request: Request, store: Store, target: Format) -> Job:
     """A file of the target's own format: its weights change, its graph does not."""
+    if flag := "--card" if request.card else "--modelfile" if request.modelfile else None:
+        raise UnsupportedError(f"{flag}: not for an ONNX model as input, which says nothing of where it is from")
     if not hasattr(target, "rewrite"):
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
     rewriter = cast(Rewriter, target)
     job = rewriter.rewrite(request, store)
+    plan = with_room(request, job.plan, job.graph)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
-        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
+        described(request, job.graph, plan, job.quant, fate_of(job.graph, plan, job.refs)),
         notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
-        fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
+        fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
 
     def prove(weights: Weights, parts: tuple[Path, ...], threads: int, _: Mapping[str, Any]) -> Proof:
         return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
-    return Job(request, job.graph, job.plan, report, store, prove)
+    return Job(request, job.graph, plan, report, store, prove)
 
 
 class Proof(NamedTuple):
-    """Rows of all checks, what ran the file, and what quality.quality measured; {"skipped": why} where nothing was."""
+    """Rows of all checks, what ran the file, what quality.quality measured ({"skipped": why} where nothing was), and probes
+    for a certificate."""
 
     rows: list[Row]
     runtime: dict[str, str] | None
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
+    probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
     """Stream the plans into files, prove each, and give their names to those that are what was asked for; the reports get
     the rows of the proofs."""
     for entry in (entry for job in jobs for entry in job.plan.entries):
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
+    gates = [Gates.of(job.request, job.report) for job in jobs]
+    for i, g in enumerate(gates):
+        with of_output(i):
+            jobs[i] = jobs[i]._replace(report=g.before(jobs[i].report))
     if jobs[0].request.dry_run:
         return tuple(Result((), job.report, job.plan) for job in jobs)
     for job in jobs:
@@ -253,6 +257,7 @@ def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Re
     threads = max(job.request.threads or default_threads() for job in jobs)
     factors = {id(job.store): Factors() for job in jobs}
     with ExitStack() as stack:
+        sums = stack.enter_context(hashing([(job.request, job.store) for job in jobs]))
         outputs = []
         for job in jobs:
             weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])
@@ -261,11 +266,13 @@ def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Re
         checked = [i for i, job in enumerate(jobs) if job.request.check and i not in errors]
         asked = {i: Asked(jobs[i].request, *of, outputs[i].weights) for i in checked if (of := jobs[i].of)}
         quality = {**dict.fromkeys(checked, Proof([], None).quality), **measured(asked)}
-        results = []
+        results, manifests = [], {}
         for i, (job, (output, weights, _)) in enumerate(zip(jobs, outputs, strict=True)):
-            error, report = errors.get(i), job.report
+            error, report, parts = errors.get(i), job.report, tuple(output.parts.paths.values())
             try:
-                report = report if error else proven(job, weights, tuple(output.parts.paths.values()), threads, quality.get(i))
+                if error is None:
+                    report, asked_again = proven(job, gates[i], weights, parts, threads, quality.get(i))
+                    manifests[i] = attested(job.request, job.plan, parts, report, asked_again, sums[i], threads)
             except ResourceError:
                 raise
             except QConvertError as e:
@@ -275,25 +282,37 @@ def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Re
         for result, (output, _, _) in zip(results, outputs, strict=True):
             if result.error is None:
                 output.publish()
+    for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        if result.error is None:
+            write_beside(job, result.report, manifests.get(i))
     return tuple(results)
 
 
+def write_beside(job: Job, report: Report, made: tuple[dict[str, Any], list[Output]] | None) -> None:
+    """What tells of an output that has its name."""
+    if made is not None and job.request.manifest is not None:
+        write_manifest(job.request.manifest, *made)
+    for path in job.others.write(report):
+        log.info("%-14s %s", "write", path)
+
+
 def proven(
-    job: Job, weights: Weights, parts: tuple[Path, ...], threads: int, quality: Mapping[str, Any] | QConvertError | None
-) -> Report:
-    """The report with the rows of all checks; raises what `judge` does."""
+    job: Job, gates: Gates, weights: Weights, parts: tuple[Path, ...], threads: int,
+    quality: Mapping[str, Any] | QConvertError | None,
+) -> tuple[Report, Mapping[str, Any]]:  # fmt: skip
+    """The report with the rows of all checks, and the probes of a certificate; raises what `demand` does."""
     if isinstance(quality, QConvertError):
         raise quality
     if quality is not None:
         proof = job.prove(weights, parts, threads, quality)
         proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
     else:
-        proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
-    request, skipped = not_judged(job.request) if job.request.rehearse else (job.request, [])
-    rows = [*proof.rows, *skipped]
-    report = replace(job.report, checks=rows, runtime=proof.runtime, quality=dict(proof.quality))
-    judge(report, request)
-    return report
+        skipped = {"skipped": "--no-check"}
+        proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
+    report = replace(job.report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
+    report = gates.after(report)
+    demand(report)
+    return report, proof.probes
 
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
@@ -352,39 +371,9 @@ def runs_on(request: Request) -> list[str]:
 
 def provenance(source: Source) -> dict[str, Any]:
     meta = source.graph.meta.get("adapters", [])
-    return {"model": source.name, "revision": source.checkpoint.revision, "adapters": meta}
+    return {**kind_of(source.base, source.name, source.checkpoint.revision), "adapters": meta}
 
 
-def judge(report: Report, request: Request) -> None:
-    """Raise where a check failed or, with --require-verified, where the runtime did not prove the file."""
-    if report.failed:
-        row = report.failed[0]
-        error = VerificationError(
-            f"verification failed at {row.what}: {row.metric} {row.value:g}, limit {row.limit:g}. {row.reason}".rstrip(" ."),
-            hint="no file was left; --no-check writes it unverified",
-        )
-        error.report = report
-        raise error
-    gate(report, request)
-    if request.require_verified and not report.verified:
-        skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
-        unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
-        unverified.report = report
-        raise unverified
-
-
-def gate(report: Report, request: Request) -> None:
-    """GateError where quality is not what was asked for, or was not measured."""
-    for flag, wanted, key, sign in (("--max-kl", request.max_kl, "mean_kl", 1), ("--min-top1", request.min_top1, "top1", -1)):
-        if wanted is None:
-            continue
-        found = report.quality.get(key)
-        if found is None:
-            why = f"not measured: {report.quality.get('skipped')}"
-        elif sign * found <= sign * wanted:
-            continue
-        else:
-            why = f"{key} is {found:.4g} on {report.quality['n_tokens']} tokens of {report.quality['text']}"
-        error = GateError(f"{flag} {wanted:g}: {why}", hint="no file was left; more bits are nearer to what was trained")
-        error.report = report
-        raise error
+def kind_of(graph: Graph, model: str, revision: str | None) -> dict[str, Any]:
+    """A model by name, and by what stays where it is trained again."""
+    return {"model": model, "revision": revision, "family": graph.meta.get("family"), "n_weights": n_weights(graph)}

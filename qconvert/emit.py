@@ -23,7 +23,7 @@ from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
 from qconvert.journal import Digests, Journal, journal_at, sync_all
 from qconvert.parallel import in_parallel
-from qconvert.planes import Plane, folded, ordered, side_by_side
+from qconvert.planes import Plane, Slot, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
@@ -67,10 +67,12 @@ class Plan(NamedTuple):
     """Everything about the output but the weights' values; made from headers alone.
 
     folder: of all files, where they are one output; it is made beside its final name, so that they find each other.
+    slot: for its certificate, where it is to carry one.
     """
 
     files: tuple[FilePlan, ...]
     folder: Path | None = None
+    slot: Slot | None = None
 
     @property
     def place(self) -> Path:

@@ -21,8 +21,9 @@ from qconvert.adapters import read_adapter
 from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
 from qconvert.calibrated import all_calibrated, statistics_wanted
+from qconvert.certifying import with_room
 from qconvert.companions import tokenizer_of
-from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.errors import Place, UnsupportedError, UsageError, located, of_output, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.graph import Attr, Graph
@@ -85,16 +86,18 @@ def read_source(request: Request, store: Store) -> Source:
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint, short, others = reader(path, store), None, list[str]()
-    if request.rehearse:
-        checkpoint, short, others = shortened(checkpoint)
-    base = build(checkpoint)
+    with located(Place(str(path / "config.json" if path.is_dir() else path))):
+        if request.rehearse:
+            checkpoint, short, others = shortened(checkpoint)
+        base = build(checkpoint)
     if others:
         base = base.with_meta(dropped=cast(Attr, left_out(base.meta["dropped"], others)))
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
         folder, own = find_model(spec.path), request.trained_on == "model"
-        adapter = read_adapter(folder, store, alias, spec.weight, request.pooling, own)
+        with located(Place(str(folder))):
+            adapter = read_adapter(folder, store, alias, spec.weight, request.pooling, own)
         adapters.append(without_others(adapter, short) if short else adapter)
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
@@ -121,7 +124,10 @@ def readied(requests: Sequence[Request], source: Source, targets: Sequence[Forma
     """Merge once, look at what all formats are told, gather statistics of each text once."""
     stages, spec, done = transform(requests[0], source)
     merged = stages[-1].graph
-    options = [target.options(request, source, merged) for request, target in zip(requests, targets, strict=True)]
+    options = []
+    for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
+        with of_output(i):
+            options.append(target.options(request, source, merged))
     found = all_calibrated([(request, statistics_wanted(request)) for request in requests], source, merged)
     return [Ready(stages, spec, done, *each) for each in zip(options, found, strict=True)]
 
@@ -148,6 +154,7 @@ def lower(request: Request, source: Source, target: Format, ready: Ready | None 
     told = (*source.notes, *told, *refits, *refuse_rounding(final, request.allow_lossy))
     legal = legal._replace(notes=(*legal.notes, *told, *refuse_erasing(final, source.store, request)))
     plan = target.plan(final, options, legal, Path(request.output or target.default_path(source, merged, options)))
+    plan = with_room(request, plan, final)
     if budget:
         assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
     pipeline = ",".join(filter(None, (spec, str(first), solving.fold, str(last))))
@@ -220,7 +227,7 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+        return Weights(graph, source.store), with_room(request, target.plan(graph, mixed, legal, path), graph).nbytes
 
     with torch_threads_of(request):
         n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)

@@ -158,7 +158,7 @@ def quality(reference: Model, quantized: Sequence[Model], base: Model | None, te
     before = float(found[-1].answers.kl.mean(dtype=np.float64)) if base is not None else None
     for model, (said, hidden, moments) in zip(quantized, found, strict=False):
         facts: dict[str, Any] = {
-            "text": text.name, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
+            "text": text.name, "digest": text.digest, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
             **summary(said), "histogram": histogram(said.kl),
             "layers": [{"layer": i, "relative_error": e} for i, e in enumerate(hidden.values())],
             "tensors": tensor_errors(model, moments),

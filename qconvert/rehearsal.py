@@ -17,7 +17,6 @@ from qconvert.adapters import Adapter
 from qconvert.config_reader import Reader
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.families import Family, family_of
-from qconvert.report import Row
 from qconvert.request import Request
 from qconvert.settings import Settings, read_settings
 from qconvert.sources import Checkpoint, TensorInfo
@@ -25,7 +24,6 @@ from qconvert.stored_forms import SAID_IN, stored_form
 
 LAYERS, MOST = 2, 8
 EVAL_TOKENS, CALIBRATE_TOKENS = 256, 2048
-GATES = ("max_kl", "min_top1", "require_verified")
 REASON = "its layer has no part in a rehearsal"
 
 
@@ -66,16 +64,9 @@ def rehearsing(request: Request, folder: Path) -> Request:
     n = min(request.calibrate_tokens or CALIBRATE_TOKENS, CALIBRATE_TOKENS) if text else request.calibrate_tokens
     tokens = EVAL_TOKENS if request.eval_tokens is None else min(request.eval_tokens, EVAL_TOKENS)
     output = folder / "out" / (request.output.name if request.output else "rehearsal")
-    kept = {key: folder / path.name for key in ("save_imatrix", "save_statistics") if (path := getattr(request, key))}
+    files = ("save_imatrix", "save_statistics", "manifest")
+    kept = {key: folder / path.name for key in files if (path := getattr(request, key))}
     return replace(request, output=output, calibrate_tokens=n, eval_tokens=tokens, **kept)
-
-
-def not_judged(request: Request) -> tuple[Request, list[Row]]:
-    """Without gates, which say nothing of a model without most of its layers; and a row for each that says so."""
-    given = [name for name in GATES if getattr(request, name) != getattr(Request, name)]
-    flags = ("--" + name.replace("_", "-") for name in given)
-    rows = [Row("gate", flag, None, None, "skip", "not judged in a rehearsal") for flag in flags]
-    return replace(request, **{name: getattr(Request, name) for name in given}), rows
 
 
 # fewer layers -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from qconvert.errors import InputError
+from qconvert.errors import InputError, Place, located
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
@@ -41,6 +41,28 @@ class Entry(NamedTuple):
 
 def read_header(fd: int, path: Path) -> dict[str, Entry]:
     """All tensors of the open file, begins counted from the file's start. InputError names the file and the key."""
+    raw, n, file_nbytes = _read_table(fd, path)
+    raw.pop("__metadata__", None)
+    entries = {}
+    for name, value in raw.items():
+        with located(Place(str(path), key=name)):
+            entries[name] = _entry(name, value, path)
+    _check_spans(entries, file_nbytes - 8 - n, path)
+    return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that are no tensors."""
+    try:
+        with path.open("rb") as file:
+            raw, _, _ = _read_table(file.fileno(), path)
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from e
+    return cast(dict[str, str], raw.get("__metadata__", {}))
+
+
+def _read_table(fd: int, path: Path) -> tuple[dict[str, object], int, int]:
+    """The header, its own bytes, those of the file."""
     file_nbytes = os.fstat(fd).st_size
     if file_nbytes < 8:
         raise damaged(path, f"{file_nbytes} bytes are too few for a safetensors file")
@@ -59,12 +81,10 @@ def read_header(fd: int, path: Path) -> dict[str, Entry]:
             raise damaged(path, "the file ended in its header")
         text += part
     raw = _parse_json(text, path)
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged(path, "__metadata__ is not a table of strings")
-    entries = {name: _entry(name, value, path) for name, value in raw.items()}
-    _check_spans(entries, file_nbytes - 8 - n, path)
-    return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
+    return raw, n, file_nbytes
 
 
 def _parse_json(text: bytes, path: Path) -> dict[str, object]:

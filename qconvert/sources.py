@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar, cast
 
 from qconvert import registry
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, Place, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.scheme import Array
 from qconvert.tensor_files import TensorFile, open_tensors
@@ -98,6 +98,16 @@ class Store:
             raise InputError(f"{ref}: {list(shape)} is not a matrix, so it has no columns to read")
         _check_range(ref, "columns", begin, end, shape[1])
         return file.read_columns(name, begin, end)
+
+    def files(self) -> dict[str, Path]:
+        """Every file of tensors that was opened, by ALIAS/FILE."""
+        with self._lock:
+            return {f"{alias}/{name}": self.roots[alias] / name for alias, name in self._files}
+
+    def folders(self) -> dict[str, Path]:
+        """By alias, the folders of which more than one file of tensors may be read."""
+        with self._lock:
+            return {alias: root for alias, root in self.roots.items() if alias not in self._single}
 
     def close(self) -> None:
         """Close all files. A later read opens them again."""
@@ -258,11 +268,11 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_int=_count)
     except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
+        raise InputError(f"{path}: {e.strerror}", place=Place(str(path))) from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not valid JSON: {e}") from e
+        raise InputError(f"{path}: not valid JSON: {e}", place=Place(str(path), getattr(e, "lineno", None))) from e
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
+        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}", place=Place(str(path)))
     return cast(dict[str, object], value)
 
 

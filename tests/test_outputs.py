@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from click.testing import Result as Ran
 from safetensors.torch import load_file, save_file
 from test_journal import source, subject, whole
 from tiny_models import CASES, save_random
@@ -29,6 +30,7 @@ from qconvert.emit import staged
 from qconvert.errors import OutputsError, QConvertError, ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.lockstep import Span, Weight, in_step, regions
+from qconvert.reports import Run
 from qconvert.request import Request
 from qconvert.shared_rows import Blocks, identities
 from qconvert.sources import Store
@@ -166,14 +168,14 @@ def test_what_was_trained_answers_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_each_is_judged_by_itself(tmp_path: Path) -> None:
     outputs = ({"to": "gguf:Q8_0"}, {"to": "gguf:Q2_K", "max_kl": 1e-6}, {"to": "gguf:F16"})
-    with pytest.raises(OutputsError, match="1 of 3 outputs failed, first .*1.gguf: --max-kl 1e-06") as caught:
+    with pytest.raises(OutputsError, match="1 of 3 outputs failed, first .*1.gguf: --max-kl 1.0e-06") as caught:
         convert_all(asked(str(TINY), tmp_path / "out", *outputs, eval_tokens=256, threads=1))
     assert caught.value.exit_code == 7
     assert sorted(os.listdir(tmp_path / "out")) == ["0.gguf", "2.gguf"]
     first, second, third = (result for result in caught.value.results if isinstance(result, Result))
     assert (first.error, third.error) == (None, None) and second.error is not None and second.outputs == ()
     assert second.report.quality["mean_kl"] > 1e-6
-    assert second.data()["exit"] == 7 and second.data()["outputs"] == [] and not second.data()["verified"]
+    assert second.report.exit == second.error.exit_code == 7 and not second.verified
 
 
 def test_a_weight_that_one_type_cannot_hold_fails_that_one(tmp_path: Path) -> None:
@@ -296,10 +298,14 @@ def test_two_outputs_killed_at_50_random_points(tmp_path: Path) -> None:
 # on the command line ------------------------------------------------------------------------------
 
 
+def command(*words: str) -> Ran:
+    return CliRunner().invoke(cli, ["convert", *words], obj=Run(words))
+
+
 def test_outputs_by_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--to", "gguf:Q8_0,safetensors:bf16", "--to", "onnx:int4", "--no-check", "-q", "--json", "report.json"]
-    done = CliRunner().invoke(cli, ["convert", str(TINY), *flags])
+    done = command(str(TINY), *flags)
     assert done.exit_code == 0, done.output
     data = json.loads((tmp_path / "report.json").read_text("utf-8"))
     assert [each["quant"] for each in data] == ["Q8_0", "bf16", "int4_g32"]
@@ -313,10 +319,10 @@ def test_one_of_several_by_flags_fails(tmp_path: Path) -> None:
         f"- {{format: gguf, quant: Q8_0, output: {tmp_path / 'a.gguf'}}}\n"
         f"- {{format: gguf, quant: Q2_K, output: {tmp_path / 'b.gguf'}, max-kl: 1.0e-6}}\n"
     )
-    done = CliRunner().invoke(cli, ["convert", "--recipe", str(recipe), "--json", str(tmp_path / "report.json"), "-q"])
-    assert done.exit_code == 7
+    done = command("--recipe", str(recipe), "--json", str(tmp_path / "report.json"), "-q")
+    assert isinstance(done.exception, OutputsError) and done.exception.exit_code == 7
     reports = json.loads((tmp_path / "report.json").read_text())
-    assert [(each["exit"], bool(each["outputs"])) for each in reports] == [(0, True), (7, False)]
+    assert [(each["exit"], each.get("kind")) for each in reports] == [(0, None), (7, "GateError")]
     assert (tmp_path / "a.gguf").exists() and not (tmp_path / "b.gguf").exists()
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_outputs import LORA, TINY, read
+from test_outputs import LORA, TINY, command, read
 from tiny_models import CASES, edited, save_random
 
 from qconvert import convert, convert_all, request_of
-from qconvert.cli import cli
 from qconvert.conversion import Result
 from qconvert.errors import InputError, OutputsError, UnsupportedError, UsageError, VerificationError
 from qconvert.formats.llama_cpp import LlamaCpp
@@ -76,9 +74,10 @@ def test_what_is_left_out_is_said_to_be_and_not_read(deep: Path, read: list[int]
 
 def test_gates_are_not_judged_and_are_no_pass(deep: Path) -> None:
     result = rehearsed(deep, quant="q2_k", max_kl=1e-9, min_top1=1.0, require_verified=True, eval_tokens=100)
-    gates = [(row.metric, row.verdict, row.reason) for row in result.report.checks if row.what == "gate"]
+    gates = [(gate.flag, gate.verdict, gate.reason) for gate in result.report.gates]
     flags = ("--max-kl", "--min-top1", "--require-verified")
     assert gates == [(flag, "skip", "not judged in a rehearsal") for flag in flags]
+    assert result.report.exit == 0 and not result.verified
 
 
 def test_what_is_wrong_is_found_with_its_exit_code(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +111,7 @@ def test_statistics_of_all_layers_serve_a_rehearsal(deep: Path, tmp_path: Path) 
 def test_several_outputs_are_rehearsed_together(deep: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     words = [str(deep / "model"), "-a", str(deep / "adapter"), "--to", "gguf:Q8_0,onnx:int4", "--no-check", "--rehearse"]
-    done = CliRunner().invoke(cli, ["convert", *words, "--json", str(report)])
+    done = command(*words, "--json", str(report))
     assert done.exit_code == 0, done.output
     assert [each["accounting"]["rehearsal"]["layers"] for each in json.loads(report.read_text("utf-8"))] == [2, 2]
     assert done.output.count("rehearsal: 2 of") == 2
