@@ -47,6 +47,7 @@ METRICS = (
     Metric("lost_verification", "baseline", "<="),
 )
 BY_NAME = {m.name: m for m in METRICS}
+REHEARSED = "not judged in a rehearsal"  # which is of a model without most of its layers
 QUALITY = ("mean_kl", "p999_kl", "top1", "perplexity_ratio")
 
 
@@ -107,10 +108,11 @@ class Gates:
         unmeasured = [*unproven, *(["--eval-tokens 0"] if self.request.eval_tokens == 0 else [])]
         gates = []
         for limit in self.limits:
+            if self.request.rehearse:
+                gates.append(gate(limit, None, "skip", REHEARSED))
+                continue
             never = unmeasured if limit.metric.name in QUALITY else unproven
-            if self.request.rehearse:  # the model is without most of its layers
-                gates.append(gate(limit, None, "skip", "not judged in a rehearsal"))
-            elif limit.metric.planned:
+            if limit.metric.planned:
                 gates.append(self.judged(limit, report))
             elif self.request.dry_run:
                 gates.append(gate(limit, None, "skip", "a dry run measures nothing"))
@@ -123,8 +125,6 @@ class Gates:
             bits = report.outputs[0]["bpw"]["linear"]
             said = f"gates: limits that nobody named are defaults for {bits:.2f} bits per weight"
             notes.append(f"{said}; a small model loses more than a large one at the same bits")
-        if self.request.rehearse and self.request.baseline is not None:
-            notes.append("--baseline: not read in a rehearsal")
         report = replace(report, gates=gates, notes=notes)
         demand(report)
         return report
@@ -195,6 +195,8 @@ def limits(request: Request, report: Report, baseline: Baseline | None) -> Itera
         for name, at in {**defaults._asdict(), "verified": 1.0}.items():
             if name != "bits" and name not in said:
                 yield Limit(BY_NAME[name], at, "default")
+    if request.rehearse and request.baseline is not None:
+        yield Limit(BY_NAME["lost_checks"], 0, "baseline", str(request.baseline))
     if baseline is not None:
         place = str(baseline.path)
         for name, at, reason in baseline.limits():

@@ -86,9 +86,9 @@ def read_source(request: Request, store: Store) -> Source:
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint, short, others = reader(path, store), None, list[str]()
+    if request.rehearse:
+        checkpoint, short, others = shortened(checkpoint)
     with located(Place(str(path / "config.json" if path.is_dir() else path))):
-        if request.rehearse:
-            checkpoint, short, others = shortened(checkpoint)
         base = build(checkpoint)
     if others:
         base = base.with_meta(dropped=cast(Attr, left_out(base.meta["dropped"], others)))
