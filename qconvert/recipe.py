@@ -27,7 +27,6 @@ from qconvert.errors import Place, UsageError
 from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
 
 Options = dict[str, Any]
-Places = dict[str, str]
 Said = dict[str, "tuple[Any, Place]"]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
 HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name != "places"}
@@ -36,26 +35,25 @@ HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name !=
 @dataclass(frozen=True)
 class Recipe:
     """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there. common: those
-    that are said for all. places: where each was said."""
+    that are said for all. places: where each option was said, of each output; common_places: of what is said for all.
+    """
 
     outputs: tuple[Options, ...] = ({},)
     common: Options = field(default_factory=dict)
-    places: tuple[Places, ...] = ({},)
-    common_places: Places = field(default_factory=dict)
+    places: tuple[dict[str, str], ...] = ({},)
+    common_places: dict[str, str] = field(default_factory=dict)
 
     def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
         """What the command line says wins; outputs that it names, as a tuple, take the place of all others.
 
         UsageError where it names one output file for several.
         """
-        named, outputs, places = flags.get("to"), self.outputs, self.places
-        if isinstance(named, tuple):
-            outputs, places = tuple({**self.common, "to": to} for to in named), (self.common_places,) * len(named)
-            flags = {k: v for k, v in flags.items() if k != "to"}
+        named = flags.get("to")
+        outputs = tuple({**self.common, "to": to} for to in named) if isinstance(named, tuple) else self.outputs
         if len(outputs) > 1 and "output" in flags:
             raise UsageError(f"--output: there are {len(outputs)} outputs", hint="say `output` beside each, in a recipe")
-        said = ({key: place for key, place in of.items() if key not in flags} for of in places)
-        return tuple({**options, **flags, "places": of} for options, of in zip(outputs, said, strict=True))
+        flags = {k: v for k, v in flags.items() if k != "to"} if isinstance(named, tuple) else flags
+        return tuple({**options, **flags} for options in outputs)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -79,9 +77,16 @@ def read_recipe(path: Path) -> Recipe:
         else:
             _say(common, key, node, place)
     merged = [{**common, **said} for said in outputs]
-    places = tuple({key: str(place) for key, (_, place) in said.items()} for said in (common, *merged))
-    values = tuple({key: value for key, (value, _) in said.items()} for said in (common, *merged))
-    return Recipe(values[1:], values[0], places[1:], places[0])
+    values = tuple(_values(said) for said in merged)
+    return Recipe(values, _values(common), tuple(map(_places, merged)), _places(common))
+
+
+def _values(said: Said) -> Options:
+    return {key: value for key, (value, _) in said.items()}
+
+
+def _places(said: Said) -> dict[str, str]:
+    return {key: str(place) for key, (_, place) in said.items()}
 
 
 def mistake(place: Place, what: str, hint: str | None = None) -> UsageError:
@@ -198,8 +203,13 @@ def _fitting(hint: Any, value: object, place: Place, what: str) -> Any:
 
 def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
     """The options of each conversion: what the command line said, else the recipe, else what is usual."""
-    outputs = (Recipe() if path is None else read_recipe(path)).with_flags(_fields(said))
-    return [{**_fields(usual), "to": Request.to, **options} for options in outputs]
+    flags, usual = _fields(said), {**_fields(usual), "to": Request.to}
+    recipe = Recipe() if path is None else read_recipe(path)
+    found = recipe.with_flags(flags)
+    told = recipe.places if "to" not in flags else [recipe.common_places] * len(found)
+    places = [{key: place for key, place in of.items() if key not in flags} for of in told]
+    more: list[Options] = [{}] * len(found) if path is None else [{"places": of} for of in places]
+    return [{**usual, **options, **place} for options, place in zip(found, more, strict=True)]
 
 
 def _fields(flags: Mapping[str, Any]) -> Options:
