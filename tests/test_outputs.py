@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import pytest
 from click.testing import CliRunner
 from click.testing import Result as Ran
 from safetensors.torch import load_file, save_file
-from test_journal import source, subject, whole
+from test_journal import source, whole
 from tiny_models import CASES, save_random
+from two_outputs import both
 
 from qconvert import check, convert, convert_all, kernels, layerwise, quality, request_of
 from qconvert.cli import cli
 from qconvert.conversion import Result
-from qconvert.emit import staged
 from qconvert.errors import OutputsError, QConvertError, ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.lockstep import Span, Weight, in_step, regions
@@ -34,7 +33,6 @@ from qconvert.reports import Run
 from qconvert.request import Request
 from qconvert.shared_rows import Blocks, identities
 from qconvert.sources import Store
-from qconvert.together import Making, write_together
 from qconvert.weights import Weights
 
 ROOT = Path(__file__).parents[1]
@@ -229,21 +227,6 @@ def test_a_disk_that_holds_one_but_not_both(tmp_path: Path, monkeypatch: pytest.
 # interruptions ------------------------------------------------------------------------------------
 
 
-def both(folder: Path, out: Path, count: Callable[[int], None] = lambda _: None) -> list[bytes]:
-    """The weights of test_journal in two schemes."""
-    with ExitStack() as stack:
-        outputs = []
-        for scheme in ("q4_0", "q8_0"):
-            (out / scheme).mkdir(parents=True, exist_ok=True)
-            plan, weights = subject(folder, out / scheme, scheme)
-            outputs.append(Making(stack.enter_context(staged(plan)), weights, count))
-        outputs[1].weights.store = outputs[0].weights.store
-        assert not write_together(outputs, 2)
-        for making in outputs:
-            making.output.publish()
-    return [f.path.read_bytes() for making in outputs for f in making.output.plan.files]
-
-
 def test_each_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source(tmp_path / "in")
     want = [data for scheme in ("q4_0", "q8_0") for data in whole(tmp_path / "in", tmp_path / scheme, scheme)]
@@ -267,7 +250,7 @@ RUN = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from pathlib import Path
-import qconvert.journal, test_outputs as t
+import qconvert.journal, two_outputs as t
 qconvert.journal.SYNC_SECONDS = 0.0
 print("ready", flush=True)
 t.both(Path(sys.argv[2]), Path(sys.argv[3]))
