@@ -86,7 +86,7 @@ GATES: tuple[Decorator, ...] = (
     click.option("--max-size", metavar="SIZE", help="Exit 7, before anything is written, where all files are larger: 800M."),
     click.option("--max-bpw", type=float, metavar="BITS", help="The same by bits per weight of the whole file."),
     click.option("--max-new-fallbacks", type=click.IntRange(min=0), metavar="N",
-                  help="Exit 7 where more tensors did not get the type wanted; those that the baseline has do not count."),
+                  help="Exit 7 where more than N tensors did not get the type wanted; all count, but those of a --baseline."),
     click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file."),
     click.option("--baseline", type=click.Path(path_type=Path), metavar="REPORT.json",
                   help="The last release's --json: exit 7 where anything is worse than it was, or is not checked any more."),

@@ -97,6 +97,17 @@ def test_an_output_that_was_not_begun_and_a_diagnosis(tmp_path: Path) -> None:
     assert failed["gates"][0]["place"] == f"{recipe}:2" and waiting["skipped"] and waiting["exit"] == 7
 
 
+def test_a_certificate(tmp_path: Path) -> None:
+    made, report = tmp_path / "o.gguf", tmp_path / "report.json"
+    accepted(written(convert(TINY, to="gguf:Q8_0", output=made, certify=True).report))
+    command = [sys.executable, "-m", "qconvert", "verify", str(made), "--json", str(report), "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(report.read_text())
+    assert data["provenance"]["manifest"] and data["findings"] == []
+    accepted(data)
+
+
 def test_numbers_that_json_cannot_say_are_null() -> None:
     data = written(Report([], [Row("runtime x", "mean KL", float("nan"), 1.0, "fail")]))
     assert data["checks"][0]["value"] is None and data["exit"] == 6
