@@ -42,6 +42,7 @@ class DefaultGroup(click.Group):
             and args[0] not in ("--version", "--help", "-h")
         ):
             args = ["convert", *args]
+        ctx.obj = ctx.obj or Run(args)
         return super().parse_args(ctx, args)
 
 

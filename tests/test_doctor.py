@@ -406,7 +406,7 @@ def test_verify_without_a_model_exits_by_what_it_finds(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["verify", str(noted), "--json", str(tmp_path / "a.json")])
     assert result.exit_code == 0 and "1 note" in result.output
     facts = json.loads((tmp_path / "a.json").read_text("utf-8"))
-    assert facts["exit"] == 0 and facts["findings"][0].keys() == {"severity", "place", "what", "do"}
+    assert facts["exit"] == 0 and facts["findings"][0].keys() == {"severity", "place", "what", "do", "rule", "file"}
     broken = made(tmp_path / "b.gguf", put("blk.0.ffn_up.weight", with_nan()))
     result = CliRunner().invoke(cli, ["verify", str(broken), "-q"])
     assert result.exit_code == 6 and "blk.0.ffn_up.weight" in result.output

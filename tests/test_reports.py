@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import html
 import json
 import re
@@ -90,10 +91,10 @@ def damaged(folder: Path) -> Path:
     return path
 
 
-def recipe_of(folder: Path, *outputs: str) -> Path:
+def recipe_of(folder: Path, *outputs: str, check: bool = False) -> Path:
     path = folder / "recipe.yaml"
     told = [f"  - {{format: gguf, quant: {quant}, output: {folder / f'{i}.gguf'}}}" for i, quant in enumerate(outputs)]
-    path.write_text("\n".join([f"model: {TINY}", "check: false", "to:", *told]))
+    path.write_text("\n".join([f"model: {TINY}", f"check: {str(check).lower()}", "to:", *told]))
     return path
 
 
@@ -101,7 +102,8 @@ def recipe_of(folder: Path, *outputs: str) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """Runs by how they ended."""
     folders = {name: tmp_path_factory.mktemp(name) for name in
-               ("good", "gate", "adapter", "recipe", "outputs", "flag", "unchecked", "doctor", "healthy", "bug")}  # fmt: skip
+               ("good", "gate", "adapter", "recipe", "outputs", "partly", "flag", "unchecked",
+                "doctor", "healthy", "bug")}  # fmt: skip
     (folders["recipe"] / "recipe.yaml").write_text(f"model: {TINY}\nbitz: 3\n")
     model, q4_0 = f"{TINY}+{LORA}", ("--quant", "Q4_0", *SHORT)
     args: dict[str, tuple[object, ...]] = {
@@ -110,6 +112,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         "adapter": (f"{TINY}+{with_stray_key(folders['adapter'] / 'stray')}", *q4_0),
         "recipe": ("--recipe", folders["recipe"] / "recipe.yaml"),
         "outputs": ("--recipe", recipe_of(folders["outputs"], "Q8_0", "Q4_Z", "Q4_0"), "-q"),
+        "partly": ("--recipe", recipe_of(folders["partly"], "Q8_0", "Q4_0, gates: {max-kl: 1.0e-6}", check=True), *SHORT),
         "flag": (TINY, "--bogus"),
         "unchecked": (TINY, *q4_0, "-o", folders["unchecked"] / "a.gguf", "--no-check"),
         "doctor": ("verify", damaged(folders["doctor"])),
@@ -122,7 +125,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     return found
 
 
-ENDS = {"good": 0, "gate": 7, "adapter": 3, "recipe": 2, "outputs": 2, "flag": 2, "unchecked": 0, "doctor": 6, "healthy": 0,
+ENDS = {"good": 0, "gate": 7, "adapter": 3, "recipe": 2, "outputs": 2, "partly": 7, "flag": 2, "unchecked": 0,
+        "doctor": 6, "healthy": 0,
         "bug": 1}  # fmt: skip
 
 
@@ -130,7 +134,8 @@ ENDS = {"good": 0, "gate": 7, "adapter": 3, "recipe": 2, "outputs": 2, "flag": 2
 def test_every_end_leaves_every_form_and_all_say_the_same(made: dict[str, Made], name: str, exit: int) -> None:
     run = made[name]
     assert run.exit == exit
-    assert sorted(p.name for p in run.folder.iterdir()) == sorted(form.file for form in FORMS)
+    left = {p.name for p in run.folder.iterdir() if not p.name.startswith(("manifest", "SHA256SUMS"))}
+    assert left == {form.file for form in FORMS}
     facts = [Facts(each) for each in run.outputs]
     assert max(f.data["exit"] for f in facts) == exit
     said = [f.verdict for f in facts]
@@ -170,6 +175,28 @@ def _counted(text: str) -> tuple[int, int]:
     first = next(line for line in text.splitlines() if re.search(r"^(<p>)?\d+ (failed|skipped|passed|for)", line))
     n = {word: int(count) for count, word in re.findall(r"(\d+) (failed|skipped)", first)}
     return n.get("failed", 0), n.get("skipped", 0)
+
+
+def test_of_several_outputs_each_says_what_became_of_it(made: dict[str, Made]) -> None:
+    first, failed, last = made["outputs"].outputs
+    assert first["skipped"] == last["skipped"] == "not made, since output 2 failed" and "Q4_Z" in failed["error"]
+    assert _placed(made["outputs"])[1:] == ((made["outputs"].folder.parents[1] / "recipe.yaml").as_uri(), "", 5)
+    good, bad = made["partly"].outputs
+    assert (good["exit"], bad["exit"], bad["kind"]) == (0, 7, "GateError")
+    assert [Path(each["outputs"][0]["path"]).exists() for each in (good, bad)] == [True, False]
+
+
+def test_manifests_lie_in_the_folder_and_those_of_an_earlier_run_do_not(made: dict[str, Made], tmp_path: Path) -> None:
+    sums = made["good"].text("SHA256SUMS").splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in sums)}
+    assert listed.keys() == {"../../a.gguf", "manifest.json"}
+    for name, digest in listed.items():
+        assert hashlib.sha256((made["good"].folder / name).read_bytes()).hexdigest() == digest
+    assert sorted(p.name for p in made["partly"].folder.glob("manifest*")) == ["manifest-1.json"]
+    args = (TINY, "--no-check", "-q", "-o", tmp_path / "a.gguf")
+    assert (qconvert(tmp_path, *args).folder / "manifest.json").exists()
+    again = qconvert(tmp_path, *args)  # there is a file of that name
+    assert again.exit == 2 and not (again.folder / "manifest.json").exists()
 
 
 # places -------------------------------------------------------------------------------------------
@@ -224,6 +251,7 @@ def test_every_kind_of_error_and_finding_has_a_rule() -> None:
 
     failed = {"outputs": [], "verified": False, "exit": 1, "error": "x"}
     named = {Facts({**failed, "kind": kind}).cases[0].rule for kind in kinds(errors.QConvertError)}
+    named -= {"outputs-error"}  # each output has its own
     assert named | findings.RULES.keys() | {"check", "gate", "fallback", "skipped", "error"} == RULES.keys()
     files = [*(ROOT / "formats").glob("*_doctor.py"), ROOT / "qconvert" / "findings.py"]
     calls = [n for file in files for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
