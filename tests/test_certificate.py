@@ -222,7 +222,7 @@ def test_verify_exits_6_and_names_the_tensor(gguf: Made, tmp_path: Path) -> None
     path = gguf.copy(tmp_path)
     args = ["verify", str(path), "--json", str(tmp_path / "r.json")]
     right = CliRunner().invoke(cli, args, obj=Run(args))
-    assert right.exit_code == 0 and "nothing found" in right.output and WEIGHTS in right.output
+    assert right.exit_code == 0 and "nothing found\n" in right.output and WEIGHTS in right.output
     assert json.loads((tmp_path / "r.json").read_text())["checks"][0]["verdict"] == "pass"
     tensor = next(t for t in tensors_of(path) if t.name == "blk.1.ffn_up.weight")
     flip(path, tensor.offset + 20)
