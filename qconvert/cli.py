@@ -171,7 +171,7 @@ def verify(
     run.begin(Asked({"path": str(file)}))
     if against is None:
         found, report = diagnose(file), certificate_report(file, threads)
-        said = "\n".join([diagnosis_text(found), *([report_text(report)] if report else [])])
+        said = "\n".join([diagnosis_text(found, report is not None), *([report_text(report)] if report else [])])
         proof = report.data() if report else {"exit": 0}
         data = {**proof, **found.data(), "exit": max(found.exit, proof["exit"])}
     else:

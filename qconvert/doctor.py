@@ -57,9 +57,10 @@ def diagnose(path: Path, values: bool = True) -> Diagnosis:
     return Diagnosis(str(path), tuple(sorted(found, key=lambda f: RANK[f.severity])))
 
 
-def diagnosis_text(found: Diagnosis) -> str:
+def diagnosis_text(found: Diagnosis, certified: bool = False) -> str:
+    """certified: a certificate tells of its answers."""
     counts = [sum(f.severity == s for f in found.findings) for s in RANK]
     lines = [line for f in found.findings for line in (f"{f.severity:8}{f.place}: {f.what}", f"        {f.do}")]
     said = ", ".join(f"{n} {s}{'s' * (n != 1)}" for s, n in zip(RANK, counts, strict=True) if n) or "nothing found"
-    return "\n".join([*lines, f"{found.path}: {said}; {NOT_COMPARED}"])
+    return "\n".join([*lines, f"{found.path}: {said}" + ("" if certified else f"; {NOT_COMPARED}")])
 

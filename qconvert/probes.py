@@ -63,8 +63,14 @@ def probes_of(data: Mapping[str, Any], where: str) -> Probes:
 def top_of(logits: Array, k: int = TOP) -> Top:
     """Of f32[T,V]."""
     x = np.asarray(logits, np.float32)
-    ids = np.argsort(-x, axis=-1, kind="stable")[:, :k].astype(np.int32)
+    ids = np.stack([largest(np.where(np.isnan(row), -np.inf, row), min(k, x.shape[1])) for row in x]).astype(np.int32)
     return Top(ids, np.take_along_axis(x, ids, -1), log_sum_exp(x))
+
+
+def largest(row: Array, k: int) -> NDArray[np.intp]:
+    """The places of the k largest values, the largest first; of equal ones the first."""
+    some = np.flatnonzero(row >= np.partition(row, -k)[-k])
+    return some[np.argsort(-row[some], kind="stable")][:k]
 
 
 def log_sum_exp(x: Array) -> NDArray[np.float64]:

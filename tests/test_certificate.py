@@ -182,6 +182,7 @@ def test_a_run_that_goes_on_gives_the_same_certificate(gguf: Made, tmp_path: Pat
     assert path.read_bytes() == gguf.path.read_bytes()
 
 
+@pytest.mark.peer
 def test_a_size_that_was_asked_for_holds_with_the_certificate(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     result = convert(TINY, target_size="1500k", output=path, certify=True, check=False)
@@ -216,14 +217,16 @@ def test_verify_exits_6_and_names_the_tensor(gguf: Made, tmp_path: Path) -> None
     from click.testing import CliRunner
 
     from qconvert.cli import cli
+    from qconvert.reports import Run
 
     path = gguf.copy(tmp_path)
-    right = CliRunner().invoke(cli, ["verify", str(path), "--json", str(tmp_path / "r.json")])
-    assert right.exit_code == 0 and "nothing found" in right.output and WEIGHTS in right.output
-    assert json.loads((tmp_path / "r.json").read_text())["certificate"]["checks"][0]["verdict"] == "pass"
+    args = ["verify", str(path), "--json", str(tmp_path / "r.json")]
+    right = CliRunner().invoke(cli, args, obj=Run(args))
+    assert right.exit_code == 0 and "nothing found\n" in right.output and WEIGHTS in right.output
+    assert json.loads((tmp_path / "r.json").read_text())["checks"][0]["verdict"] == "pass"
     tensor = next(t for t in tensors_of(path) if t.name == "blk.1.ffn_up.weight")
     flip(path, tensor.offset + 20)
-    wrong = CliRunner().invoke(cli, ["verify", str(path)])
+    wrong = CliRunner().invoke(cli, args[:2], obj=Run(args[:2]))
     assert wrong.exit_code == 6 and "blk.1.ffn_up.weight has other bytes" in wrong.output
 
 
@@ -434,6 +437,13 @@ def test_answers_that_are_not_numbers_fail() -> None:
     a = np.ones((2, 100), np.float32)
     b = np.full((2, 100), np.nan, np.float32)
     assert np.isnan(p.mean_kl([p.top_of(a)], [b])) and np.isnan(p.relative([p.top_of(a)], [b]))
+
+
+def test_tops_are_what_a_whole_sort_gives_also_where_values_are_equal() -> None:
+    x = np.random.default_rng(0).integers(0, 9, (6, 100)).astype(np.float32)
+    assert np.array_equal(p.top_of(x).ids, np.argsort(-x, axis=1, kind="stable")[:, : p.TOP])
+    x[2, 5:90] = np.nan
+    assert p.top_of(x).ids.shape == (6, p.TOP)
 
 
 def test_tops_survive_their_spelling() -> None:

@@ -16,7 +16,7 @@ from qconvert import certificate as c
 from qconvert.certifying import certifier_of
 from qconvert.conversion import convert
 from qconvert.errors import InputError, ResourceError, UsageError
-from qconvert.manifest import SUMS, Output, canonical, line, manifest_digest, write_manifest
+from qconvert.manifest import SUMS, Output, apart, canonical, line, manifest_digest, write_manifest
 from qconvert.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -163,3 +163,34 @@ def test_texts_and_statistics_are_inputs_too(tmp_path: Path) -> None:
             check=False)  # fmt: skip
     found = {i["file"]: i["sha256"] for i in json.loads((tmp_path / "n.json").read_text())["inputs"]}
     assert found["statistics/s.safetensors"] == sha256(tmp_path / "s.safetensors")
+
+
+def test_weights_of_a_format_that_reads_no_headers_are_those_of_its_plan(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qconvert.certifying.certifier_of", lambda _: None)
+    convert(f"{TINY}+{LORA}:0.5", bits=4, output=tmp_path / "a.gguf", manifest=tmp_path / "m.json", check=False)
+    assert json.loads((tmp_path / "m.json").read_text())["weights"] == made[1]["weights"]
+
+
+def test_reports_have_a_manifest_of_each_output(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from qconvert.cli import cli
+    from qconvert.reports import Run
+
+    outputs = "".join(f"  - {{format: gguf, quant: {quant}, output: {tmp_path / quant}.gguf}}\n" for quant in ("Q8_0", "Q4_0"))
+    (tmp_path / "recipe.yaml").write_text(f"model: {TINY}\ncheck: false\nto:\n{outputs}")
+    args = ["convert", "--recipe", str(tmp_path / "recipe.yaml"), "--reports", str(tmp_path / "reports"), "-q"]
+    done = CliRunner().invoke(cli, args, obj=Run(args))
+    assert done.exit_code == 0, done.output
+    found = [json.loads((tmp_path / "reports" / f"manifest-{i}.json").read_text()) for i in (1, 2)]
+    assert [each["outputs"][0]["path"] for each in found] == ["../Q8_0.gguf", "../Q4_0.gguf"]
+    assert found[0]["inputs"] == found[1]["inputs"]
+    agreed(tmp_path / "reports")
+
+
+def test_a_manifest_that_one_output_names_keeps_its_name() -> None:
+    a, b = Path("a/m.json"), Path("b/m.json")
+    assert apart([a, None, b]) == [a, None, b]
+    assert apart([a, b, a]) == [Path("a/m-1.json"), b, Path("a/m-3.json")]
