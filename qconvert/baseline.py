@@ -73,7 +73,7 @@ def read_baseline(path: Path, tolerance: float, report: Report, text: Path | Non
         found = json.loads(path.read_text("utf-8"))
     except OSError as e:
         raise UsageError(f"--baseline {path}: {e.strerror}") from e
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"--baseline {path}: not JSON: {e}") from e
     with misshapen(f"--baseline {path}"):
         reports = found if isinstance(found, list) else [found]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,49 +34,68 @@ MOST = 96  # characters of an id
 
 
 class Beside(NamedTuple):
-    """Files to be written when the output has its name, and what makes the text of each from the report."""
+    """Files to be written when the output has its name: where, which is asked again then, as several outputs may lie in one
+    folder; and what makes the text of each from the report."""
 
-    files: Mapping[Path, Callable[[Report], str]] = {}
+    files: tuple[tuple[Callable[[], Path], Callable[[Report], str]], ...] = ()
 
     def write(self, report: Report) -> tuple[Path, ...]:
-        for path, text in self.files.items():
-            part = path.with_name(f".{path.name}.part")
-            try:
-                part.write_text(text(report), encoding="utf-8")
-                part.replace(path)
-            except OSError as e:
-                part.unlink(missing_ok=True)
-                raise ResourceError(f"cannot write {path}: {e.strerror}", hint="the output itself is whole") from e
-        return tuple(self.files)
+        return tuple(written(where(), text(report)) for where, text in self.files)
+
+
+def written(path: Path, text: str) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise ResourceError(f"cannot write {path}: {e.strerror}", hint="the output itself is whole") from e
+    return path
 
 
 def beside(request: Request, source: Source, lowered: Lowered) -> Beside:
     """UsageError for files that exist; UnsupportedError for licences that go not together, InputError for what says them."""
     if request.license is not None and not request.card:
         raise UsageError(f"--license {request.license} goes with --card")
-    plan, graph = lowered.plan, lowered.graph
-    files: dict[Path, Callable[[Report], str]] = {}
-    modelfile: Path | None = None
+    plan = lowered.plan
+
+    def modelfile(force: bool = True) -> Path:
+        return place(plan, "Modelfile", ".Modelfile", gguf_ollama.mark(plan), force)
+
+    def readme(force: bool = True) -> Path:
+        return place(plan, "README.md", ".md", card_mark(plan), force)
+
+    files: list[tuple[Callable[[], Path], Callable[[Report], str]]] = []
     if request.modelfile:
-        modelfile = place(request, plan, "Modelfile", ".Modelfile", gguf_ollama.mark(plan))
+        modelfile(request.force)
         text = gguf_ollama.modelfile(request, source, lowered)
-        files[modelfile] = lambda _: text
+        files.append((modelfile, lambda _: text))
     if request.card:
-        task = task_of(source, graph)
-        made = Made(name_of(plan), lowered.legal.quant, file_names(plan), folder_of(plan), task,
-                    None if modelfile is None else modelfile.name)  # fmt: skip
-        origins = tuple(origins_of(request, source))
-        title = " + ".join(o.id.rpartition("/")[2] if o.id else o.name for o in origins)
-        facts = Facts(
-            title, origins, license_from(request, origins), any("." in e.dtype for e in plan.entries), source.swap,
-            task, usage_of(request.to, made), recipe_text((published(request, origins, plan),)), __version__,
-        )  # fmt: skip
-        at = place(request, plan, "README.md", ".md", card_mark(plan))
-        files[at] = lambda report: f"{card(report, facts)}\n{card_mark(plan)}\n"
-    return Beside(files)
+        readme(request.force)
+        make = card_of(request, source, lowered)
+        files.append((readme, lambda report: make(report, modelfile().name if request.modelfile else None)))
+    return Beside(tuple(files))
 
 
-def place(request: Request, plan: Plan, usual: str, ending: str, mark: str) -> Path:
+def card_of(request: Request, source: Source, lowered: Lowered) -> Callable[[Report, str | None], str]:
+    """report, name of the Modelfile -> the card."""
+    plan, task = lowered.plan, task_of(source, lowered.graph)
+    made = Made(name_of(plan), lowered.legal.quant, file_names(plan), folder_of(plan), task)
+    origins = tuple(origins_of(request, source))
+    title = " + ".join(o.id.rpartition("/")[2] if o.id else o.name for o in origins)
+    known, quantized = license_from(request, origins), any("." in e.dtype for e in plan.entries)
+    recipe = recipe_text((published(request, origins, plan),))
+
+    def text(report: Report, modelfile: str | None) -> str:
+        usage = usage_of(request.to, made._replace(modelfile=modelfile))
+        facts = Facts(title, origins, known, quantized, source.swap, task, usage, recipe, __version__)
+        return f"{card(report, facts)}\n{card_mark(plan)}\n"
+
+    return text
+
+
+def place(plan: Plan, usual: str, ending: str, mark: str, force: bool) -> Path:
     """Its usual name; beside a single file another, where the usual one is of something else. UsageError where it exists.
 
     mark: a line by which a file is known to be of this output.
@@ -85,7 +104,7 @@ def place(request: Request, plan: Plan, usual: str, ending: str, mark: str) -> P
     path = folder / usual
     if not plan.folder and path.exists() and mark not in lines_of(path):
         path = folder / f"{name_of(plan)}{ending}"
-    if path.exists() and not request.force:
+    if path.exists() and not force:
         raise UsageError(f"{path} exists already", hint="--force overwrites it")
     return path
 

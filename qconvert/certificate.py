@@ -290,7 +290,7 @@ def read_certificate(where: Path, text: str) -> Certificate:
     """InputError where the text is cut, changed, or of a later version than this."""
     try:
         data = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: its certificate is no JSON any more: {e}", hint=DAMAGED) from e
     if not isinstance(data, dict) or not isinstance(data.get("version"), int):
         raise InputError(f"{where}: its certificate has no version", hint=DAMAGED)

@@ -349,16 +349,16 @@ def outcome(target: str, folder: Path) -> Outcome:
 
 
 def bounded(run: Callable[[], object]) -> Outcome:
-    """Run it in a copy of this process: at most SECONDS, and NBYTES more than this one has."""
+    """Run it in a copy of this process: at most SECONDS, and NBYTES more than the copy begins with."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(reading)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process's own work; others may be at work beside it
-        signal.alarm(20 * SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (virtual_nbytes() + 4 * NBYTES,) * 2)
-        found = Outcome("bug", "")
+        found, began = Outcome("bug", ""), resident_nbytes()  # fewer than its parent has: pages of files are not copied
         try:
+            os.close(reading)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process's own work; others may be at work beside it
+            signal.alarm(20 * SECONDS)
+            resource.setrlimit(resource.RLIMIT_AS, (virtual_nbytes() + 4 * NBYTES,) * 2)
             run()
             found = Outcome("right", "")
         except QConvertError as e:
@@ -367,7 +367,7 @@ def bounded(run: Callable[[], object]) -> Outcome:
         except BaseException:
             found = Outcome("bug", traceback.format_exc(limit=-6))
         finally:
-            os.write(writing, json.dumps(found).encode()[:60000])
+            os.write(writing, json.dumps([began, found.kind, found.what[:50_000]]).encode())
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as file:
@@ -376,8 +376,9 @@ def bounded(run: Callable[[], object]) -> Outcome:
     if os.WIFSIGNALED(status):
         by = signal.Signals(os.WTERMSIG(status))
         return Outcome("slow" if by in (signal.SIGALRM, signal.SIGPROF) else "killed", by.name)
-    grown = usage.ru_maxrss * 1024 - resident_nbytes()
-    return Outcome("large", f"{grown} bytes") if grown > NBYTES else Outcome(*json.loads(said))
+    began, *found = json.loads(said)
+    grown = usage.ru_maxrss * 1024 - began
+    return Outcome("large", f"{grown} bytes") if grown > NBYTES else Outcome(*found)
 
 
 def virtual_nbytes() -> int:

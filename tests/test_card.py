@@ -240,6 +240,17 @@ def test_a_second_file_in_a_folder_has_a_card_of_its_own(tmp_path: Path) -> None
     assert "Q8_0" in (tmp_path / "README.md").read_text("utf-8")
 
 
+def test_cards_of_several_outputs_in_one_folder_are_apart(tmp_path: Path) -> None:
+    outputs = [{"format": "gguf", "quant": q, "output": str(tmp_path / f"{q}.gguf")} for q in ("Q8_0", "F16")]
+    said = {"model": str(TINY.resolve()), "to": outputs, "check": False, "card": True, "modelfile": True}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(said))
+    done = subprocess.run([sys.executable, "-m", "qconvert", "--recipe", tmp_path / "r.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cards = {p.name for p in tmp_path.glob("*.md")} | {p.name for p in tmp_path.glob("*Modelfile")}
+    assert cards == {"README.md", "F16.md", "Modelfile", "F16.Modelfile"}
+    assert "ollama create f16 -f F16.Modelfile" in (tmp_path / "F16.md").read_text("utf-8")
+
+
 # the text --------------------------------------------------------------------------------------------
 
 HOSTILE = "x'\"]: {a}\n---\n# <script>|`*_ [a](b) \x1b[31m \u202e"

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from test_layout_round_trips import NAMES, within
 
 from qconvert import adapter_config, gguf_reader, licenses, recipe, request, safetensors_header, text, tokenizer_json
+from qconvert.baseline import read_baseline
+from qconvert.certificate import FIELDS, Certificate, read_certificate, seal
 from qconvert.errors import InputError
 from qconvert.families import LLAMA
 from qconvert.families_gemma import GEMMA3
@@ -30,6 +32,8 @@ from qconvert.graph import Graph, Node, Type
 from qconvert.layouts import layout_of
 from qconvert.patterns import matcher
 from qconvert.pipeline import Pipeline, parse_passes
+from qconvert.probes import probes_of
+from qconvert.report import Report
 from qconvert.safetensors_header import BITS
 from qconvert.sentencepiece_model import as_tokenizer_json, read_sentencepiece
 from qconvert.settings import read_settings
@@ -207,7 +211,6 @@ def test_json(place: Path, data: bytes) -> None:
     ends(lambda: tokenizer_json.read_json(path))
 
 
-FIELDS = {name: SCALAR | json_value(TEXT) for name in recipe.HINTS}
 RECIPE = st.dictionaries(
     st.sampled_from([*recipe.HINTS, "format", "to"]), json_value(st.sampled_from([*recipe.HINTS]), SCALAR), max_size=4
 )
@@ -369,6 +372,67 @@ JINJA = [
 @example("{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ 1 / 0 }}")
 def test_chat_template(jinja: str) -> None:
     ends(lambda: go_template(jinja, {"bos_token": "<s>"}, True))
+
+
+# reports and certificates ----------------------------------------------------------------------------
+
+REPORT = Report(
+    [{"path": "a.gguf", "format": "gguf", "quant": "Q4_K_M", "nbytes": 9, "bpw": {"codes": 4.0, "linear": 4.5, "file": 5.0}}],
+    quality={"mean_kl": 0.1, "p999_kl": 1.0, "top1": 0.9, "perplexity_ratio": 1.0, "n_tokens": 5, "text": "x", "sequence": 5,
+             "digest": "0"},
+    quant="Q4_K_M", provenance={"model": "m", "revision": None, "family": "llama", "n_weights": 3},
+)  # fmt: skip
+SAID = REPORT.data()
+
+
+@SETTINGS
+@given(json_object([*SAID, *SAID["quality"], *SAID["provenance"], "what", "verdict"]), st.booleans())
+@example({"quality": "x"}, True)
+@example({"outputs": [3]}, True)
+def test_baseline(place: Path, changed: dict[str, Any], as_list: bool) -> None:
+    document: Any = {**SAID, **changed}
+    path = written(place, "report.json", json.dumps([document] if as_list else document))
+    if found := ends(lambda: read_baseline(path, 0.05, REPORT, Path("x"))):
+        ends(lambda: found.refuse_another_text(REPORT.quality))
+
+
+@SETTINGS
+@given(st.binary(max_size=30))
+@example(b"[" * 100_000)
+@example(b"1" * 5000)
+def test_baseline_that_is_no_report(place: Path, data: bytes) -> None:
+    path = written(place, "report.json", data)
+    ends(lambda: read_baseline(path, 0.05, REPORT, None))
+
+
+SEALED = Certificate(
+    "0", "a", True, None, [["runtime x", "mean KL", 0.0, 1.0, "pass", ""]], [{"name": "a", "sha256": "0"}], {}, {}, {}
+)
+PROBES = {"tokens": [[1]], "kind": "k", "metric": "mean KL", "reference": ["AAAA"], "expected": ["AAAA"]}
+
+
+@SETTINGS
+@given(json_object([*FIELDS, *PROBES]), st.booleans())
+@example({"version": 0}, False)
+@example({"pipeline": "\ud800"}, True)
+def test_certificate(changed: dict[str, Any], sealed: bool) -> None:
+    data = {**json.loads(SEALED.text()), **changed}
+    if sealed:
+        try:
+            data["seal"] = seal({k: v for k, v in data.items() if k != "seal"})
+        except ValueError:
+            pass  # what has no canonical form
+    if found := ends(lambda: read_certificate(Path("x"), json.dumps(data))):
+        ends(lambda: probes_of({**PROBES, **found.probes}, "x"))
+        assert found.told()
+
+
+@SETTINGS
+@given(st.text(max_size=20))
+@example("[" * 100_000)
+@example("1" * 5000)
+def test_certificate_that_is_none(said: str) -> None:
+    ends(lambda: read_certificate(Path("x"), said))
 
 
 # layouts ---------------------------------------------------------------------------------------------
