@@ -77,7 +77,8 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
             if not chosen or name in chosen:
                 tokens = str(LENGTH * len(sequences))
                 words = ["--to", "safetensors", "--quant", quant, "--solver", solver, *statistics, "--eval", str(unseen)]
-                words += ["--eval-tokens", tokens, "-o", str(folder / name), "--json", str(folder / "quip.json"), "--force", "-q"]
+                words += ["--eval-tokens", tokens, "-o", str(folder / name), "--force", "-q"]
+                words += ["--json", str(folder / "quip.json")]
                 subprocess.run([sys.executable, "-m", "qconvert", model, *words], check=True, stdout=subprocess.DEVNULL)
                 said = json.loads((folder / "quip.json").read_text())
                 nbytes = sum(p.stat().st_size for p in (folder / name).glob("*.safetensors"))
