@@ -13,6 +13,7 @@ from qconvert.errors import UnsupportedError
 from qconvert.formats.gguf_layouts import LAYOUTS
 from qconvert.formats.gguf_values import dequantized
 from qconvert.kernels.codebook_cells import LENGTH, cells
+from qconvert.kernels.lanes import host
 from qconvert.scheme import CODEBOOKS
 
 NAMES = sorted(CODEBOOKS)
@@ -33,6 +34,17 @@ def test_search_writes_the_bytes_of_ggml_with_importance(name: str, lanes: int |
         wanted = ggml_oracle.quantize(name, x, importance=importance)
         wrong = np.flatnonzero((kernels.search(name, x, lanes, importance=importance) != wanted).any(1))
         assert not wrong.size, f"{what}, importance {kind}: rows {wrong.tolist()}"
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not host()[0], reason="this machine has no AVX2: there is one path only")
+@pytest.mark.parametrize("name", ["iq1_m", "iq2_s", "iq3_s"])
+def test_sixteen_lanes_write_the_same_bytes(name: str) -> None:
+    for i, (what, x) in enumerate(hard_rows()):
+        x = np.ascontiguousarray(x[:ROWS])
+        importance = list(importances(x.shape[1]))[i % 7][1]
+        got, wanted = (kernels.search(name, x, lanes, importance=importance) for lanes in (16, None))
+        assert np.array_equal(got, wanted), what
 
 
 @needs_ggml

@@ -77,9 +77,10 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
             if not chosen or name in chosen:
                 tokens = str(LENGTH * len(sequences))
                 words = ["--to", "safetensors", "--quant", quant, "--solver", solver, *statistics, "--eval", str(unseen)]
-                words += ["--eval-tokens", tokens, "-o", str(folder / name), "--force", "--json"]
-                command = [sys.executable, "-m", "qconvert", model, *words]
-                said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                words += ["--eval-tokens", tokens, "-o", str(folder / name), "--force", "-q"]
+                words += ["--json", str(folder / "quip.json")]
+                subprocess.run([sys.executable, "-m", "qconvert", model, *words], check=True, stdout=subprocess.DEVNULL)
+                said = json.loads((folder / "quip.json").read_text())
                 nbytes = sum(p.stat().st_size for p in (folder / name).glob("*.safetensors"))
                 yield point("ours", name, nbytes, said["quality"]["mean_kl"], "our evaluator")
     if (where := os.environ.get("BENCH_PLOT")) and points:

@@ -22,7 +22,8 @@ import click
 import qconvert
 from qconvert import conversion, errors, graph, pipeline, registry, report, request, scheme, solving, target
 from qconvert.cli import cli
-from qconvert.formats.gguf_mix import BITS, FILE_TYPES
+from qconvert.formats.gguf_mix import BITS
+from qconvert.formats.gguf_mix_rules import FILE_TYPES
 from qconvert.formats.onnx import QUANTS
 from qconvert.formats.safetensors_dialects import Wanted
 from qconvert.options import REPORT, SECTIONS
@@ -147,7 +148,8 @@ def solvers() -> str:
 def types() -> str:
     by_bits = {name: f"`--bits {bits}`" for bits, name in BITS.items()}
     mixes = [(f"`{name}`", f"`{t.default}`", by_bits.get(name, "")) for name, t in FILE_TYPES.items()]
-    tensors = [(f"`{s.name}`", str(s.bits), f"{s.bits_per_weight:g}", str(s.block)) for s in scheme.SCHEMES.values()]
+    schemes = scheme.GGML_SCHEMES.values()
+    tensors = [(f"`{s.name}`", f"{s.code_bits:g}", f"{s.bits_per_weight:g}", str(s.block)) for s in schemes]
     dialects = []
     for name in registry.entries("dialects"):
         found = cast(Any, registry.find("dialects", name))
