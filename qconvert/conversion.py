@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 from qconvert import accountant, offloading, on_device, registry
 from qconvert.calibration import read_text
 from qconvert.companions import n_vocab, tokenizer_of
-from qconvert.emit import Plan, Progress, preflight, written
+from qconvert.emit import Executor, Plan, Progress, preflight, written
 from qconvert.errors import (
     GateError,
     NotVerifiedError,
@@ -41,6 +41,7 @@ from qconvert.sources import Store
 from qconvert.statistics import ALIAS
 from qconvert.target import Format, Lowered, Rewriter, Source
 from qconvert.targets import target_notes
+from qconvert.url_files import is_url, local_path, refuse_existing, staging, upload
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
@@ -52,7 +53,7 @@ WORKING_NBYTES = 400 << 20  # interpreter, libraries and row blocks of two threa
 class Result:
     """What a conversion made: files, whether the runtime proved them, and the report that says so."""
 
-    outputs: tuple[Path, ...]
+    outputs: tuple[Path | str, ...]  # text: a URL
     report: Report
     plan: Plan
 
@@ -75,11 +76,45 @@ def convert(
     Raises QConvertError; VerificationError has the whole report as its `report`.
     """
     request = request_of(model, adapters=adapters, passes=passes, **options)
-    store = Store()
+    if request.output is not None and is_url(str(request.output)):
+        return to_url(request, str(request.output).rstrip("/"), progress)
+    return converted(request, progress)
+
+
+def to_url(request: Request, url: str, progress: Callable[[Plan], Progress]) -> Result:
+    """Make and prove the output in a folder here, and copy it to where it is wanted."""
+    refuse_existing(url, request.force or request.dry_run)
+    base, _, name = url.rpartition("/")
+    with staging(url) as folder:
+        result = converted(replace(request, output=folder / name, force=True), progress)
+        places = {f.path: f"{base}/{f.path.relative_to(folder).as_posix()}" for f in result.plan.files}
+        if not request.dry_run:
+            upload(sorted(places.items(), key=lambda item: -item[0].stat().st_size))  # what names the others is small
+    facts = [{**each, "path": places[Path(each["path"])]} for each in result.report.outputs]
+    outputs = (url,) if result.plan.folder else tuple(places.values())
+    return replace(result, outputs=outputs if result.outputs else (), report=replace(result.report, outputs=facts))
+
+
+def converted(request: Request, progress: Callable[[Plan], Progress]) -> Result:
+    store = Store(shared_place(request))
     try:
         return _convert(request, store, progress)
     finally:
         store.close()
+
+
+def shared_place(request: Request) -> Path | None:
+    """Where what tasks read again lies: beside the output, which their machines see; None where threads do."""
+    return Path(request.output or ".").absolute().parent if request.executor == "ray" else None
+
+
+def executor_of(request: Request) -> Executor | None:
+    """None: threads."""
+    if request.executor == "threads":
+        return None
+    from qconvert.ray_executor import RayExecutor
+
+    return RayExecutor()
 
 
 def request_of(
@@ -94,6 +129,8 @@ def request_of(
     if unknown:
         raise UsageError(f"convert() has no option {min(unknown)!r}", hint="options are the fields of qconvert.request.Request")
     name, named = parse_model(str(model))
+    if (output := options.get("output")) is not None:
+        options["output"] = local_path(str(output)) or (str(output) if is_url(str(output)) else Path(output))
     to, quant = parse_target(options.pop("to", "gguf"), options.pop("quant", None))
     return Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
 
@@ -189,7 +226,7 @@ def write(
     check_memory()
     weights = Weights(graph, store, device=request.device)
     threads = request.threads or default_threads()
-    with written(plan, weights, threads, progress(plan)) as parts:
+    with written(plan, weights, threads, progress(plan), executor_of(request)) as parts:
         if request.check:
             proof = prove(weights, parts, threads)
             proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])

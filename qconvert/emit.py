@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import n_rows
-from qconvert.journal import Digests, Journal, journal_at, sync_all
+from qconvert.journal import Digests, Journal, journal_at, sync_all, sync_folder
 from qconvert.parallel import in_parallel
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
@@ -89,7 +89,7 @@ Key = tuple[Path, str]  # a file and the name of an entry
 
 
 class Block(NamedTuple):
-    fds: tuple[int, ...]  # of each piece
+    files: tuple[Path, ...]  # of each piece, by the names that they will have
     entry: Entry
     begin: int
     end: int
@@ -97,6 +97,7 @@ class Block(NamedTuple):
 
 
 Progress = Callable[[int], None]  # told the bytes written since the last call
+Put = Callable[[Path, memoryview, int], None]  # a file by the name that it will have, bytes, their offset
 COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
 
 
@@ -125,8 +126,26 @@ def preflight(plan: Plan, force: bool) -> None:
         )
 
 
+class Opened(NamedTuple):
+    """Parts that are written: open here, and by path for whoever shares the storage; by the files' final names."""
+
+    fds: dict[Path, int]
+    paths: dict[Path, Path]
+
+    def put(self, file: Path, data: memoryview, offset: int) -> None:
+        write_all(self.fds[file], data, offset)
+
+
+class Executor(Protocol):
+    """Who evaluates blocks, where threads of this process do not, and tells `todo.wrote` of each that is in its parts."""
+
+    def __call__(self, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None: ...
+
+
 @contextmanager
-def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
+def written(
+    plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None, executor: Executor | None = None
+) -> Iterator[tuple[Path, ...]]:
     """Write every file beside its final name and yield those paths, to be checked; then rename them all.
 
     An error, inside the body too, leaves nothing behind but what the next run can go on from: where the disk is full
@@ -135,7 +154,7 @@ def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lam
     parts = Parts.of(plan)
     with journal_at(parts.journal) as journal:
         try:
-            write_parts(plan, parts, weights, threads, progress, journal)
+            write_parts(plan, parts, weights, executor or partial(in_threads, threads), progress, journal)
             yield tuple(parts.paths.values())
             if parts.staging and plan.folder and not plan.folder.exists():
                 parts.staging.rename(plan.folder)
@@ -186,7 +205,9 @@ class Parts(NamedTuple):
             shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progress: Progress, journal: Journal) -> None:
+def write_parts(
+    plan: Plan, parts: Parts, weights: Weights, executor: Executor, progress: Progress, journal: Journal
+) -> None:
     """Every file of the plan, but for tensors of which the journal says that they are there."""
     try:
         if not parts.are_whole(plan):
@@ -200,13 +221,21 @@ def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progre
             if todo.done_nbytes:
                 progress(todo.done_nbytes)
             try:
-                in_parallel(todo.blocks(fds), lambda b: todo.write(b, weights, progress), threads)
+                executor(todo, weights, Opened(fds, parts.paths), progress)
             finally:
                 todo.flush()
             for fd in fds.values():
                 os.fsync(fd)
     except OSError as e:
         raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="-o on another disk") from e
+
+
+def in_threads(threads: int, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None:
+    def work(block: Block) -> None:
+        progress(write_block(block, weights, opened.put))
+        todo.wrote(block)
+
+    in_parallel(todo.blocks(), work, threads)
 
 
 class Todo:
@@ -222,21 +251,20 @@ class Todo:
         self._left: dict[Key, int] = {}
         self._lock = threading.Lock()
 
-    def blocks(self, fds: dict[Path, int]) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         for file in self.plan.files:
             for entry in file.entries:
                 key = file.path, entry.name
                 if key in self.done:
                     continue
                 names = entry.files or (file.path.name,) * len(entry.pieces)
-                places = tuple(fds[file.path.with_name(name)] for name in names)
+                files = tuple(file.path.with_name(name) for name in names)
                 ranges = list(entry_ranges(entry, self.values))
                 self._left[key] = len(ranges)
                 for begin, end in ranges:
-                    yield Block(places, entry, begin, end, key)
+                    yield Block(files, entry, begin, end, key)
 
-    def write(self, block: Block, weights: Weights, progress: Progress) -> None:
-        write_block(block, weights, progress)
+    def wrote(self, block: Block) -> None:
         with self._lock:
             self._left[block.key] -= 1
             whole = not self._left[block.key]
@@ -306,21 +334,22 @@ def row_ranges(
         yield i, min(n, i + step)
 
 
-def write_block(block: Block, weights: Weights, progress: Progress) -> None:
-    fds, entry, begin, end, _ = block
+def write_block(block: Block, weights: Weights, put: Put) -> int:
+    """Evaluate the block's rows and put their bytes where they belong; how many."""
+    _, entry, begin, end, _ = block
     rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
-    for fd, plane in zip(fds, entry.pieces, strict=True):
+    for file, plane in zip(block.files, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
         if plane.columns:
-            write_columns(fd, plane, piece, begin, n)
+            write_columns(partial(put, file), plane, piece, begin, n)
         elif plane.bits is not None:
-            write_all(fd, folded(plane, piece).data, plane.offset + plane.file_nbytes(begin))
+            put(file, folded(plane, piece).data, plane.offset + plane.file_nbytes(begin))
         elif plane.rows is not None:
-            write_all(fd, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
+            put(file, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
         elif begin == 0:
-            write_all(fd, piece[0].data, plane.offset)
-    progress(written_nbytes(entry, begin, end))
+            put(file, piece[0].data, plane.offset)
+    return written_nbytes(entry, begin, end)
 
 
 def written_nbytes(entry: Entry, begin: int, end: int) -> int:
@@ -343,7 +372,7 @@ def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     return rows
 
 
-def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> None:
+def write_columns(put: Callable[[memoryview, int], None], plane: Plane, piece: Bytes, begin: int, n: int) -> None:
     """Rows u8[rows, nbytes] as the columns begin.. of n."""
     assert plane.bits is not None
     size, stride, first = max(1, plane.bits // 8), n * plane.bits // 8, begin * plane.bits // 8
@@ -352,22 +381,13 @@ def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> No
         values = part.view(f"u{size}").T
         lines = side_by_side(values[:, ordered(plane, values.shape[1])] if plane.order else values, plane.bits)
         if lines.shape[1] == stride:
-            write_all(fd, lines.ravel().data, plane.offset + at * stride)
+            put(lines.ravel().data, plane.offset + at * stride)
             continue
         for i, line in enumerate(lines, at):
-            write_all(fd, line.data, plane.offset + i * stride + first)
+            put(line.data, plane.offset + i * stride + first)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-def sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -43,7 +43,7 @@ from qconvert.request import Request
 from qconvert.scheme import scheme_of
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.solver_spec import Solving
-from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.sources import Store, read_checkpoint
 from qconvert.target import Calibrated, Format, Legal, Lowered, Mixing, Source, Stage
 from qconvert.weights import Weights
 
@@ -53,7 +53,7 @@ CANDIDATES = ("", "lsq", "gptq", "awq", "awq+gptq", "ldlq")  # of auto; "": the 
 
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
-    path = find_model(request.model)
+    path = store.found(request.model)
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint = reader(path, store)
@@ -61,7 +61,7 @@ def read_source(request: Request, store: Store) -> Source:
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
-        folder, own = find_model(spec.path), request.trained_on == "model"
+        folder, own = store.found(spec.path), request.trained_on == "model"
         adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)

@@ -77,7 +77,7 @@ QUALITY: tuple[Decorator, ...] = (
     click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file."),
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here."),
+    click.option("-o", "--output", metavar="PATH|URL", help="Default: a name made from the model's, here."),
     click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
     click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M."),
@@ -97,6 +97,8 @@ METADATA_ELSEWHERE: tuple[Decorator, ...] = (
 RUN: tuple[Decorator, ...] = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
                   help="cuda: quantize on a GPU, to the same bytes; needs torch with CUDA or ROCm, and Triton."),
+    click.option("--executor", type=click.Choice(["threads", "ray"]), default="threads", show_default=True,
+                  help="ray: weights are tasks of a cluster (RAY_ADDRESS) over storage that its machines share; same bytes."),
     click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.'),
     click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="YAML that says what flags can; flags win."),

@@ -21,6 +21,7 @@ import yaml  # type: ignore[import-untyped]
 
 from qconvert.errors import UsageError
 from qconvert.request import AdapterSpec, Request, parse_adapter
+from qconvert.url_files import is_url
 
 Options = dict[str, Any]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
@@ -107,7 +108,7 @@ def _items(
 
 def _value(name: str, node: yaml.Node, place: Place) -> Any:
     value = yaml.SafeLoader("").construct_document(node)
-    if name == "format":
+    if name == "format" or (name == "output" and is_url(str(value))):
         return str(value)
     if name == "adapters":
         return _adapters(value, place)

@@ -51,7 +51,7 @@ class Request:
     target_bpw: float | None = None
     min_top1: float | None = None
     tokenizer: Path | None = None  # its folder, where it is not the model's
-    output: Path | None = None
+    output: Path | str | None = None  # text: a URL
     target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
@@ -83,6 +83,7 @@ class Request:
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
     device: Device = "cpu"  # that quantizes
+    executor: Literal["threads", "ray"] = "threads"  # who evaluates the weights that are written
 
     @property
     def chooses_types(self) -> bool:
