@@ -11,15 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import fsspec
 import pytest
-from safetensors.numpy import save_file
+import test_urls
+import torch
+from safetensors.torch import load_file, save_file
 
 from qconvert import conversion
 from qconvert.conversion import Result, convert
 from qconvert.emit import Progress
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError
 from qconvert.ray_executor import RayExecutor, Traffic
+from qconvert.tasks import Tasks
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -30,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "golden"
 LORA = f"{GOLDEN / 'tiny'}+{GOLDEN / 'tiny-lora'}"
 TASK_NBYTES = 150_000
+server = test_urls.server
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,21 @@ def test_two_machines_make_the_bytes_of_one_and_read_what_was_foretold(
     assert 0 < found.read - executor.predicted <= len(executor.traffic) * sum(headers)
 
 
+def test_machines_that_do_not_see_the_parts_read_by_url_and_hand_bytes_back(
+    tmp_path: Path, machines: list[Any], executors: list[RayExecutor], server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted(tmp_path / "one.gguf", "threads")
+    task = Tasks.task
+    unseen = Path("/nowhere/journal")
+    monkeypatch.setattr(Tasks, "task", lambda self, blocks: task(self, blocks)._replace(journal=unseen))
+    model = f"{server}/tiny+{server}/tiny-lora"
+    made = convert(model, output="memory://out/two.gguf", bits=4, check=False, executor="ray")
+    assert fsspec.filesystem("memory").cat_file("/out/two.gguf") == (tmp_path / "one.gguf").read_bytes()
+    found = sums(executors[0])
+    assert found.moved == found.made == sum(e.nbytes for e in made.plan.entries)
+    assert 0 < found.read - executors[0].predicted < len(executors[0].traffic) * 10_000
+
+
 def test_a_machine_lost_half_way_loses_nothing(
     tmp_path: Path, cluster: Any, machines: list[Any], executors: list[RayExecutor]
 ) -> None:
@@ -160,21 +179,12 @@ def test_a_driver_that_was_killed_goes_on_with_either_executor(
 def test_an_error_in_a_task_is_the_users_as_it_is_with_threads(
     tmp_path: Path, machines: list[Any], executors: list[RayExecutor]
 ) -> None:
-    from safetensors.numpy import load_file
-
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((GOLDEN / "tiny" / name).read_bytes())
     tensors = load_file(GOLDEN / "tiny/model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = np.array(tensors[name])
-    tensors[name][3, 5] = np.nan
+    tensors[name][3, 5] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"up_proj.weight: nan at \[3, 5\]"):
         convert(str(tmp_path), output=tmp_path / "out.gguf", bits=4, check=False, executor="ray")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
-
-
-def test_what_one_machine_alone_reads_is_refused(tmp_path: Path, executors: list[RayExecutor]) -> None:
-    with pytest.raises(UnsupportedError, match="on CPUs"):
-        weights = type("Weights", (), {"device": "cuda"})()
-        RayExecutor()(None, weights, None, lambda _: None)  # type: ignore[arg-type]
