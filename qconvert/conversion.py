@@ -104,8 +104,9 @@ def converted(request: Request, progress: Callable[[Plan], Progress]) -> Result:
 
 
 def shared_place(request: Request) -> Path | None:
-    """Where what tasks read again lies: beside the output, which their machines see; None where threads do."""
-    return Path(request.output or ".").absolute().parent if request.executor == "ray" else None
+    """Where what tasks read again lies: beside the output, which their machines see; None: where temporary files do."""
+    elsewhere = request.executor == "ray" and not request.dry_run
+    return Path(request.output or ".").absolute().parent if elsewhere else None
 
 
 def executor_of(request: Request) -> Executor | None:

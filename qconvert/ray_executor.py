@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ class RayExecutor:
     def _run(self, ray: Any, made: Tasks, todo: Todo, opened: Opened, progress: Progress) -> None:
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(perform)
         tasks, pending = made.of(todo.blocks()), dict[Any, Task]()
+        if not ray.cluster_resources().get("CPU"):
+            log.warning("ray: the cluster has no CPU yet; tasks wait for one")
         try:
             while True:
                 room = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -68,7 +70,8 @@ class RayExecutor:
                     self._finish(ray, ref, pending.pop(ref), todo, opened, progress)
         except BaseException:
             for ref in pending:
-                ray.cancel(ref, force=True)
+                with suppress(Exception):
+                    ray.cancel(ref, force=True)
             raise
 
     def _finish(self, ray: Any, ref: Any, task: Task, todo: Todo, opened: Opened, progress: Progress) -> None:
@@ -77,11 +80,9 @@ class RayExecutor:
         except ray.exceptions.RayTaskError as e:
             raise e.cause from e
         except ray.exceptions.RayError as e:
-            first = task.blocks[0].entry.name
-            raise ResourceError(
-                f"the task that makes {first} was lost {RETRIES + 1} times: {str(e).splitlines()[0][:300]}",
-                hint="are there machines with memory left? the same command goes on from here",
-            ) from e
+            what = f"the task that makes {task.blocks[0].entry.name} was lost {RETRIES + 1} times"
+            hint = "have the machines memory left? the same command goes on from here"
+            raise ResourceError(f"{what}: {str(e).splitlines()[0][:300]}", hint=hint) from e
         for file, at, data in done.pieces or ():
             opened.put(file, memoryview(data), at)
         for block in task.blocks:

@@ -152,6 +152,8 @@ class Store:
         """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""
         with self._lock:
             if self._scratch is None:
+                if self.scratch_in is not None:
+                    self.scratch_in.mkdir(parents=True, exist_ok=True)
                 self._scratch = TemporaryDirectory(prefix=".qconvert-", dir=self.scratch_in)
             return Path(self._scratch.name)
 

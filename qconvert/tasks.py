@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from platform import node
 from typing import NamedTuple
 
 from qconvert import __version__
@@ -172,7 +173,7 @@ def perform(task: Task) -> Done:
         raise UsageError(
             f"a worker has qconvert {__version__}, the driver {task.version}", hint="install one of them everywhere"
         )
-    before, worker = READ.nbytes, f"{os.uname().nodename} {os.getpid()}"
+    before, worker = READ.nbytes, f"{node()} {os.getpid()}"
     store = _store(task.mark, task.places)
     _refuse_others(store, task)
     weights = Weights(parse(task.text), store)
@@ -210,6 +211,6 @@ def _refuse_others(store: Store, task: Task) -> None:
             found = e.strerror or str(e)
         if found != stamp:
             raise InputError(
-                f"a worker on {os.uname().nodename} sees another {store.roots[alias] / name}: {found}, not {stamp}",
+                f"a worker on {node()} sees another {store.roots[alias] / name}: {found}, not {stamp}",
                 hint="tasks read shared storage, or copies with their times kept",
             )

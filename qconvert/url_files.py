@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from tempfile import gettempdir
 from typing import Any, cast
 
 from qconvert.byte_files import READ, ByteFile
-from qconvert.errors import InputError, MissingDependency, ResourceError, UnsupportedError, UsageError, require
+from qconvert.errors import InputError, MissingDependency, QConvertError, ResourceError, UnsupportedError, UsageError, require
 
 AHEAD_NBYTES = 8 << 20  # asked for at once: a request takes as long as a few MB of its answer
 KEPT = 16  # of such chunks, in the whole process
-TRIES = 3
+TRIES = 5  # half a second, one, two, four between them
 COPIED = (".json", ".jinja", ".model", ".txt", ".md")  # what of a model's folder is no weight
 COPIED_NBYTES = 64 << 20
 SCHEME = re.compile(r"\w[\w+.-]*(?:::\w[\w+.-]*)*://")
@@ -113,7 +113,9 @@ class UrlFile:
         return offset, memoryview(found.result())
 
     def _fetched(self, start: int, stop: int) -> bytes:
-        data: bytes = _tried(self.name, lambda: self.fs.cat_file(self.key, start=start, end=stop)) if stop > start else b""
+        if stop == start:
+            return b""
+        data: bytes = _tried(self.name, lambda: self.fs.cat_file(self.key, start=start, end=stop), ResourceError)
         if len(data) != stop - start:
             what = f"{len(data)} bytes came where {stop - start} were asked for, from {start} on"
             raise InputError(f"{self.name}: {what}", hint="the server may know no ranges; copy the folder, and give the copy")
@@ -121,15 +123,16 @@ class UrlFile:
         return data
 
 
-def _tried(url: str, call: Any) -> Any:
-    """What `call` gives, tried again where the network fails. InputError in the end."""
-    for left in reversed(range(TRIES)):
+def _tried(url: str, call: Callable[[], Any], kind: type[QConvertError] = InputError) -> Any:
+    """What `call` gives, tried again where the network fails. `kind` in the end; a ResourceError lets the next run go on."""
+    for i in range(TRIES):
         try:
             return call()
         except Exception as e:
-            if not left or isinstance(e, GONE):
-                raise InputError(f"{url}: cannot be read: {_told(e)}", hint="is it there, and may you read it?") from e
-            time.sleep(0.5)
+            if i == TRIES - 1 or isinstance(e, GONE):
+                raise kind(f"{url}: cannot be read: {_told(e)}", hint="is it there, and may you read it?") from e
+            time.sleep(0.5 * 2**i)
+    raise AssertionError
 
 
 @dataclass(frozen=True)

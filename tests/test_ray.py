@@ -17,12 +17,12 @@ import test_urls
 import torch
 from safetensors.torch import load_file, save_file
 
-from qconvert import conversion
+from qconvert import conversion, ray_executor
 from qconvert.conversion import Result, convert
 from qconvert.emit import Progress
-from qconvert.errors import InputError
+from qconvert.errors import InputError, ResourceError
 from qconvert.ray_executor import RayExecutor, Traffic
-from qconvert.tasks import Tasks
+from qconvert.tasks import Done, Task, Tasks
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -188,3 +188,24 @@ def test_an_error_in_a_task_is_the_users_as_it_is_with_threads(
     with pytest.raises(InputError, match=r"up_proj.weight: nan at \[3, 5\]"):
         convert(str(tmp_path), output=tmp_path / "out.gguf", bits=4, check=False, executor="ray")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_a_task_that_ends_its_worker_each_time_is_an_error_and_the_rest_is_kept(
+    tmp_path: Path, machines: list[Any], executors: list[RayExecutor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perform = ray_executor.perform
+
+    def dies(task: Task) -> Done:
+        if task.blocks[0].entry.name == "blk.1.attn_q.weight":
+            os._exit(1)
+        return perform(task)
+
+    monkeypatch.setattr(ray_executor, "perform", dies)
+    monkeypatch.setattr(ray_executor, "RETRIES", 1)
+    with pytest.raises(ResourceError, match=r"blk\.1\.attn_q\.weight was lost 2 times"):
+        converted(tmp_path / "two.gguf")
+    assert len((tmp_path / ".two.gguf.part.journal").read_text().splitlines()) > 2
+    monkeypatch.undo()
+    converted(tmp_path / "one.gguf", "threads")
+    converted(tmp_path / "two.gguf", "threads")
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()

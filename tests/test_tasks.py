@@ -77,6 +77,17 @@ def test_tasks_make_the_bytes_of_threads(tmp_path: Path, case: str) -> None:
     assert sum(done.moved for done, _, _ in elsewhere.done) == sum(done.made for done, _, _ in in_place.done)
 
 
+def test_statistics_are_read_by_tasks_too(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("the lines of a text that the model is run on\n" * 40)
+    options = {"bits": 4, "calibrate": text, "calibrate_tokens": 128}
+    executor = ByTasks(100_000)
+    want = made(tmp_path / "threads" / "out.gguf", None, **options)
+    assert made(tmp_path / "tasks" / "out.gguf", executor, **options) == want
+    assert want != made(tmp_path / "plain" / "out.gguf", None, bits=4)
+    assert any("statistics/" in task.text for _, _, task in executor.done)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_task_reads_what_was_foretold(tmp_path: Path, case: str) -> None:
     executor = ByTasks(100_000)
