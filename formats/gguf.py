@@ -18,7 +18,9 @@ from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import GraphError, UnsupportedError, UsageError, uninterrupted
 from qconvert.findings import Finding
 from qconvert.formats import gguf_arch, gguf_general, gguf_header, gguf_menu, gguf_mix
+from qconvert.formats.gguf_certificate import Certifier
 from qconvert.formats.gguf_kv import KV
+from qconvert.formats.gguf_mix_rules import FileType
 from qconvert.formats.gguf_names import gguf_name, sort_key
 from qconvert.formats.gguf_vocabulary import Vocabulary, vocabulary
 from qconvert.gguf_reader import ALIGNMENT, row_nbytes
@@ -39,7 +41,7 @@ from qconvert.weights import Weights
 class Options:
     """What the user asked for. `mix` is what a usual name (Q4_K_M) stands for; tokenizer and general.* are made elsewhere."""
 
-    mix: gguf_mix.FileType
+    mix: FileType
     choice: gguf_mix.Options
     general: tuple[KV, ...]
     vocabulary: Vocabulary
@@ -146,6 +148,9 @@ class GGUF:
     def find(self, path: Path) -> Path | None:
         """A GGUF file is known by its name or its first bytes."""
         return path if path.is_file() and (path.suffix == ".gguf" or gguf_reader.begins_as_gguf(path)) else None
+
+    def certifier(self) -> Certifier:
+        return Certifier()
 
     def inspect(self, path: Path) -> Contents:
         header = gguf_reader.read_header(path)

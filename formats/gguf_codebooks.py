@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qconvert.codebooks import entries
 from qconvert.errors import UnsupportedError
 from qconvert.formats.gguf_planes import Blocks, Struct, unweave, weave
 from qconvert.scheme import F32, Array
@@ -37,34 +38,23 @@ class Codebook(NamedTuple):
 
 
 @cache
-def grid_of(name: str) -> npt.NDArray[np.int8]:
-    """The codebook, i8[entries, 4 or 8]."""
-    from gguf import quants
-
-    kind = getattr(quants, name.upper())
-    kind.init_grid()
-    grid: npt.NDArray[np.int8] = kind.grid.reshape(-1, kind.grid.shape[-1]).astype(np.int8)
-    return grid
-
-
-@cache
 def _sorted_keys(name: str) -> tuple[Integers, Integers]:
-    keys = _keys(grid_of(name))
+    keys = _keys(entries(name))
     order = np.argsort(keys)
     return keys[order], order
 
 
-def _keys(entries: npt.NDArray[np.int8]) -> Integers:
-    """A number for each entry that no other has."""
-    powers = 64 ** np.arange(entries.shape[-1], dtype=np.uint64)
-    keys: Integers = ((entries.astype(np.int64) + 1).astype(np.uint64) * powers).sum(-1, dtype=np.uint64)
+def _keys(points: npt.NDArray[np.int8]) -> Integers:
+    """A number for each point that no other has."""
+    powers = 64 ** np.arange(points.shape[-1], dtype=np.uint64)
+    keys: Integers = ((points.astype(np.int64) + 1).astype(np.uint64) * powers).sum(-1, dtype=np.uint64)
     return keys
 
 
-def _find(name: str, entries: npt.NDArray[np.int8]) -> Integers:
+def _find(name: str, points: npt.NDArray[np.int8]) -> Integers:
     """The indices of entries [..., width]. UnsupportedError where one is none of the codebook's."""
     keys, order = _sorted_keys(name)
-    wanted = _keys(entries)
+    wanted = _keys(points)
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     if not np.array_equal(keys[at], wanted):
         raise UnsupportedError(f"codes that {name} has no entry for", hint="quantize to another type")
@@ -75,7 +65,7 @@ def _find(name: str, entries: npt.NDArray[np.int8]) -> Integers:
 def read_codes(name: str, blocks: Blocks) -> U8:
     """u8[N, K/256, 256]: the bits of i8 codes."""
     book = CODEBOOKS[name]
-    value = grid_of(name)[book.indices(blocks)].reshape(*blocks.shape, 32, 8)
+    value = entries(name)[book.indices(blocks)].reshape(*blocks.shape, 32, 8)
     signs = book.signs(blocks)
     if name.startswith("iq1"):
         value = 8 * value + np.where(signs, -1, 1)[..., None].astype(np.int8)
@@ -87,19 +77,19 @@ def read_codes(name: str, blocks: Blocks) -> U8:
 
 def write_codes(name: str, blocks: Blocks, stored: U8) -> None:
     book, value = CODEBOOKS[name], stored.view(np.int8).reshape(*blocks.shape, 32, 8)
-    width = grid_of(name).shape[1]
+    width = entries(name).shape[1]
     if name.startswith("iq1"):
         low = (value & 7) == 7
         signs = low.any(-1)
-        entries = (value + np.where(low, 1, -1).astype(np.int8)) >> 3
+        points = (value + np.where(low, 1, -1).astype(np.int8)) >> 3
         if not np.array_equal(signs, low.all(-1)):
             raise UnsupportedError(f"codes that {name} has no entry for", hint="quantize to another type")
     else:
-        entries, bits = np.abs(value), value < 0
+        points, bits = np.abs(value), value < 0
         signs = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
         if book.seven and (bits.sum(-1) & 1).any():
             raise UnsupportedError(f"an odd number of signs, which {name} cannot keep", hint="quantize to another type")
-    book.put(blocks, _find(name, entries.reshape(*blocks.shape, 256 // width, width)), signs)
+    book.put(blocks, _find(name, points.reshape(*blocks.shape, 256 // width, width)), signs)
 
 
 def read_levels(name: str, blocks: Blocks) -> list[Array]:

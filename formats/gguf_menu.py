@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from qconvert.errors import QConvertError
 from qconvert.formats import gguf_mix
-from qconvert.formats.gguf_mix import FILE_TYPES, PLAIN, FileType, Hyper, TensorShape
+from qconvert.formats.gguf_mix import PLAIN, Hyper, TensorShape
+from qconvert.formats.gguf_mix_rules import FILE_TYPES, FileType
 from qconvert.gguf_reader import ALIGNMENT, row_nbytes
 from qconvert.scheme import SCHEMES
 from qconvert.target import Menu

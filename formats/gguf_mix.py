@@ -12,23 +12,32 @@ Families that have rules of their own in llama.cpp (falcon, glm5-next, the recur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from qconvert.errors import UnsupportedError, UsageError
-from qconvert.scheme import SCHEMES
+from qconvert.formats.gguf_mix_rules import (
+    ATTN_OUTPUT,
+    ATTN_OUTPUT_OF_8_EXPERTS,
+    ATTN_QK,
+    ATTN_V,
+    FFN_DOWN,
+    FFN_UP,
+    FILE_TYPES,
+    LOW,
+    NEED_IMATRIX,
+    NEED_IMATRIX_ANYWHERE,
+    OUTPUT,
+    TOKEN_EMBD,
+    FileType,
+    Place,
+    Rule,
+)
+from qconvert.scheme import CODEBOOKS, GGML_SCHEMES
 
-Role = Literal["token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down", "other"]
-
-
-class FileType(NamedTuple):
-    """A mix: its usual name, the value of general.file_type, and the type of a tensor that no rule names."""
-
-    name: str
-    id: int
-    default: str
+Role = Literal["token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_down", "ffn_up", "other"]
 
 
 class TensorShape(NamedTuple):
@@ -71,42 +80,12 @@ class Options:
     imatrix: frozenset[str] | None = None  # names that it has entries for; None: there is none
 
 
-FILE_TYPES: Mapping[str, FileType] = {
-    name: FileType(name, id_, default)
-    for name, id_, default in (
-        ("F32", 0, "f32"),
-        ("F16", 1, "f16"),
-        ("BF16", 32, "bf16"),
-        ("Q8_0", 7, "q8_0"),
-        ("Q4_0", 2, "q4_0"),
-        ("Q4_1", 3, "q4_1"),
-        ("Q5_0", 8, "q5_0"),
-        ("Q5_1", 9, "q5_1"),
-        ("Q2_K", 10, "q2_k"),
-        ("Q2_K_S", 21, "q2_k"),
-        ("Q3_K_S", 11, "q3_k"),
-        ("Q3_K_M", 12, "q3_k"),
-        ("Q3_K_L", 13, "q3_k"),
-        ("Q4_K_S", 14, "q4_k"),
-        ("Q4_K_M", 15, "q4_k"),
-        ("Q5_K_S", 16, "q5_k"),
-        ("Q5_K_M", 17, "q5_k"),
-        ("Q6_K", 18, "q6_k"),
-        ("TQ1_0", 36, "tq1_0"),
-        ("TQ2_0", 37, "tq2_0"),
-        ("MXFP4_MOE", 38, "mxfp4"),
-        ("Q1_0", 40, "q1_0"),
-        ("Q2_0", 41, "q2_0"),
-        ("IQ4_NL", 25, "iq4_nl"),
-        ("IQ4_XS", 30, "iq4_xs"),
-    )
-}
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {8: "Q8_0", 6: "Q6_K", 5: "Q5_K_M", 4: "Q4_K_M", 3: "Q3_K_M", 2: "Q2_K"}
 PLAIN = ("f32", "f16", "bf16")
 # A row that is no multiple of 256 gets a type of blocks of 32. Where that does not divide either, or none is here: f16.
-FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl",
-            "tq1_0": "q4_0", "tq2_0": "q4_0", "q2_0": "q4_0"}  # fmt: skip
+FALLBACK = {**dict.fromkeys((*CODEBOOKS, "iq4_xs"), "iq4_nl"), "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+            **dict.fromkeys(("q2_k", "q3_k", "tq1_0", "tq2_0", "q2_0"), "q4_0")}  # fmt: skip
 NEVER_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "attn_rel_b.weight", ".position_embd")
 
 
@@ -124,9 +103,9 @@ def file_type(name: str) -> FileType:
 def tensor_type(name: str) -> str:
     """qconvert's name of a GGUF tensor type given in any case: "Q6_K" -> "q6_k". UsageError with the nearest name."""
     lower = name.lower()
-    if lower in SCHEMES or lower in PLAIN:
+    if lower in GGML_SCHEMES or lower in PLAIN:
         return lower
-    near = get_close_matches(lower, [*SCHEMES, *PLAIN], n=1, cutoff=0.5)
+    near = get_close_matches(lower, [*GGML_SCHEMES, *PLAIN], n=1, cutoff=0.5)
     mix = file_type(name).default if name.upper() in {*FILE_TYPES, *ALIASES} else near[0] if near else None
     raise UsageError(f"no tensor type is called {name!r}", hint=f"did you mean {mix}?" if mix else None)
 
@@ -144,8 +123,8 @@ def choose(
 ) -> list[Choice]:
     """The type of every tensor, in llama-quantize's order: globals by name, then layer by layer.
 
-    Errors: UnsupportedError for a fallback under fallback="error", and for q2_k tensors in a Q2_K_S file of which no
-    imatrix says anything; UsageError for a pattern that matches no tensor that can be quantized.
+    Errors: UnsupportedError for a fallback under fallback="error", and for types too small to do without importance where no
+    imatrix says anything of the tensor; UsageError for a pattern that matches no tensor that can be quantized.
     """
     options = options or Options()
     ordered = sorted(tensors, key=lambda t: (layer_of(t.name), t.name))
@@ -158,14 +137,18 @@ def choose(
                 f"{choice.name}: {choice.reason}: wanted {choice.wanted}, got {choice.got}",
                 hint="--fallback warn takes the type that fits",
             )
-        needs = file.name == "Q2_K_S" and choice.got == "q2_k" and role_of(tensor.name) not in ("token_embd", "output")
-        if needs and choice.name not in (options.imatrix or ()):
+        if choice.name not in (options.imatrix or ()) and needs_imatrix(role_of(tensor.name), choice.got, file):
             what = "none was given" if options.imatrix is None else "it has no entry there"
-            raise UnsupportedError(
-                f"{choice.name}: q2_k in a Q2_K_S file needs an imatrix, and {what}",
-                hint="--calibrate FILE or --imatrix FILE; Q2_K is the nearest that needs none",
-            )
+            where = f"{choice.name}: {choice.got}" + (" in a Q2_K_S file" if choice.got == "q2_k" else "")
+            hint = "Q2_K is the nearest that needs none" if choice.got == "q2_k" else "IQ3_S and Q3_K_S need none"
+            raise UnsupportedError(f"{where} needs an imatrix, and {what}", hint=f"--calibrate FILE or --imatrix FILE; {hint}")
     return choices
+
+
+def needs_imatrix(role: Role, type_: str, file: FileType) -> bool:
+    if role in ("token_embd", "output"):
+        return type_ in NEED_IMATRIX_ANYWHERE
+    return type_ in NEED_IMATRIX or (type_ == "q2_k" and file.name == "Q2_K_S")
 
 
 def layer_of(name: str) -> int:
@@ -175,7 +158,7 @@ def layer_of(name: str) -> int:
 
 
 def role_of(name: str) -> Role:
-    """What the mixes tell apart. A fused qkv counts as attn_v; gate and up have no rules."""
+    """What the mixes tell apart. A fused qkv counts as attn_v, a gate as ffn_up."""
     if name == "output.weight":
         return "output"
     if name in ("token_embd.weight", "per_layer_token_embd.weight"):
@@ -185,6 +168,8 @@ def role_of(name: str) -> Role:
     if found := re.search(r"attn_(q|k|output)\.weight", name):
         role: dict[str, Role] = {"q": "attn_q", "k": "attn_k", "output": "attn_output"}
         return role[found[1]]
+    if "ffn_up" in name or "ffn_gate" in name:
+        return "ffn_up"
     return "ffn_down" if "ffn_down" in name else "other"
 
 
@@ -199,53 +184,6 @@ def quantizable(tensor: TensorShape) -> bool:
     return not any(part in name for part in NEVER_QUANTIZED)
 
 
-class _Place(NamedTuple):
-    """Where a tensor stands among its kind: the i-th of n, in a model whose key heads serve `gqa` query heads each."""
-
-    i: int
-    n: int
-    gqa: int
-
-    @property
-    def more_bits(self) -> bool:
-        """The first and last eighth of the layers, and every third between."""
-        eighth = self.n // 8
-        return self.i < eighth or self.i >= 7 * self.n // 8 or (self.i - eighth) % 3 == 2
-
-
-Rule = Callable[[_Place], str | None]  # None: the file's default type
-
-ATTN_V: Mapping[str, Rule] = {
-    "Q2_K": lambda p: "q4_k" if p.gqa >= 4 else "q3_k",
-    "Q2_K_S": lambda p: "q4_k" if p.gqa >= 4 else None,
-    "Q3_K_M": lambda p: "q5_k" if p.i < 2 else "q4_k",
-    "Q3_K_L": lambda p: "q5_k",
-    "Q4_K_S": lambda p: "q5_k" if p.i < 4 else None,
-    "Q4_K_M": lambda p: "q6_k" if p.more_bits else None,
-    "Q5_K_M": lambda p: "q6_k" if p.more_bits else None,
-    "IQ4_NL": lambda p: "q5_k" if p.gqa >= 4 else None,
-    "IQ4_XS": lambda p: "q5_k" if p.gqa >= 4 else None,
-}
-FFN_DOWN: Mapping[str, Rule] = {
-    "Q2_K": lambda p: "q3_k",
-    "Q2_K_S": lambda p: "q4_k" if p.i < p.n // 8 else None,
-    "Q3_K_M": lambda p: "q5_k" if p.i < p.n // 16 else "q4_k",
-    "Q3_K_L": lambda p: "q5_k",
-    "Q4_K_S": lambda p: "q5_k" if p.i < p.n // 8 else None,
-    "Q4_K_M": lambda p: "q6_k" if p.more_bits else None,
-    "Q5_K_M": lambda p: "q6_k" if p.more_bits else None,
-    "IQ4_NL": lambda p: "q5_k" if p.i < p.n // 8 else None,
-    "IQ4_XS": lambda p: "q5_k" if p.i < p.n // 8 else None,
-}
-FFN_DOWN_IMATRIX: Mapping[str, Rule] = {
-    **{name: rule for name, rule in FFN_DOWN.items() if not name.startswith("IQ4")},
-    "Q4_0": lambda p: "q4_1" if p.i < p.n // 8 else None,
-    "Q5_0": lambda p: "q5_1" if p.i < p.n // 8 else None,
-}
-ATTN_OUTPUT = {"Q2_K": "q3_k", "Q3_K_M": "q4_k", "Q3_K_L": "q5_k"}
-ATTN_OUTPUT_OF_8_EXPERTS = dict.fromkeys(("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "IQ4_NL", "IQ4_XS"), "q5_k")
-
-
 @dataclass
 class Mix:
     """The types of one file's tensors, asked for in order: the rules count the attn_v and ffn_down tensors they see.
@@ -257,7 +195,7 @@ class Mix:
     hyper: Hyper
     options: Options
     tensors: Sequence[TensorShape]
-    seen: dict[Role, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tensors]
@@ -278,7 +216,7 @@ class Mix:
             return self.file.default
         if self.file.name == "MXFP4_MOE":  # experts alone
             return "mxfp4" if len(tensor.shape) > 2 and tensor.shape[-3] > 1 else "q8_0"
-        return self.by_rule(tensor.name) or self.file.default
+        return self.by_rule(tensor) or self.file.default
 
     def explicit(self, name: str) -> str | None:
         """What the user asked for, or None."""
@@ -292,23 +230,31 @@ class Mix:
                 return type_
         return self.options.output_tensor_type if role == "token_embd" and self.tied else None
 
-    def by_rule(self, name: str) -> str | None:
-        role, file, eight = role_of(name), self.file.name, self.hyper.experts == 8
+    def by_rule(self, tensor: TensorShape) -> str | None:
+        role, file, eight = role_of(tensor.name), self.file.name, self.hyper.experts == 8
         if role == "output" or (role == "token_embd" and self.tied):
-            return "q8_0" if self.file.default == "q8_0" else "q6_k"
-        if role == "token_embd" and self.file.name in ("TQ1_0", "TQ2_0", "Q2_0"):
-            return "q4_k"
+            type_ = OUTPUT.get(file, "q6_k")
+            return "q6_k" if type_ == "q5_k" and tensor.shape[-1] % 256 else type_  # of which q8_0 is what fits
+        if role == "token_embd":
+            return TOKEN_EMBD.get(file)
         if role == "attn_v":
-            type_ = self._at(ATTN_V, self._count(role), self.n_attn_v)
-            if self._is_70b() and (type_ or self.file.default) in ("q3_k", "q4_k"):
-                type_ = "q5_k"  # eight query heads share it, so its size hardly matters
-            return "q8_0" if eight else type_
-        if role == "attn_k":
-            return "q8_0" if eight else None
+            raised = self._at(ATTN_V, self._count(role), self.n_attn_v)
+            if file in LOW:
+                return raised
+            if self._is_70b() and (raised or self.file.default) in ("q3_k", "q4_k"):
+                raised = "q5_k"  # eight query heads share it, so its size hardly matters
+            return "q8_0" if eight else raised
+        if role == "attn_k" and eight:
+            return "q4_k" if file in LOW else "q8_0"
+        if role in ("attn_q", "attn_k"):
+            return ATTN_QK.get(file)
         if role == "ffn_down":
             i = self._count(role)
-            rules = FFN_DOWN if self.options.imatrix is None else FFN_DOWN_IMATRIX
-            return self._at(rules, layer_of(name) if self.hyper.experts > 1 else i, self.hyper.layers)
+            by_layer = self.hyper.experts > 1 and file not in LOW
+            return self._at(FFN_DOWN, layer_of(tensor.name) if by_layer else i, self.hyper.layers)
+        if role == "ffn_up":
+            i = self._count("ffn_gate" if "ffn_gate" in tensor.name else role)
+            return self._at(FFN_UP, layer_of(tensor.name) if self.hyper.experts > 1 else i, self.hyper.layers)
         if role == "attn_output":
             return (ATTN_OUTPUT_OF_8_EXPERTS if eight else ATTN_OUTPUT).get(file)
         return None
@@ -316,9 +262,9 @@ class Mix:
     def _at(self, rules: Mapping[str, Rule], i: int, n: int) -> str | None:
         rule = rules.get(self.file.name)
         gqa = self.hyper.heads // self.hyper.kv_heads if self.hyper.kv_heads else 0
-        return rule(_Place(i, n, gqa)) if rule else None
+        return rule(Place(i, n, gqa, self.hyper.experts, self.options.imatrix is not None)) if rule else None
 
-    def _count(self, role: Role) -> int:
+    def _count(self, role: str) -> int:
         self.seen[role] = self.seen.get(role, 0) + 1
         return self.seen[role] - 1
 
@@ -357,4 +303,4 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _block(type_: str) -> int:
-    return SCHEMES[type_].block if type_ in SCHEMES else 1
+    return GGML_SCHEMES[type_].block if type_ in GGML_SCHEMES else 1

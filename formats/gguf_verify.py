@@ -16,7 +16,7 @@ from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats import gguf_arch
 from qconvert.formats.gguf_check import FileReals, context, in_runtime, n_vocab
 from qconvert.formats.gguf_names import gguf_name
-from qconvert.formats.gguf_values import Tensor, by_rows, dequantized, quantized_by_ggml, read_tensors
+from qconvert.formats.gguf_values import Tensor, by_rows, read_tensors
 from qconvert.formats.gguf_vocabulary import vocabulary
 from qconvert.gguf_reader import read_header
 from qconvert.graph import Graph
@@ -27,7 +27,7 @@ from qconvert.passes.untie_head import UntieHead
 from qconvert.pipeline import Function, Pass, Pipeline
 from qconvert.report import Report, Row, judged
 from qconvert.request import Request
-from qconvert.scheme import CODEBOOKS, SCHEMES, Array
+from qconvert.scheme import CODEBOOKS, GGML_SCHEMES, Array
 from qconvert.sources import gguf_files
 from qconvert.target import Source
 from qconvert.tokenizer import hard_corpus
@@ -114,8 +114,7 @@ def rounded(want: Array, dtype: str) -> Array:
             return value.astype(np.float16)
         case "bf16":
             return kernels.widen_bf16(kernels.narrow_bf16(value))
-        case _ if dtype in SCHEMES:
-            return layout_of(f"gguf.{dtype}").unpack(kernels.search(dtype, value)).dequantize()
-        case _ if dtype in CODEBOOKS:
-            return dequantized(quantized_by_ggml(dtype, value), dtype.upper())
-    raise UnsupportedError(f"tensors of type {dtype} cannot be judged yet", hint=f"these can: {', '.join(SCHEMES)}")
+        case _ if dtype in GGML_SCHEMES:
+            importance = np.ones(value.shape[-1], np.float32) if dtype in CODEBOOKS else None
+            return layout_of(f"gguf.{dtype}").unpack(kernels.search(dtype, value, importance=importance)).dequantize()
+    raise UnsupportedError(f"tensors of type {dtype} cannot be judged yet", hint=f"these can: {', '.join(GGML_SCHEMES)}")

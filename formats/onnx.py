@@ -16,6 +16,7 @@ from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, require, uninterrupted
 from qconvert.findings import Finding
 from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_length, fused_attention, is_encoder
+from qconvert.formats.onnx_certificate import Certifier
 from qconvert.formats.onnx_cliffs import slow_paths
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
 from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
@@ -212,6 +213,9 @@ class ONNX:
         from qconvert.formats.onnx_inspect import model_file
 
         return model_file(path)
+
+    def certifier(self) -> Certifier:
+        return Certifier()
 
     def inspect(self, path: Path) -> Contents:
         """Tensors and nodes from the protobuf alone; see onnx_inspect."""

@@ -13,7 +13,7 @@ import numpy as np
 from qconvert.byte_files import LocalFile, fill
 from qconvert.dtypes import DTYPES
 from qconvert.errors import InputError, QConvertError
-from qconvert.findings import Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
+from qconvert.findings import UNREAD, Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
 from qconvert.formats.onnx_foreign_sites import odd_name
 from qconvert.formats.onnx_foreign_tensors import Place, dtype_of, place_of, read
 from qconvert.formats.onnx_proto import graphs_of
@@ -34,7 +34,15 @@ CACHE = {"inputs": ("past_key_names", "past_value_names"), "outputs": ("present_
 def diagnose(path: Path, values: bool) -> list[Finding]:
     model = read(path)
     if (odd := odd_name(model)) is not None:
-        return [Finding("error", path.name, f"the name {odd!a} is not text in UTF-8", "the file is damaged: fetch it again")]
+        return [
+            Finding(
+                "error",
+                path.name,
+                f"the name {odd!a} is not text in UTF-8",
+                "the file is damaged: fetch it again",
+                "damaged-file",
+            )
+        ]
     tensors = [t for graph in graphs_of(model.graph) for t in graph.initializer]
     found, places = placed(path, tensors)
     if (path.parent / GENAI).is_file():
@@ -49,7 +57,7 @@ def placed(path: Path, tensors: list[TensorProto]) -> tuple[list[Finding], list[
         try:
             place = place_of(path, tensor)
         except InputError as e:
-            found.append(Finding("error", tensor.name, e.message, e.hint or CUT))
+            found.append(Finding("error", tensor.name, e.message, e.hint or CUT, "damaged-file"))
             continue
         places.append((tensor, place))
         if place.file and place.file != path.name:
@@ -58,7 +66,7 @@ def placed(path: Path, tensors: list[TensorProto]) -> tuple[list[Finding], list[
         nbytes = (path.parent / name).stat().st_size
         if nbytes - end > 1 << 20:
             what = f"{nbytes - end:,} of its {nbytes:,} bytes lie behind the last tensor"
-            found.append(Finding("note", name, what, "the file may be of another model"))
+            found.append(Finding("note", name, what, "the file may be of another model", "stale-file"))
     return found, places
 
 
@@ -106,7 +114,7 @@ def genai(path: Path, model: ModelProto) -> list[Finding]:
     config = read_json(path.parent / GENAI).get("model")
     decoder = config.get("decoder") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(decoder, dict):
-        return [Finding("error", GENAI, "has no model.decoder", "make the folder again")]
+        return [Finding("error", GENAI, "has no model.decoder", "make the folder again", "missing-key")]
     n = decoder.get("num_hidden_layers")
     edges = {"inputs": {v.name for v in model.graph.input}, "outputs": {v.name for v in model.graph.output}}
     found = []
@@ -117,11 +125,11 @@ def genai(path: Path, model: ModelProto) -> list[Finding]:
             wanted = [str(name).replace("%d", str(i)) for i in range(n_names)]
             if missing := [w for w in wanted if w not in names]:
                 what = f"model.decoder.{side}.{key}: the graph has no {side[:-1]} {missing[0]}"
-                found.append(Finding("error", GENAI, what, "the configuration is of another model"))
+                found.append(Finding("error", GENAI, what, "the configuration is of another model", "wrong-key"))
         layers = {name for name in names if name.startswith(("past_key_values.", "present."))}
         if isinstance(n, int) and layers and not found and len(layers) != 2 * n:
             what = f"model.decoder.num_hidden_layers is {n}, and the graph has {len(layers)} caches of keys and values"
-            found.append(Finding("error", GENAI, what, "the configuration is of another model"))
+            found.append(Finding("error", GENAI, what, "the configuration is of another model", "wrong-key"))
     return found + ids(path, model, config)
 
 
@@ -133,16 +141,20 @@ def ids(path: Path, model: ModelProto, config: dict[str, Any]) -> list[Finding]:
         width = dims[-1].dim_value if dims else 0
         if value.name == "logits" and width and isinstance(vocab, int) and vocab != width:
             what = f"model.vocab_size is {vocab}, and the graph gives {width} logits"
-            found.append(Finding("error", GENAI, what, "the configuration is of another model"))
+            found.append(Finding("error", GENAI, what, "the configuration is of another model", "wrong-key"))
     stops = config.get("eos_token_id")
     listed = stops if isinstance(stops, list) else [stops]
     if not [i for i in listed if isinstance(i, int)]:
-        found.append(Finding("warning", f"{GENAI}: eos_token_id", "no token ends a generation", "list the stop tokens"))
+        found.append(
+            Finding("warning", f"{GENAI}: eos_token_id", "no token ends a generation", "list the stop tokens", "stop-token")
+        )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(key)
         for i in value if isinstance(value, list) else [value]:
             if isinstance(i, int) and isinstance(vocab, int) and not 0 <= i < vocab:
-                found.append(Finding("error", f"{GENAI}: {key}", f"is {i}, and there are {vocab} tokens", "correct the id"))
+                found.append(
+                    Finding("error", f"{GENAI}: {key}", f"is {i}, and there are {vocab} tokens", "correct the id", "vocabulary")
+                )
     return found + (tokenizer(path.parent, vocab, listed) if isinstance(vocab, int) else [])
 
 
@@ -152,9 +164,9 @@ def tokenizer(folder: Path, vocab: int, stops: list[Any]) -> list[Finding]:
     try:
         read = read_tokenizer(folder, vocab)
     except InputError as e:
-        return [Finding("error", "tokenizer.json", e.message, e.hint or CUT)]
+        return [Finding("error", "tokenizer.json", e.message, e.hint or CUT, "vocabulary")]
     except QConvertError as e:
-        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "")]
+        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "", UNREAD)]
     marked = {i for i, kind in enumerate(read.types) if kind in ("control", "user")}
     ends = [i for i in stops if isinstance(i, int)]
     if not ends:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from onnx import ModelProto
 
 from qconvert import __version__
+from qconvert.certificate import KEY as CERTIFICATE
 from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import InputError, UnsupportedError
 from qconvert.formats.onnx_columns import PREFIX as CHANNELS
@@ -265,7 +266,7 @@ def protobuf(
         if c.wish is None:
             relocate(path, c, entries)
     rewrite_nodes(model, [c.tensor for c in choices], changed, taken)
-    said = {p.key: p.value for p in model.metadata_props} | dict(metadata)
+    said = {p.key: p.value for p in model.metadata_props if p.key != CERTIFICATE} | dict(metadata)
     model.ClearField("metadata_props")
     for key, value in said.items():
         model.metadata_props.add(key=key, value=value)

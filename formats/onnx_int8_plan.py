@@ -21,7 +21,7 @@ from qconvert.passes.quantize import Quantize
 from qconvert.passes.quantize_activations import DYNAMIC, QuantizeActivations, grid_of
 from qconvert.passes.untie_head import embedding_of
 from qconvert.request import Request
-from qconvert.solver_spec import statistic_of
+from qconvert.solver_spec import reads_statistics
 from qconvert.sources import Store
 from qconvert.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def integer_of(request: Request, quant: str, store: Store, tokenizer: Tokenizer 
     """The user's words about integers. UsageError for those that do not belong to `quant`."""
     if quant != "w8a8":
         for value, flag in ((request.calibrate, "--calibrate"), (request.operators, "--operators")):
-            if value is not None and not (flag == "--calibrate" and statistic_of(request.solver)):
+            if value is not None and not (flag == "--calibrate" and reads_statistics(request.solver)):
                 raise UsageError(f"{flag} {value}: {quant} has no fixed ranges of activations", hint="--quant w8a8")
         return Integer() if quant in QUANTS else None
     if request.adapters_as == "swap":

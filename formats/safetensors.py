@@ -17,6 +17,7 @@ from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
 from qconvert.errors import UnsupportedError, UsageError, uninterrupted
 from qconvert.findings import Finding
+from qconvert.formats.safetensors_certificate import Certifier
 from qconvert.formats.safetensors_config import config_of
 from qconvert.formats.safetensors_dialects import (
     PLAIN,
@@ -45,7 +46,7 @@ from qconvert.provenance import names_of, provenance
 from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
-from qconvert.solver_spec import statistic_of
+from qconvert.solver_spec import reads_statistics
 from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
@@ -101,7 +102,7 @@ class Safetensors:
         tokenizer, calibration = tokenizer_of(source, graph), None
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
-        elif request.calibrate and not statistic_of(request.solver):
+        elif request.calibrate and not reads_statistics(request.solver):
             why = f"--calibrate {request.calibrate}: {dialect.name} has no fixed ranges of activations"
             raise UsageError(why, hint="--quant w8a8-static")
         return Options(
@@ -167,6 +168,9 @@ class Safetensors:
     def find(self, path: Path) -> Path | None:
         """A model's folder of safetensors; see safetensors_verify."""
         return checkpoint_folder(path)
+
+    def certifier(self) -> Certifier:
+        return Certifier()
 
     def inspect(self, path: Path) -> Contents:
         return contents(path)

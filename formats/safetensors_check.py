@@ -259,9 +259,13 @@ def answered(
         return [judged(what, "errors as it loads", 1.0, 0.0, told)], None
     if model.complaints:
         return [judged(what, "keys not loaded", float(len(model.complaints)), 0.0, model.complaints[0])], model.about
+    return answer(model, as_loaded(graph, loading, facts, reals)), model.about
+
+
+def as_loaded(graph: Graph, loading: Loading, facts: Written, reals: Reals) -> Reals:
+    """The weights as a runtime has them that rounds what it dequantizes."""
     rounded = {n for n, node in graph.nodes.items() if n in facts.quantized or facts.quantized.keys() & node.inputs}
-    expected = Rounded(reals, frozenset(rounded), loading.rounded) if loading.rounded else reals
-    return answer(model, expected), model.about
+    return Rounded(reals, frozenset(rounded), loading.rounded) if loading.rounded else reals
 
 
 def rounded_rows(folder: Path, graph: Graph, dialect: Dialect, facts: Written, reals: Reals, prompts: Tokens) -> list[Row]:

@@ -11,7 +11,7 @@ import numpy as np
 from qconvert.build import build
 from qconvert.dtypes import DTYPES
 from qconvert.errors import InputError, MissingDependency, QConvertError
-from qconvert.findings import Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
+from qconvert.findings import UNREAD, Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
 from qconvert.sources import MODEL_FILES, Checkpoint, Store, TensorInfo, read_checkpoint, read_json
 from qconvert.stored_forms import method_of
 from qconvert.target import TOKENIZER_FILES
@@ -41,9 +41,9 @@ def built(checkpoint: Checkpoint) -> list[Finding]:
     try:
         build(checkpoint)
     except InputError as e:
-        return [Finding("error", "config.json", e.message, e.hint or "take the configuration of these weights")]
+        return [Finding("error", "config.json", e.message, e.hint or "take the configuration of these weights", "wrong-key")]
     except QConvertError as e:
-        return [Finding("note", "config.json", f"not compared with the tensors: {e.message}", e.hint or "")]
+        return [Finding("note", "config.json", f"not compared with the tensors: {e.message}", e.hint or "", UNREAD)]
     return []
 
 
@@ -57,20 +57,20 @@ def listed(checkpoint: Checkpoint) -> list[Finding]:
     found = []
     if isinstance(where, dict) and (forgotten := sorted(checkpoint.tensors.keys() - where.keys())):
         what = f"does not name {len(forgotten)} tensors of its shards, first {forgotten[0]}"
-        found.append(Finding("warning", INDEX, what, "loaders leave them out: save the model again"))
+        found.append(Finding("warning", INDEX, what, "loaders leave them out: save the model again", "stale-file"))
     if isinstance(where, dict):
         others = {p.name for p in checkpoint.folder.glob("model*.safetensors")} - set(where.values())
         if (checkpoint.folder / MODEL_FILES[0]).is_file():
             what = f"stands beside {MODEL_FILES[0]}, which is read in its place"
-            found.append(Finding("warning", INDEX, what, "remove the one that is stale"))
+            found.append(Finding("warning", INDEX, what, "remove the one that is stale", "stale-file"))
         elif others:
             what = f"names nothing in {min(others)}, which lies beside it"
-            found.append(Finding("warning", INDEX, what, "remove the file if it is stale"))
+            found.append(Finding("warning", INDEX, what, "remove the file if it is stale", "stale-file"))
     said = facts.get("total_size") if isinstance(facts, dict) else None
     sizes = [math.prod(t.shape) * DTYPES[t.dtype].nbytes for t in checkpoint.tensors.values() if t.dtype in DTYPES]
     if isinstance(said, int) and len(sizes) == len(checkpoint.tensors) and said != sum(sizes):
         what = f"total_size is {said}, the tensors have {sum(sizes)} bytes"
-        found.append(Finding("note", INDEX, what, "save the model again"))
+        found.append(Finding("note", INDEX, what, "save the model again", "wrong-key"))
     return found
 
 
@@ -79,10 +79,10 @@ def quantized(checkpoint: Checkpoint) -> list[Finding]:
     codes = [n for n in checkpoint.tensors if n.endswith(CODES)]
     if method and not codes:
         what = f"quantization_config says {method[0]}, and no tensor holds codes or scales"
-        return [Finding("warning", "config.json", what, "remove the key where the weights are plain")]
+        return [Finding("warning", "config.json", what, "remove the key where the weights are plain", "wrong-type")]
     if codes and not method and "quantization" not in checkpoint.config:
         what = f"{len(codes)} tensors look quantized, first {codes[0]}, and there is no quantization_config"
-        return [Finding("error", "config.json", what, "add the configuration that they were quantized with")]
+        return [Finding("error", "config.json", what, "add the configuration that they were quantized with", "wrong-type")]
     return []
 
 
@@ -95,7 +95,7 @@ def head(checkpoint: Checkpoint, store: Store) -> list[Finding]:
     if a.dtype == b.dtype and a.shape == b.shape and a.dtype in DTYPES and equal(store, a, b):
         return []
     what = f"tie_word_embeddings is true, and {HEAD} is another tensor than {EMBEDDING}: loaders throw it away"
-    return [Finding("error", HEAD, what, "set tie_word_embeddings to false, or remove the tensor")]
+    return [Finding("error", HEAD, what, "set tie_word_embeddings to false, or remove the tensor", "tied-head")]
 
 
 def equal(store: Store, a: TensorInfo, b: TensorInfo) -> bool:
@@ -123,25 +123,37 @@ def numbers(checkpoint: Checkpoint, store: Store) -> list[Finding]:
 def tokenizer(checkpoint: Checkpoint) -> list[Finding]:
     folder = checkpoint.folder
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return [Finding("note", "tokenizer.json", "there is no tokenizer in the folder", "save the model's own there")]
+        return [
+            Finding(
+                "note", "tokenizer.json", "there is no tokenizer in the folder", "save the model's own there", "missing-key"
+            )
+        ]
     rows = n_rows(checkpoint.tensors)
     if rows is None:
         return []
     try:
         read = read_tokenizer(folder, rows)
     except MissingDependency as e:
-        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "")]
+        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "", UNREAD)]
     except InputError as e:
-        return [Finding("error", "tokenizer.json", e.message, e.hint or "take the tokenizer that the model was trained with")]
+        return [
+            Finding(
+                "error",
+                "tokenizer.json",
+                e.message,
+                e.hint or "take the tokenizer that the model was trained with",
+                "vocabulary",
+            )
+        ]
     except QConvertError as e:
-        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "")]
+        return [Finding("note", "tokenizer.json", f"not looked into: {e.message}", e.hint or "", UNREAD)]
     found = of_vocabulary(vocabulary_of(read), PLACES, causal(checkpoint.config))
     said = checkpoint.generation_config.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     ids = said if isinstance(said, list) else [said]
     known = {i for i, kind in enumerate(read.types) if kind != "unused"}
     if causal(checkpoint.config) and (odd := [i for i in ids if isinstance(i, int) and i not in known]):
         what = f"{odd[0]} is no token of the vocabulary of {len(known)}"
-        found.append(Finding("error", PLACES.stops, what, "correct the id: a generation does not end"))
+        found.append(Finding("error", PLACES.stops, what, "correct the id: a generation does not end", "stop-token"))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 
 from qconvert.adapter_config import CONFIG, in_modules_to_save
 from qconvert.adapters import Adapter
-from qconvert.errors import AdapterError
+from qconvert.errors import AdapterError, MissingAdapterKey, Place, UnusedAdapterKey
 from qconvert.graph import Graph
 from qconvert.passes.untie_head import sites, vocabulary_weights
 
@@ -26,9 +26,10 @@ def check_unused(graph: Graph, adapter: Adapter, unused: Sequence[str], any_used
         first = key_of(unused[0])
         log.warning("%s: left out %d tensors that match no weight, first: %s", adapter.name, len(unused), first)
         return
-    raise AdapterError(
+    raise UnusedAdapterKey(
         f"{adapter.name}: {len(unused)} adapter tensors match no weight, first: {key_of(unused[0])}",
         hint=_likely_reason(graph, adapter, unused[0]),
+        place=adapter.place(unused[0]),
     )
 
 
@@ -68,7 +69,8 @@ def check_missing(graph: Graph, adapter: Adapter, have: Container[str | None], a
         if (targeted or saved) and weight not in have:
             what = f"{adapter.name}: {CONFIG} names {module} ({op}), but the file has nothing for it"
             if not allowed:
-                raise AdapterError(what, hint=f"the file is incomplete, or {other_base(graph, adapter)}")
+                place = Place(str(adapter.folder / CONFIG), key=module)
+                raise MissingAdapterKey(what, hint=f"the file is incomplete, or {other_base(graph, adapter)}", place=place)
             log.warning("%s", what)
 
 
@@ -78,4 +80,5 @@ def check_vocabulary(graph: Graph, adapter: Adapter) -> None:
         raise AdapterError(
             f"{adapter.name}: the embedding has {counts[0]} rows, the head {counts[1]}",
             hint="the vocabulary was resized, but only one of them was saved; train with save_embedding_layers=True",
+            place=Place(str(adapter.folder)),
         )

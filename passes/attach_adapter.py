@@ -103,6 +103,7 @@ class _Attaching:
             raise AdapterError(
                 f"{tensor.ref}: an adapter that resized the vocabulary ({tensor.shape[0]}) comes first, with weight 1",
                 hint=f"the base has {shape[0]} rows: there is nothing to blend the others with",
+                place=self.adapter.place(tensor.ref),
             )
 
     def set_rows(self, items: Sequence[TokenRows]) -> None:
@@ -233,7 +234,9 @@ class _Attaching:
             (p, q), r = tensor.shape, f.a.shape[0]
             if p % r or q % r:
                 raise AdapterError(
-                    f"{info.ref}: {tensor.shape} has no {r} blocks", hint="r must divide the outputs and the groups of inputs"
+                    f"{info.ref}: {tensor.shape} has no {r} blocks",
+                    hint="r must divide the outputs and the groups of inputs",
+                    place=self.adapter.place(info.ref),
                 )
             scale, value = f"{names[i]}.elastic", r / (q * group) if i == 0 else 1.0
             out[scale] = _load(info)
@@ -251,6 +254,7 @@ class _Attaching:
                 f"{f.a.ref}: {columns} columns for {k} inputs, {k // columns} each: this is QA-LoRA, and {CONFIG} does not say "
                 "how inputs were pooled",
                 hint=f"--pooling {' or '.join(FACTORS)}: whose program trained it?",
+                place=self.adapter.place(f.a.ref),
             )
         if f.pooled is not None and f.a.shape[0] == f.b.shape[1] and f.b.shape[0] == n:
             k = k // self._pooled_group(f, name)
@@ -277,7 +281,8 @@ class _Attaching:
 
     def _claim(self, module: str, place: str, taken: Mapping[str, object], *tensors: TensorInfo) -> None:
         if place in taken:
-            raise AdapterError(f"{tensors[0].ref}: {module} is the adapter's second name for one weight of the model")
+            what = f"{tensors[0].ref}: {module} is the adapter's second name for one weight of the model"
+            raise AdapterError(what, place=self.adapter.place(tensors[0].ref))
         self.used |= {t.ref for t in tensors}
         self.modules.add(module.removesuffix(".weight").removesuffix(".bias"))
 
@@ -299,6 +304,7 @@ class _Attaching:
         return AdapterError(
             f"{tensor.ref}: {list(tensor.shape)} does not fit {name}, which is {shape}",
             hint=other_base(self.graph, self.adapter),
+            place=self.adapter.place(tensor.ref),
         )
 
 

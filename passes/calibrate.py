@@ -14,7 +14,7 @@ from qconvert.statistics import ALIAS, FILE, Site, shapes_of
 class Calibrate:
     """W~moments, W~hessian and W~peaks for each weight of `sites`, those of `kinds`: quantize and fold read them.
 
-    about: whose they are, for the file's header.
+    about: whose they are, for the file's header. alias: under which the store knows the file.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -22,11 +22,12 @@ class Calibrate:
     sites: tuple[Site, ...] = field(default=(), repr=False)
     kinds: frozenset[str] = field(default=frozenset(("moments",)), repr=False)
     about: Mapping[str, Attr] = field(default_factory=dict, repr=False)
+    alias: str = ALIAS
 
     def __call__(self, graph: Graph) -> Graph:
         new: dict[str, Node] = {}
         for site in self.sites:
             for kind, shape in shapes_of(site, self.kinds).items():
-                attrs: dict[str, Attr] = {"tensor": f"{ALIAS}/{self.file}#{site.key}.{kind}"}
+                attrs: dict[str, Attr] = {"tensor": f"{self.alias}/{self.file}#{site.key}.{kind}"}
                 new |= {f"{weight}~{kind}": Node("load", (), Type("f32", shape), attrs) for weight in site.weights}
         return replace(graph, nodes={**new, **graph.nodes}).with_meta(statistics=dict(self.about)) if new else graph

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 from zlib import crc32
 
-from qconvert.errors import GraphError
+from qconvert.errors import GraphError, UnsupportedError
 from qconvert.graph import Graph, Node, Type
 from qconvert.scheme import LATTICES
+from qconvert.solver_spec import chosen
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class Incoherence:
     types: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __call__(self, graph: Graph) -> Graph:
+        solver = chosen(self.solver)
+
         def rule(name: str, node: Node) -> Mapping[str, Node] | None:
             scheme = self.types.get(name)
             if scheme not in LATTICES or (node.op == "coherent" and graph.nodes[node.inputs[0]].type.dtype == scheme):
                 return None
+            if (why := solver.refuses(LATTICES[scheme])) is not None:
+                raise UnsupportedError(f"{name}: solver {solver.name} makes no {scheme}: {why}", hint="--solver ldlq")
             (n, k), shape = node.type.dims, node.type.shape
             real, su, sv, turned, code = (f"{name}~{part}" for part in ("real", "su", "sv", "turned", "code"))
             new = {

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qconvert.conversion import Result as Result
     from qconvert.conversion import convert as convert
+    from qconvert.conversion import convert_all as convert_all
+    from qconvert.conversion import request_of as request_of
     from qconvert.graph import Graph as Graph
     from qconvert.graph import Node as Node
     from qconvert.graph import Type as Type
@@ -19,7 +21,10 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-_LAZY = {"convert": "conversion", "Result": "conversion", "Graph": "graph", "Node": "graph", "Type": "graph"}
+_LAZY = {
+    "convert": "conversion", "convert_all": "conversion", "request_of": "conversion", "Result": "conversion",
+    "Graph": "graph", "Node": "graph", "Type": "graph",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

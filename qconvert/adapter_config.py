@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from qconvert.errors import AdapterError, UnsupportedError
+from qconvert.errors import AdapterError, Place, UnsupportedError, located
 from qconvert.patterns import matcher
 from qconvert.sources import read_json
 
@@ -59,9 +59,11 @@ def read_config(folder: Path, own_base: bool = False) -> dict[str, object]:
         hint = "this is a whole model, not an adapter" if whole else "PEFT's save_pretrained writes such a folder"
         raise AdapterError(f"{folder}: has no {CONFIG}", hint=hint)
     config = read_json(folder / CONFIG)
-    _check_keys(folder, config)
-    if not own_base:
-        _check_init(folder, config.get("init_lora_weights", True))
+    with located(Place(str(folder / CONFIG), key="peft_type")):
+        _check_keys(folder, config)
+    with located(Place(str(folder / CONFIG), key="init_lora_weights")):
+        if not own_base:
+            _check_init(folder, config.get("init_lora_weights", True))
     return config
 
 
@@ -77,6 +79,7 @@ def _check_keys(folder: Path, config: Mapping[str, object]) -> None:
             raise UnsupportedError(
                 f"{folder}/{CONFIG}: {key} = {str(value)[:80]} is not supported and may change the result",
                 hint="merge it with PEFT (merge_and_unload) and convert the result",
+                place=Place(str(folder / CONFIG), key=key),
             )
 
 

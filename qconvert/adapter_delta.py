@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from qconvert.adapters import Adapter
-from qconvert.errors import AdapterError
+from qconvert.errors import AdapterError, Place
 from qconvert.graph import Graph, Node
 from qconvert.sources import Store
 from qconvert.weights import Weights, rows_per_block
@@ -26,6 +26,7 @@ def check_delta(adapter: Adapter, store: Store, graph: Graph) -> None:
     raise AdapterError(
         f"{adapter.name}: the adapter changes nothing: every update in it is zero",
         hint="it was never trained, or saved before training; converting the base alone would give the same file",
+        place=Place(str(adapter.folder)),
     )
 
 

@@ -26,7 +26,7 @@ from qconvert.adapter_config import (
 )
 from qconvert.adapter_pooling import ELASTIC, Pooled, pooled_of
 from qconvert.dtypes import FLOATS
-from qconvert.errors import AdapterError, UnsupportedError, UsageError
+from qconvert.errors import AdapterError, Place, UnsupportedError, UsageError, located
 from qconvert.sources import Store, TensorInfo
 
 PREFIX = "base_model.model."
@@ -74,6 +74,7 @@ class Adapter:
 
     name: str
     alias: str
+    folder: Path
     weight: float
     kind: str  # "lora", "rslora", "dora", "dora+rslora"
     base: str | None  # base_model_name_or_path and its revision, as recorded
@@ -92,11 +93,20 @@ class Adapter:
     def __str__(self) -> str:
         return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
 
+    def place(self, ref: str) -> Place:
+        return place_in(self.folder, ref)
+
     def tensors(self) -> Iterator[TensorInfo]:
         for f in self.factors:
             yield from (t for t in (f.a, f.b, f.magnitude, f.bias, *(f.pooled.elastic if f.pooled else ())) if t is not None)
         yield from (r.tensor for r in self.replacements)
         yield from (r.tensor for r in self.rows)
+
+
+def place_in(folder: Path, ref: str) -> Place:
+    """Of a tensor, ALIAS/FILE#KEY, in the folder that the store knows as ALIAS."""
+    file, _, key = ref.partition("#")
+    return Place(str(folder / file.partition("/")[2]), key=key)
 
 
 def read_adapter(
@@ -115,8 +125,9 @@ def read_adapter(
     store.add(alias, folder)
     found = _Found(folder, config, pooling)
     for key, info in store.tensors(alias).items():
-        found.take(key, info)
-    factors = tuple(found.factors_of(module) for module in found.parts)
+        with located(place_in(folder, info.ref)):
+            found.take(key, info)
+    factors = tuple(found.factors())
     rows = tuple(found.rows_of(module, info) for module, info in found.rows.items())
     replacements = tuple(found.replacements())
     if not (factors or rows or replacements):
@@ -125,7 +136,8 @@ def read_adapter(
     targets = config.get("target_modules")
     partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     return Adapter(
-        name=name, alias=alias, weight=weight, kind=kind_of(config), base=text_of(config, "base_model_name_or_path"),
+        name=name, alias=alias, folder=folder, weight=weight, kind=kind_of(config),
+        base=text_of(config, "base_model_name_or_path"),
         base_revision=text_of(config, "revision"), revision=revision,
         factors=factors, replacements=replacements, rows=rows, unknown=tuple(found.unknown), dropped=found.dropped,
         twins=_twins(store, factors, replacements, rows), ensure_weight_tying=bool(config.get("ensure_weight_tying")),
@@ -196,6 +208,11 @@ class _Found:
             )
         where[name] = info
 
+    def factors(self) -> Iterator[Factors]:
+        for module, parts in self.parts.items():
+            with located(place_in(self.folder, next(iter(parts.values())).ref)):
+                yield self.factors_of(module)
+
     def factors_of(self, module: str) -> Factors:
         parts = self.parts[module]
         embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
@@ -263,6 +280,7 @@ class _Found:
             raise AdapterError(
                 f"{info.ref}: {list(info.shape)} rows, but trainable_token_indices in {CONFIG} is {str(wanted)[:80]}",
                 hint="one row for each token, each token once",
+                place=place_in(self.folder, info.ref),
             )
         return TokenRows(module, info, indices)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from qconvert.calibration import LENGTH, N_TOKENS, OWN, Calibration, calibration_of, cut
+from qconvert.calibration import LENGTH, N_TOKENS, OWN, calibration_of, cut
 from qconvert.companions import tokenizer_of
 from qconvert.errors import InputError, UsageError, uninterrupted
 from qconvert.formats import gguf_imatrix
@@ -22,6 +24,7 @@ from qconvert.passes.calibrate import Calibrate
 from qconvert.passes.untie_head import vocabulary_weights
 from qconvert.request import Request
 from qconvert.solver_spec import Solving
+from qconvert.sources import Store
 from qconvert.statistics import (
     ALIAS,
     FILE,
@@ -53,9 +56,51 @@ def statistics_wanted(request: Request) -> frozenset[str]:
     return frozenset({"moments", *(kind.removesuffix("?") for kind in needs)})
 
 
-def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset[str]) -> Calibrated:
-    """UsageError for flags that do not go together; InputError for files of another model, or without what is wanted."""
-    refuse_contradictions(request, wanted)
+class Gathered(NamedTuple):
+    """What one run of a text has left: its file of statistics, of all kinds that outputs read; and the text's token ids."""
+
+    path: Path
+    facts: Facts
+    texts: list[list[int]]
+    held_out: list[list[int]]
+
+
+def all_calibrated(
+    outputs: Sequence[tuple[Request, frozenset[str]]], source: Source, graph: Graph
+) -> list[Calibrated]:
+    """Of each output with the kinds that it reads; a text is run once, for all kinds that anyone reads of it.
+
+    UsageError for flags that do not go together; InputError for files of another model, or without what is wanted.
+    """
+    for request, wanted in outputs:
+        refuse_contradictions(request, wanted)
+    kinds, places, runs = dict[str, frozenset[str]](), dict[str, Path](), dict[str, Gathered]()
+    for request, wanted in outputs:
+        if wanted and reads_text(request):
+            kinds[key_of(request)] = kinds.get(key_of(request), frozenset()) | wanted
+            if request.save_statistics is not None:
+                places.setdefault(key_of(request), request.save_statistics)
+
+    def gathered(request: Request) -> Gathered:
+        if (key := key_of(request)) not in runs:
+            runs[key] = from_text(request, source, graph, places.get(key) or unused(source.store), kinds[key])
+        return runs[key]
+
+    return [_calibrated(request, source, graph, wanted, gathered) for request, wanted in outputs]
+
+
+def reads_text(request: Request) -> bool:
+    return request.imatrix is None and request.statistics is None and not request.dry_run
+
+
+def key_of(request: Request) -> str:
+    """Outputs with the same one see the same text."""
+    return f"{request.calibrate} {request.calibrate_tokens} {Solving.of(request.solver).auto}"
+
+
+def _calibrated(
+    request: Request, source: Source, graph: Graph, wanted: frozenset[str], gathered: Callable[[Request], Gathered]
+) -> Calibrated:
     if not wanted:
         return Calibrated()
     sites = sites_of(graph)
@@ -66,19 +111,14 @@ def calibrated(request: Request, source: Source, graph: Graph, wanted: frozenset
         facts, model = read_facts(path)
         refuse_other_model(path, model, graph, source.store)
         read_found(path, sites, wanted)
-    elif request.dry_run:
+        return from_file(request, source, graph, path, facts, sites, wanted)
+    if request.dry_run:
         planned = Facts(str(request.calibrate or OWN), request.calibrate_tokens or N_TOKENS, LENGTH)
         return Calibrated(Calibrate(FILE, sites, wanted, about=about_of(planned, sites, str(request.save_imatrix or ""))))
-    else:
-        path = request.save_statistics or source.store.scratch() / FILE
-        calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
-        texts = cut(calibration, graph, N_TOKENS)
-        held = max(1, len(texts) // 8) if Solving.of(request.solver).auto and len(texts) > 1 else 0
-        texts, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
-        facts = from_text(calibration, texts, graph, path, sites, wanted)
-        made = from_file(request, source, graph, path, facts, sites, wanted)
-        return replace(made, texts=texts, held_out=held_out)
-    return from_file(request, source, graph, path, facts, sites, wanted)
+    path, facts, texts, held_out = gathered(request)
+    if request.save_statistics is not None and request.save_statistics != path:
+        shutil.copyfile(path, request.save_statistics)
+    return replace(from_file(request, source, graph, path, facts, sites, wanted), texts=texts, held_out=held_out)
 
 
 def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
@@ -97,11 +137,12 @@ def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
         raise UsageError(f"--calibrate-tokens {request.calibrate_tokens}: no text is read", hint="--calibrate FILE")
 
 
-def from_text(
-    calibration: Calibration, texts: list[list[int]], graph: Graph, path: Path, sites: tuple[Site, ...],
-    kinds: frozenset[str],
-) -> Facts:  # fmt: skip
+def from_text(request: Request, source: Source, graph: Graph, path: Path, kinds: frozenset[str]) -> Gathered:
     """Run the graph on the text and write what was seen."""
+    calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
+    texts, sites = cut(calibration, graph, N_TOKENS), sites_of(graph)
+    held = max(1, len(texts) // 8) if Solving.of(request.solver).auto and len(texts) > 1 else 0
+    texts, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
     facts = Facts(calibration.whose, sum(map(len, texts)), max(map(len, texts)), sha256_of(texts))
     with uninterrupted():
         from qconvert.check import torch_threads  # loads torch
@@ -112,21 +153,36 @@ def from_text(
     with torch_threads(calibration.threads), StatisticsFile(path, sites, kinds, facts, model) as file:
         run_layerwise(graph, Weights(graph, calibration.store), texts, SiteWatcher(sites, kinds, file.write))
     log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, facts.tokens)
-    return facts
+    return Gathered(path, facts, texts, held_out)
 
 
 def from_file(
     request: Request, source: Source, graph: Graph, path: Path, facts: Facts, sites: tuple[Site, ...], kinds: frozenset[str]
 ) -> Calibrated:
-    source.store.add(ALIAS, path)
+    alias = known_as(source.store, path)
     found = read_found(path, sites, kinds)
     if request.save_imatrix is not None:
         entries = {s.key: Entry(found[s.key].moments, found[s.key].counts) for s in sites}
         named = {gguf_name(graph, w): entries[s.key] for s in sites for w in s.weights}
         gguf_imatrix.write(request.save_imatrix, IMatrix(named, (facts.text,), facts.chunks, facts.length))
-    step = Calibrate(path.name, sites, kinds, about=about_of(facts, sites, str(request.save_imatrix or "")))
+    step = Calibrate(path.name, sites, kinds, about_of(facts, sites, str(request.save_imatrix or "")), alias)
     notes, coverage = told(request, sites, found, facts)
     return Calibrated(step, notes, coverage)
+
+
+def known_as(store: Store, path: Path) -> str:
+    """The alias of a file of statistics; of several outputs each may have another."""
+    n = 0
+    while store.roots.get(alias := f"{ALIAS}{n or ''}", path.parent) != path.parent:
+        n += 1
+    store.add(alias, path)
+    return alias
+
+
+def unused(store: Store) -> Path:
+    """Where a file of statistics can be put that is not kept."""
+    names = (f"{n or ''}{FILE}" for n in count())
+    return next(path for name in names if not (path := store.scratch() / name).exists())
 
 
 def from_imatrix(
@@ -154,17 +210,18 @@ def from_imatrix(
     text = imatrix.datasets[0] if imatrix.datasets else ""
     facts = Facts(text, imatrix.chunks * imatrix.length, imatrix.length, "", str(path))
     have = tuple(site for site in own if site.key in found)
+    alias, name = ALIAS, FILE
     if not request.dry_run:
-        target = source.store.scratch() / FILE
+        target = unused(source.store)
         with StatisticsFile(target, have, kinds, facts, fingerprint(graph, source.store)) as file:
             for site in have:
                 file.write(site, found[site.key])
-        source.store.add(ALIAS, target)
+        alias, name = known_as(source.store, target), target.name
     about = {**about_of(facts, have, str(path)), "entries": len(imatrix.entries), "chunks": imatrix.chunks}
     notes, coverage = told(request, have, found, facts)
     quiet = [names[w] for w in missing if w not in heads]
     notes += (f"{len(quiet)} tensors have no entry in {path} and are quantized without, first {quiet[0]}",) if quiet else ()
-    return Calibrated(Calibrate(FILE, have, kinds, about), notes, coverage)
+    return Calibrated(Calibrate(name, have, kinds, about, alias), notes, coverage)
 
 
 def fitted(path: Path, name: str, entry: Entry, site: Site) -> Found:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qconvert.graph import Graph
 from qconvert.parallel import default_threads
 from qconvert.request import Request
 from qconvert.sources import Store
+from qconvert.text import format
 from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
 
@@ -114,7 +116,16 @@ def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]
 def ranges_of(graph: Graph, calibration: Calibration, outputs: bool) -> tuple[dict[str, dict[str, Range]], str]:
     """Linear -> round_input and, with `outputs`, round_output -> its range, bias left out; and a note: of which text."""
     texts = cut(calibration, graph, N_RANGE_TOKENS)
-    start, n = time.perf_counter(), sum(map(len, texts))
+    find = partial(_ranges, graph, calibration, texts, outputs)
+    found = calibration.store.known(f"ranges {outputs}", f"{texts}{format(graph)}", find)
+    own = "" if calibration.name or calibration.tokenizer is None else "; --calibrate FILE takes them from yours"
+    return found, f"ranges of activations are of {sum(map(len, texts))} {_tokens_of(calibration)}{own}"
+
+
+def _ranges(
+    graph: Graph, calibration: Calibration, texts: list[list[int]], outputs: bool
+) -> dict[str, dict[str, Range]]:
+    start = time.perf_counter()
     with uninterrupted():
         from qconvert.check import torch_threads  # loads torch
         from qconvert.layerwise import run_layerwise
@@ -122,9 +133,8 @@ def ranges_of(graph: Graph, calibration: Calibration, outputs: bool) -> tuple[di
     watcher = RangeWatcher(graph, outputs)
     with torch_threads(calibration.threads):
         run_layerwise(graph, Weights(graph, calibration.store), texts, watcher)
-    log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, n)
-    own = "" if calibration.name or calibration.tokenizer is None else "; --calibrate FILE takes them from yours"
-    return watcher.ranges(), f"ranges of activations are of {n} {_tokens_of(calibration)}{own}"
+    log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, sum(map(len, texts)))
+    return watcher.ranges()
 
 
 def _tokens_of(calibration: Calibration) -> str:

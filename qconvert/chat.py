@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from qconvert.errors import InputError, require
+from qconvert.errors import MISSHAPEN, InputError, require
 
 if TYPE_CHECKING:
     from jinja2 import Environment, nodes
     from jinja2.parser import Parser
+    from jinja2.runtime import Context
 
+LINES, MOST = 100_000, 1_000_000  # of code that a rendering runs; characters, entries or the number that a product makes
 CONVERSATIONS: tuple[tuple[dict[str, str], ...], ...] = (
     ({"role": "user", "content": "Hello, who are you?"},),
     (
@@ -61,18 +66,41 @@ def render(
 ) -> str:
     """The text that a template makes of a conversation; `tokens` has bos_token, eos_token ... by name.
 
-    Sandboxed: a template comes from the input and may touch nothing. InputError where it fails or refuses.
+    Sandboxed: a template comes from the input and may touch nothing. InputError where it fails, refuses, or does not end.
     """
     environment = _environment()
     from jinja2 import TemplateError
 
     try:
-        text: str = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
-        )
-    except (TemplateError, TypeError, ValueError) as e:
+        with few_lines():
+            text: str = environment.from_string(template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
+            )
+    except (TemplateError, *MISSHAPEN) as e:
         raise InputError(f"the chat template cannot be rendered: {e}") from e
     return text
+
+
+@contextmanager
+def few_lines() -> Iterator[None]:
+    """Around a rendering: InputError where more than LINES lines of the template's code run, as in loops within loops."""
+    before, left = sys.gettrace(), LINES
+
+    def line(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left < 0:
+            raise InputError(f"the chat template runs for more than {LINES} lines", hint="do not trust this input")
+        return line
+
+    def call(frame: FrameType, event: str, argument: object) -> Any:
+        return line(frame, event, argument) if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 @cache
@@ -91,7 +119,18 @@ def _environment() -> Environment:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Products are refused that would fill the memory, also before a line runs: jinja2 folds constants."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+            factors = [len(x) if isinstance(x, Sized) else abs(x) for x in (left, right)]
+            if (operator == "**" and factors[1] > 64) or factors[0] * factors[1] > MOST:
+                raise ValueError(f"{operator} makes more than {MOST}")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

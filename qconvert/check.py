@@ -24,6 +24,7 @@ from qconvert.report import Row, judged
 from qconvert.run import RoundInput, run
 from qconvert.sources import Store
 from qconvert.target import Stage
+from qconvert.text import format
 from qconvert.weights import Weights
 
 Tokens = list[list[int]]
@@ -133,6 +134,12 @@ def price_rows(d: Distance) -> list[Row]:
 
 def stage_rows(stages: Sequence[Stage], store: Store, prompts: Tokens) -> tuple[list[Row], LogProbs]:
     """A row for each step from what was trained to what will be quantized, and the last one's log-probabilities."""
+    question = f"{prompts}{[(s.name, s.exact, format(s.graph)) for s in stages]}"
+    rows, last = store.known("stages", question, lambda: _stage_rows(stages, store, prompts))
+    return list(rows), last
+
+
+def _stage_rows(stages: Sequence[Stage], store: Store, prompts: Tokens) -> tuple[list[Row], LogProbs]:
     rows: list[Row] = []
     before = log_probs(stages[0].graph, Weights(stages[0].graph, store), prompts)
     if not bool((before != before[:, :, :1]).any()):  # what says nothing is equal to whatever else says nothing

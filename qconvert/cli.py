@@ -5,29 +5,29 @@ click alone is imported here; the rest when a command runs, so that --help answe
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from qconvert import __version__
-from qconvert.errors import QConvertError
+from qconvert.errors import Bug, Interrupted, QConvertError, UsageError
 from qconvert.options import Sectioned, conversion_options, report_options
+from qconvert.reports import Run, json_text, put
 
 if TYPE_CHECKING:
     from qconvert.conversion import Result
     from qconvert.emit import Plan
-    from qconvert.report import Report
 
-INTERRUPTED = 130
-ABOUT = ("json_file", "html_file", "quiet", "verbose")  # of the command, not of a conversion
+BUG = "run again with -v for the traceback, and report it"
+ABOUT = ("quiet", "verbose")  # of the command, not of a conversion
 
 
 class DefaultGroup(click.Group):
@@ -63,8 +63,9 @@ def cli() -> None:
 @click.argument("model", required=False)
 @conversion_options
 @report_options
+@click.pass_obj
 def convert(
-    model: str | None, listing: str | None, recipe: Path | None, save_config: Path | None, **options: Any
+    run: Run, /, model: str | None, listing: str | None, recipe: Path | None, save_config: Path | None, **options: Any
 ) -> None:
     """Convert MODEL: a folder, a .gguf, or org/name[@revision] in the local Hugging Face cache.
 
@@ -82,35 +83,36 @@ def convert(
     runs = asked(recipe, options, said if model is None else {"model": model, **said})
     if any("model" not in each for each in runs):
         raise click.UsageError("Missing argument 'MODEL'.")
-    run_convert(runs, save_config)
+    run_convert(run, runs, save_config)
 
 
-def run_convert(runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
-    from qconvert.conversion import convert as run
+def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
+    from qconvert.conversion import convert as converted
     from qconvert.conversion import request_of
     from qconvert.printing import plan_text, report_text
     from qconvert.recipe import recipe_text
 
-    about = [{key: options.pop(key) for key in ABOUT} for options in runs]
-    json_file, html_file, quiet, verbose = (about[0][key] for key in ABOUT)
-    if html_file is not None and len(runs) > 1:
-        raise click.UsageError(f"--html {html_file}: one page is of one output, and there are {len(runs)}.")
+    quiet, verbose = [{options.pop(key) for options in runs}.pop() for key in ABOUT]
     set_up_log(quiet, verbose)
+    run.begin(*map(asked_for, runs), baseline=runs[0].get("baseline"))
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
-    reports = []
     for options in runs:
-        result: Result = run(**options, progress=lambda plan: bar(plan, quiet))
+        result: Result = converted(**options, progress=lambda plan: bar(plan, quiet))
         dry_run = options["dry_run"]
-        if json_file != "-":
+        if not run.prints:
             click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
         if not quiet and not dry_run:
             click.echo(report_text(result.report), err=True)
-        reports.append(result.report)
-    if len(reports) == 1:
-        write_report(reports[0], json_file, html_file)
-    else:
-        dump([report.data() for report in reports], json_file)
+        run.add(result.report.data())
+    run.write()
+
+
+def asked_for(options: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of an output that was not begun."""
+    adapters = (str(getattr(each, "path", each)) for each in options["adapters"])
+    to = ":".join(filter(None, (options["to"], options["quant"])))
+    return {"provenance": {"model": "+".join([options["model"], *adapters])}, "quant": to}
 
 
 @cli.command()
@@ -127,7 +129,8 @@ def inspect(file: str, ir: bool, json_file: str | None) -> None:
     facts = inspect_file(file)
     if json_file != "-":
         click.echo(inspection_text(facts))
-    dump(facts, json_file)
+    if json_file is not None:
+        put(json_text(facts), json_file)
 
 
 @cli.command()
@@ -135,43 +138,37 @@ def inspect(file: str, ir: bool, json_file: str | None) -> None:
 @click.option("--against", metavar="MODEL[+ADAPTER[:WEIGHT]]...", help="What it was made from.")
 @click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]")
 @report_options
+@click.pass_obj
 def verify(
-    file: Path,
-    against: str | None,
-    adapters: tuple[str, ...],
-    json_file: str | None,
-    html_file: str | None,
-    quiet: bool,
-    verbose: bool,
-    threads: int | None,
+    run: Run, file: Path, against: str | None, adapters: tuple[str, ...], quiet: bool, verbose: bool, threads: int | None
 ) -> None:
     """Prove a GGUF or an ONNX folder that exists, whoever made it, against the model and adapters it came from.
 
-    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other.
+    Without --against: look it over by itself, for NaN, wrong labels, stop tokens, keys that contradict each other; and
+    where --certify put a certificate into it, prove it by that.
     """
+    from qconvert.certifying import certificate_report
+    from qconvert.doctor import diagnose, diagnosis_text
     from qconvert.printing import report_text
     from qconvert.verification import verify_file
 
     set_up_log(quiet, verbose)
+    if against is None and adapters:
+        raise click.UsageError("-a needs --against MODEL")
+    run.begin({"path": str(file)})
     if against is None:
-        if adapters:
-            raise click.UsageError("-a needs --against MODEL")
-        look_over(file, json_file, quiet)
-    report = verify_file(file, against, adapters, threads)
-    if not quiet:
-        click.echo(report_text(report), err=json_file == "-")
-    write_report(report, json_file, html_file)
-    sys.exit(report.exit)
-
-
-def look_over(file: Path, json_file: str | None, quiet: bool) -> NoReturn:
-    from qconvert.doctor import diagnose, diagnosis_text
-
-    found = diagnose(file)
-    if not quiet or found.exit:
-        click.echo(diagnosis_text(found), err=json_file == "-")
-    dump(found.data(), json_file)
-    sys.exit(found.exit)
+        found, report = diagnose(file), certificate_report(file, threads)
+        said = "\n".join([diagnosis_text(found), *([report_text(report)] if report else [])])
+        proof = report.data() if report else {"exit": 0}
+        data = {**proof, **found.data(), "exit": max(found.exit, proof["exit"])}
+    else:
+        report = verify_file(file, against, adapters, threads)
+        said, data = report_text(report), report.data()
+    if not quiet or (against is None and data["exit"]):
+        click.echo(said, err=run.prints)
+    run.add(data)
+    run.write()
+    sys.exit(data["exit"])
 
 
 def set_up_log(quiet: bool, verbose: bool) -> None:
@@ -209,72 +206,57 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
     return progress
 
 
-def write_report(report: Report, json_file: str | None, html_file: str | None) -> None:
-    dump(report.data(), json_file)
-    if html_file is not None:
-        from qconvert.html_report import html_page
-
-        Path(html_file).write_text(html_page(report), encoding="utf-8")
-
-
-def dump(facts: dict[str, Any] | list[Any], file: str | None) -> None:
-    if file is None:
+def record(run: Run, error: QConvertError) -> None:
+    """Put into the reports what is known of a command that failed. No second error hides the first."""
+    if not run.targets:
         return
-    text = json.dumps(facts, indent=2, ensure_ascii=False, default=str)
-    if file == "-":
-        click.echo(text)
-    else:
-        Path(file).write_text(text + "\n", encoding="utf-8")
+    try:
+        run.fail(error)
+        run.write()
+    except Exception as e:
+        click.echo(f"reports: {e if isinstance(e, QConvertError) else repr(e)}", err=True)
 
 
-def fail(error: QConvertError, args: list[str]) -> int:
-    """Say what went wrong on stderr; what is known goes where --json says."""
+def fail(run: Run, error: QConvertError) -> int:
+    """Say what went wrong, on stderr and in the reports."""
     report: Any = error.report
-    facts = {"outputs": [], "verified": False} if report is None else report.data()
     if report is not None:
         from qconvert.printing import report_text
 
         click.echo(report_text(report), err=True)
-        if page := value_of("--html", args):
-            write_report(report, None, page)
-    if target := value_of("--json", args):
-        dump({**facts, "exit": error.exit_code, "error": error.message, "hint": error.hint}, target)
+    record(run, error)
     click.echo(f"error: {error.message}", err=True)
     if error.hint:
         click.echo(f"hint: {error.hint}", err=True)
     return error.exit_code
 
 
-def value_of(flag: str, args: list[str]) -> str | None:
-    """What a flag was given, also where no command got to read it."""
-    for i, arg in enumerate(args):
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-        if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-    return None
-
-
 def main() -> None:
     args = sys.argv[1:]
+    run = Run(args)
     try:
-        cli.main(args=args or ["--help"], prog_name="qconvert", standalone_mode=False)
+        cli.main(args=args or ["--help"], prog_name="qconvert", standalone_mode=False, obj=run)
     except QConvertError as e:
-        sys.exit(fail(e, args))
+        sys.exit(fail(run, e))
     except (click.exceptions.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("\ninterrupted", err=True)
+        record(run, Interrupted("interrupted", hint="the same command goes on"))
         sys.stdout.flush()
-        os._exit(INTERRUPTED)  # an interpreter that was interrupted within an extension would end by the signal instead
+        # an interpreter that was interrupted within an extension would end by the signal instead
+        os._exit(Interrupted.exit_code)
     except click.ClickException as e:
         e.show()
+        record(run, UsageError(e.format_message()))
         sys.exit(e.exit_code)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as e:
+        bug = Bug(f"a bug in qconvert: {type(e).__name__}: {e}", hint=BUG)
+        record(run, bug)
         if "-v" in args or "--verbose" in args:
             raise
-        click.echo(f"error: a bug in qconvert: {type(e).__name__}: {e}", err=True)
-        click.echo("hint: run again with -v for the traceback, and report it", err=True)
-        sys.exit(1)
+        click.echo(f"error: {bug.message}\nhint: {bug.hint}", err=True)
+        sys.exit(bug.exit_code)

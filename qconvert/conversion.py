@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
 from qconvert import accountant, offloading, on_device, registry
+from qconvert.beside import Beside, beside
+from qconvert.budget import n_weights
 from qconvert.calibration import read_text
-from qconvert.companions import n_vocab, tokenizer_of
-from qconvert.emit import Executor, Plan, Progress, preflight, written
-from qconvert.errors import (
-    GateError,
-    NotVerifiedError,
-    ResourceError,
-    UnsupportedError,
-    UsageError,
-    VerificationError,
-    uninterrupted,
-)
-from qconvert.evaluation import affordable, evaluation_text, overlap
+from qconvert.certifying import attested, probes, with_room
+from qconvert.elsewhere import Elsewhere, executor_of, made_here
+from qconvert.emit import Progress, staged
+from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError
 from qconvert.formats.gguf_source import tokenizer_rows
+from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
-from qconvert.lowering import lower, offload, read_source, torch_threads_of
+from qconvert.hessians import Factors
+from qconvert.lowering import Ready, lower, offload, read_sources, readied
+from qconvert.manifest import Output, hashing, write_manifest
+from qconvert.measuring import Asked, measured
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
+from qconvert.plans import Plan
+from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
@@ -41,21 +42,25 @@ from qconvert.sources import Store
 from qconvert.statistics import ALIAS
 from qconvert.target import Format, Lowered, Rewriter, Source
 from qconvert.targets import target_notes
-from qconvert.url_files import is_url, local_path, refuse_existing, staging, upload
+from qconvert.together import Making, write_together
+from qconvert.url_files import is_url, local_path
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
 REWRITTEN = ".onnx"  # a model whose graph is kept
-WORKING_NBYTES = 400 << 20  # interpreter, libraries and row blocks of two threads
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion made: files, whether the runtime proved them, and the report that says so."""
+    """What a conversion made: files, whether the runtime proved them, and the report that says so.
+
+    error: why there are no files, where this is one of several outputs.
+    """
 
     outputs: tuple[Path | str, ...]  # text: a URL
     report: Report
     plan: Plan
+    error: QConvertError | None = None
 
     @property
     def verified(self) -> bool:
@@ -75,47 +80,29 @@ def convert(
     passes: run after the merge; `...` stands for qconvert's own, so [MyPass(), ...] runs before it.
     Raises QConvertError; VerificationError has the whole report as its `report`.
     """
-    request = request_of(model, adapters=adapters, passes=passes, **options)
-    if request.output is not None and is_url(str(request.output)):
-        return to_url(request, str(request.output).rstrip("/"), progress)
-    return converted(request, progress)
+    (result,) = _converted([request_of(model, adapters=adapters, passes=passes, **options)], progress)
+    if result.error is not None:
+        raise result.error
+    return result
 
 
-def to_url(request: Request, url: str, progress: Callable[[Plan], Progress]) -> Result:
-    """Make and prove the output in a folder here, and copy it to where it is wanted."""
-    refuse_existing(url, request.force or request.dry_run)
-    base, _, name = url.rpartition("/")
-    with staging(url) as folder:
-        result = converted(replace(request, output=folder / name, force=True), progress)
-        places = {f.path: f"{base}/{f.path.relative_to(folder).as_posix()}" for f in result.plan.files}
-        if not request.dry_run:
-            upload(sorted(places.items(), key=lambda item: -item[0].stat().st_size))  # what names the others is small
-    facts = [{**each, "path": places[Path(each["path"])]} for each in result.report.outputs]
-    outputs = (url,) if result.plan.folder else tuple(places.values())
-    return replace(result, outputs=outputs if result.outputs else (), report=replace(result.report, outputs=facts))
+def convert_all(
+    requests: Sequence[Request], progress: Callable[[Plan], Progress] = lambda _: lambda _: None
+) -> tuple[Result, ...]:
+    """Several outputs: what they have in common is read, merged and calibrated once; see request_of for what is asked.
 
-
-def converted(request: Request, progress: Callable[[Plan], Progress]) -> Result:
-    store = Store(shared_place(request))
-    try:
-        return _convert(request, store, progress)
-    finally:
-        store.close()
-
-
-def shared_place(request: Request) -> Path | None:
-    """Where what tasks read again lies: beside the output, which their machines see; None: where temporary files do."""
-    elsewhere = request.executor == "ray" and not request.dry_run
-    return Path(request.output or ".").absolute().parent if elsewhere else None
-
-
-def executor_of(request: Request) -> Executor | None:
-    """None: threads."""
-    if request.executor == "threads":
-        return None
-    from qconvert.ray_executor import RayExecutor
-
-    return RayExecutor()
+    All are planned before the first byte of any is written. Each is then judged by itself: OutputsError where some are not
+    what was asked for, while the others have their files. What stops all is raised as it is.
+    """
+    if not requests:
+        raise UsageError("no output was asked for")
+    results = _converted(requests, progress)
+    if failed := [r for r in results if r.error is not None]:
+        first, place = failed[0].error, failed[0].plan.folder or failed[0].plan.files[0].path
+        assert first is not None
+        what = f"{len(failed)} of {len(results)} outputs failed, first {place}: {first.message}"
+        raise OutputsError(what, first.exit_code, results)
+    return results
 
 
 def request_of(
@@ -136,125 +123,201 @@ def request_of(
     return Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
 
 
-def _convert(request: Request, store: Store, progress: Callable[[Plan], Progress]) -> Result:
+def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+    with ExitStack() as stack:
+        here = [made_here(request, stack) for request in requests]
+        results = write(planned([request for request, _ in here], stack), progress)
+        return tuple(sent(result, to) if to else result for result, (_, to) in zip(results, here, strict=True))
+
+
+def sent(result: Result, elsewhere: Elsewhere) -> Result:
+    if result.outputs:
+        elsewhere.send()
+    facts = [{**each, "path": elsewhere.place(Path(each["path"]))} for each in result.report.outputs]
+    outputs = tuple(elsewhere.place(Path(path)) for path in result.outputs)
+    return replace(result, outputs=outputs, report=replace(result.report, outputs=facts))
+
+
+class Job(NamedTuple):
+    """An output that is planned, and how it will be proven. of: what it is made of, but where a file's own graph is kept."""
+
+    request: Request
+    graph: Graph
+    plan: Plan
+    report: Report
+    store: Store
+    prove: Callable[[Weights, tuple[Path, ...], int, Mapping[str, Any]], Proof]
+    of: tuple[Source, Lowered] | None = None
+    others: Beside = Beside()
+
+
+def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
+    """All that can be known before a byte is written. Sources are read once for all outputs of them."""
+    for request in requests:
+        refuse_at_once(request)
+    for flag in ("dry_run", "executor"):
+        if len({getattr(request, flag) for request in requests}) > 1:
+            raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
+    targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
+    built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
+    sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
+    ready: dict[int, Ready] = {}
+    for i in built:
+        if i not in ready:
+            alike = [j for j in built if sources[j] is sources[i]]
+            found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
+            ready |= zip(alike, found, strict=True)
+    jobs = []
+    for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
+        if request.dump_ir is not None and len(requests) > 1:
+            request = replace(request, dump_ir=request.dump_ir / f"{i}-{request.to}")
+        if i in ready:
+            jobs.append(of_source(request, sources[i], target, ready[i]))
+        else:
+            store = Store()
+            stack.callback(store.close)
+            jobs.append(rewriting(request, store, target))
+    refuse_same_place([job.plan for job in jobs])
+    return jobs
+
+
+def refuse_at_once(request: Request) -> None:
+    """Flags that do not go together, before anything is read."""
     if request.adapters_as == "swap" and not request.adapters:
         raise UsageError("--adapters swap: no adapter was given", hint="MODEL+ADAPTER, or -a ADAPTER")
     runs_on(request)
     on_device.demand(request)
-    offload(request)  # flags that go together, before anything is read
+    offload(request)
     if request.eval is not None:
         read_text(request.eval, "--eval")
-    target = cast(type[Format], registry.find("formats", request.to))()
-    if request.model.endswith(REWRITTEN):
-        return _rewrite(request, store, progress, target)
-    source = read_source(request, store)
-    lowered = lower(request, source, target)
-    report = describe(request, source, lowered)
 
-    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+
+def of_source(request: Request, source: Source, target: Format, ready: Ready) -> Job:
+    lowered = lower(request, source, target, ready)
+
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int, found: Mapping[str, Any]) -> Proof:
         rows, runtime = target.prove(source, lowered, weights, parts, threads)
-        found = measured(request, source, lowered, weights)
         rows += recovered_rows(lowered.graph, weights)
         rows = [*tokenizer_rows(source), *rows, *offloading.rows(weights, lowered.plan, parts)]
         if share := found.get("read_by_calibration", 0):
             why = "the weights were fitted to this text; --eval FILE names another"
             rows.append(Row("quality", "share of the text that calibration read", share, None, "info", why))
-        return Proof(rows, runtime, found)
+        return Proof(rows, runtime, found, probes(request, source, lowered, weights, parts, threads))
 
-    return write(request, lowered.graph, lowered.plan, report, store, progress, prove)
+    report = describe(request, source, lowered)
+    others = beside(request, source, lowered)
+    return Job(request, lowered.graph, lowered.plan, report, source.store, prove, (source, lowered), others)
 
 
-def _rewrite(request: Request, store: Store, progress: Callable[[Plan], Progress], target: Format) -> Result:
+def rewriting(request: Request, store: Store, target: Format) -> Job:
     """A file of the target's own format: its weights change, its graph does not."""
+    if flag := "--card" if request.card else "--modelfile" if request.modelfile else None:
+        raise UnsupportedError(f"{flag}: not for an ONNX model as input, which says nothing of where it is from")
     if not hasattr(target, "rewrite"):
         raise UnsupportedError(f"{request.model}: only --to onnx takes an ONNX model", hint="--to onnx, or give the checkpoint")
     rewriter = cast(Rewriter, target)
     job = rewriter.rewrite(request, store)
+    plan = with_room(request, job.plan, job.graph)
     left = [{"tensor": t, "wanted": job.quant, "got": "as it was", "reason": why} for t, why in job.left.items()]
     report = replace(
-        described(request, job.graph, job.plan, job.quant, fate_of(job.graph, job.plan, job.refs)),
+        described(request, job.graph, plan, job.quant, fate_of(job.graph, plan, job.refs)),
         notes=[*job.notes, *runs_on(request), *on_device.notes(request, job.graph)],
-        fallbacks=left, pipeline=job.pipeline, provenance={"model": request.model},
+        fallbacks=left, pipeline=job.pipeline, provenance=kind_of(job.graph, request.model, None),
     )  # fmt: skip
 
-    def prove(weights: Weights, parts: tuple[Path, ...], threads: int) -> Proof:
+    def prove(weights: Weights, parts: tuple[Path, ...], threads: int, _: Mapping[str, Any]) -> Proof:
         return Proof(*rewriter.prove_rewritten(job, weights, parts, threads))
 
-    return write(request, job.graph, job.plan, report, store, progress, prove)
+    return Job(request, job.graph, plan, report, store, prove)
 
 
 class Proof(NamedTuple):
-    """Rows of all checks, what ran the file, and what quality.quality measured; {"skipped": why} where nothing was."""
+    """Rows of all checks, what ran the file, what quality.quality measured ({"skipped": why} where nothing was), and probes
+    for a certificate."""
 
     rows: list[Row]
     runtime: dict[str, str] | None
     quality: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
+    probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def measured(request: Request, source: Source, lowered: Lowered, weights: Weights) -> dict[str, Any]:
-    """The quality of the quantized graph on a text. UsageError, InputError for an --eval that is none."""
-    reference, final = lowered.stages[0].graph, lowered.graph
-    tokenizer = tokenizer_of(source, final)
-    if len(final.outputs) > 1 or final.nodes[final.outputs[0]].type.shape[-1] != n_vocab(final):
-        return {"skipped": "the model gives no logits"}
-    if tokenizer is None:
-        return {"skipped": "the model has no tokenizer that could cut a text"}
-    if request.eval_tokens == 0:
-        return {"skipped": "--eval-tokens 0"}
-    with uninterrupted():
-        from qconvert.quality import Model, quality  # loads torch
-    tuned = bool(source.adapters) and not source.swap
-    n = request.eval_tokens or affordable(final, 3 if tuned else 2)
-    text = evaluation_text(request.eval, tokenizer, final, n)
-    base = Model(source.base, Weights(source.base, source.store)) if tuned else None
-    with torch_threads_of(request):
-        found = quality(Model(reference, Weights(reference, source.store)), Model(final, weights), base, text)
-    if lowered.calibrated.texts:
-        found["read_by_calibration"] = overlap(lowered.calibrated.texts, text.sequences)
-    return found
-
-
-def write(
-    request: Request, graph: Graph, plan: Plan, report: Report, store: Store, progress: Callable[[Plan], Progress],
-    prove: Callable[[Weights, tuple[Path, ...], int], Proof],
-) -> Result:  # fmt: skip
-    """Stream the plan into files, prove them, and give them their names; the report gets the proof's rows."""
-    for entry in plan.entries:
+def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+    """Stream the plans into files, prove each, and give their names to those that are what was asked for; the reports get
+    the rows of the proofs."""
+    for entry in (entry for job in jobs for entry in job.plan.entries):
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
-    if request.dry_run:
-        return Result((), report, plan)
-    preflight(plan, request.force)
+    gates = [Gates.of(job.request, job.report) for job in jobs]
+    jobs = [job._replace(report=g.before(job.report)) for g, job in zip(gates, jobs, strict=True)]
+    if jobs[0].request.dry_run:
+        return tuple(Result((), job.report, job.plan) for job in jobs)
+    for job in jobs:
+        preflight(job.plan, job.request.force)
+    refuse_full_disks([job.plan for job in jobs])
     check_memory()
-    weights = Weights(graph, store, device=request.device)
-    threads = request.threads or default_threads()
-    with written(plan, weights, threads, progress(plan), executor_of(request)) as parts:
-        if request.check:
-            proof = prove(weights, parts, threads)
-            proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
-        else:
-            proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, {"skipped": "--no-check"})
-        report = replace(report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
-        judge(report, request)
-    return Result((plan.folder,) if plan.folder else tuple(f.path for f in plan.files), report, plan)
+    threads = max(job.request.threads or default_threads() for job in jobs)
+    factors = {id(job.store): Factors() for job in jobs}
+    with ExitStack() as stack:
+        sums = [stack.enter_context(hashing(job.request, job.store)) for job in jobs]
+        outputs = []
+        for job in jobs:
+            weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])
+            outputs.append(Making(stack.enter_context(staged(job.plan)), weights, progress(job.plan)))
+        errors = dict(write_together(outputs, threads, executor_of(jobs[0].request)))
+        checked = [i for i, job in enumerate(jobs) if job.request.check and i not in errors]
+        asked = {i: Asked(jobs[i].request, *of, outputs[i].weights) for i in checked if (of := jobs[i].of)}
+        quality = {**dict.fromkeys(checked, Proof([], None).quality), **measured(asked)}
+        results, manifests = [], {}
+        for i, (job, (output, weights, _)) in enumerate(zip(jobs, outputs, strict=True)):
+            error, report, parts = errors.get(i), job.report, tuple(output.parts.paths.values())
+            try:
+                if error is None:
+                    report, asked_again = proven(job, gates[i], weights, parts, threads, quality.get(i))
+                    manifests[i] = attested(job.request, job.plan, parts, report, asked_again, sums[i], threads)
+            except ResourceError:
+                raise
+            except QConvertError as e:
+                error, report = e, e.report if isinstance(e.report, Report) else report
+            made = (job.plan.folder,) if job.plan.folder else tuple(f.path for f in job.plan.files)
+            results.append(Result(() if error else made, report, job.plan, error))
+        for result, (output, _, _) in zip(results, outputs, strict=True):
+            if result.error is None:
+                output.publish()
+    for i, (job, result) in enumerate(zip(jobs, results, strict=True)):
+        if result.error is None:
+            write_beside(job, result.report, manifests.get(i))
+    return tuple(results)
 
 
-def check_memory() -> None:
-    """ResourceError before the first byte where the machine has too little left to start."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return
-    available = next((int(line.split()[1]) << 10 for line in meminfo.splitlines() if line.startswith("MemAvailable")), None)
-    if available is not None and available < WORKING_NBYTES:
-        raise ResourceError(
-            f"{available >> 20} MB of memory are free, {WORKING_NBYTES >> 20} MB are needed",
-            hint="close something; the model's size does not matter",
-        )
+def write_beside(job: Job, report: Report, made: tuple[dict[str, Any], list[Output]] | None) -> None:
+    """What tells of an output that has its name."""
+    if made is not None and job.request.manifest is not None:
+        write_manifest(job.request.manifest, *made)
+    for path in job.others.write(report):
+        log.info("%-14s %s", "write", path)
+
+
+def proven(
+    job: Job, gates: Gates, weights: Weights, parts: tuple[Path, ...], threads: int,
+    quality: Mapping[str, Any] | QConvertError | None,
+) -> tuple[Report, Mapping[str, Any]]:  # fmt: skip
+    """The report with the rows of all checks, and the probes of a certificate; raises what `demand` does."""
+    if isinstance(quality, QConvertError):
+        raise quality
+    if quality is not None:
+        proof = job.prove(weights, parts, threads, quality)
+        proof = proof._replace(rows=[*proof.rows, *on_device.rows(weights)])
+    else:
+        skipped = {"skipped": "--no-check"}
+        proof = Proof([Row("runtime", "not verified", None, None, "skip", "--no-check")], None, skipped, skipped)
+    report = replace(job.report, checks=proof.rows, runtime=proof.runtime, quality=dict(proof.quality))
+    report = gates.after(report)
+    demand(report)
+    return report, proof.probes
 
 
 def describe(request: Request, source: Source, lowered: Lowered) -> Report:
     """All that is known before a weight is read."""
-    aliases = [alias for alias in source.store.roots if alias != ALIAS]  # statistics are no part of the model
+    aliases = [alias for alias in source.store.roots if not alias.startswith(ALIAS)]  # statistics are no part of the model
     refs = [info.ref for alias in aliases for info in source.store.tensors(alias).values()]
     fate = fate_of(lowered.graph, lowered.plan, refs)
     report = described(request, lowered.graph, lowered.plan, lowered.legal.quant, fate)
@@ -308,39 +371,9 @@ def runs_on(request: Request) -> list[str]:
 
 def provenance(source: Source) -> dict[str, Any]:
     meta = source.graph.meta.get("adapters", [])
-    return {"model": source.name, "revision": source.checkpoint.revision, "adapters": meta}
+    return {**kind_of(source.base, source.name, source.checkpoint.revision), "adapters": meta}
 
 
-def judge(report: Report, request: Request) -> None:
-    """Raise where a check failed or, with --require-verified, where the runtime did not prove the file."""
-    if report.failed:
-        row = report.failed[0]
-        error = VerificationError(
-            f"verification failed at {row.what}: {row.metric} {row.value:g}, limit {row.limit:g}. {row.reason}".rstrip(" ."),
-            hint="no file was left; --no-check writes it unverified",
-        )
-        error.report = report
-        raise error
-    gate(report, request)
-    if request.require_verified and not report.verified:
-        skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
-        unverified = NotVerifiedError(f"not verified: {skipped}", hint="drop --require-verified to keep an unverified file")
-        unverified.report = report
-        raise unverified
-
-
-def gate(report: Report, request: Request) -> None:
-    """GateError where quality is not what was asked for, or was not measured."""
-    for flag, wanted, key, sign in (("--max-kl", request.max_kl, "mean_kl", 1), ("--min-top1", request.min_top1, "top1", -1)):
-        if wanted is None:
-            continue
-        found = report.quality.get(key)
-        if found is None:
-            why = f"not measured: {report.quality.get('skipped')}"
-        elif sign * found <= sign * wanted:
-            continue
-        else:
-            why = f"{key} is {found:.4g} on {report.quality['n_tokens']} tokens of {report.quality['text']}"
-        error = GateError(f"{flag} {wanted:g}: {why}", hint="no file was left; more bits are nearer to what was trained")
-        error.report = report
-        raise error
+def kind_of(graph: Graph, model: str, revision: str | None) -> dict[str, Any]:
+    """A model by name, and by what stays where it is trained again."""
+    return {"model": model, "revision": revision, "family": graph.meta.get("family"), "n_weights": n_weights(graph)}

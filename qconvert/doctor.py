@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from qconvert import registry
 from qconvert.errors import UnsupportedError
+from qconvert.facts import NOT_COMPARED
 from qconvert.findings import Finding
-from qconvert.sources import find_model
+from qconvert.model_cache import find_model
 from qconvert.target import Examiner, reader_of
 
 RANK = {"error": 0, "warning": 1, "note": 2}
@@ -27,7 +28,14 @@ class Diagnosis(NamedTuple):
         return FAILED if any(f.severity == "error" for f in self.findings) else 0
 
     def data(self) -> dict[str, Any]:
-        return {"path": self.path, "findings": [f._asdict() for f in self.findings], "exit": self.exit}
+        found = [{**f._asdict(), "file": self.file(f)} for f in self.findings]
+        return {"path": self.path, "findings": found, "exit": self.exit}
+
+    def file(self, finding: Finding) -> str:
+        """The file of a folder that a finding's place is, or begins with (config.json: KEY); else the whole."""
+        name = finding.place.partition(":")[0]
+        beside = Path(self.path) / name if name else Path(self.path)
+        return str(beside if beside.is_file() else self.path)
 
 
 def diagnose(path: Path, values: bool = True) -> Diagnosis:
@@ -53,5 +61,5 @@ def diagnosis_text(found: Diagnosis) -> str:
     counts = [sum(f.severity == s for f in found.findings) for s in RANK]
     lines = [line for f in found.findings for line in (f"{f.severity:8}{f.place}: {f.what}", f"        {f.do}")]
     said = ", ".join(f"{n} {s}{'s' * (n != 1)}" for s, n in zip(RANK, counts, strict=True) if n) or "nothing found"
-    return "\n".join([*lines, f"{found.path}: {said}; its answers were not compared with a model (--against MODEL does)"])
+    return "\n".join([*lines, f"{found.path}: {said}; {NOT_COMPARED}"])
 

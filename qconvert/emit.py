@@ -10,79 +10,28 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
-from qconvert.errors import ResourceError, UsageError
+from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
 from qconvert.journal import Digests, Journal, journal_at, sync_all, sync_folder
 from qconvert.parallel import in_parallel
 from qconvert.planes import Plane, folded, ordered, side_by_side
+from qconvert.plans import Entry as Entry
+from qconvert.plans import FilePlan as FilePlan
+from qconvert.plans import Plan as Plan
+from qconvert.plans import Slot as Slot
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
 log = logging.getLogger("qconvert")
-
-
-class Entry(NamedTuple):
-    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file; nbytes is what it takes there.
-
-    planes: where a row's bytes are cut in pieces that lie apart; none: the rows are whole, at `offset`.
-    files: of each plane, the name of the file beside the entry's own that has it; none: all lie in the entry's own.
-    """
-
-    name: str
-    value: str  # in the graph
-    dtype: str  # f32, f16, bf16 or a layout
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    planes: tuple[Plane, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[Plane, ...]:
-        return self.planes or (Plane(self.offset, self.nbytes // n_rows(self.shape)),)
-
-
-class FilePlan(NamedTuple):
-    path: Path
-    header: bytes
-    entries: tuple[Entry, ...]
-    nbytes: int
-    between: tuple[tuple[int, bytes], ...] = ()  # more of what is known beforehand, each with its offset
-
-    @property
-    def known_nbytes(self) -> int:
-        return len(self.header) + sum(len(data) for _, data in self.between)
-
-
-class Plan(NamedTuple):
-    """Everything about the output but the weights' values; made from headers alone.
-
-    folder: of all files, where they are one output; it is made beside its final name, so that they find each other.
-    """
-
-    files: tuple[FilePlan, ...]
-    folder: Path | None = None
-
-    @property
-    def place(self) -> Path:
-        """The folder that must exist before the first byte."""
-        return self.folder.parent if self.folder else self.files[0].path.parent
-
-    @property
-    def nbytes(self) -> int:
-        return sum(f.nbytes for f in self.files)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [e for f in self.files for e in f.entries]
 
 
 Key = tuple[Path, str]  # a file and the name of an entry
@@ -99,31 +48,6 @@ class Block(NamedTuple):
 Progress = Callable[[int], None]  # told the bytes written since the last call
 Put = Callable[[Path, memoryview, int], None]  # a file by the name that it will have, bytes, their offset
 COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
-
-
-def preflight(plan: Plan, force: bool) -> None:
-    """Refuse what cannot work before the first byte: existing outputs, folders without write permission, full disks."""
-    for file in plan.files:
-        if file.path.is_dir():
-            raise UsageError(f"{file.path} is a folder", hint="-o FILE")
-        if file.path.exists() and not force:
-            raise UsageError(f"{file.path} exists already", hint="--force overwrites it; -o FILE writes elsewhere")
-    folder = plan.place
-    for place in {file.path.parent for file in plan.files if plan.folder} | ({plan.folder} if plan.folder else set()):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{place} is a file; the output is a folder", hint="-o FOLDER")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ResourceError(f"cannot make the folder {folder}: {e.strerror}", hint="-o FILE writes elsewhere") from e
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ResourceError(f"cannot write into {folder}: permission denied", hint="-o FILE writes elsewhere")
-    free = shutil.disk_usage(folder).free
-    if free < plan.nbytes:
-        raise ResourceError(
-            f"{folder} has {free / 1e9:.2f} GB free, the output needs {plan.nbytes / 1e9:.2f} GB",
-            hint="fewer bits, or -o on another disk",
-        )
 
 
 class Opened(NamedTuple):
@@ -146,23 +70,24 @@ class Executor(Protocol):
 def written(
     plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None, executor: Executor | None = None
 ) -> Iterator[tuple[Path, ...]]:
-    """Write every file beside its final name and yield those paths, to be checked; then rename them all.
+    """Write every file beside its final name and yield those paths, to be checked; then rename them all; see `staged`."""
+    with staged(plan) as output:
+        write_parts(output, weights, executor or partial(in_threads, threads), progress)
+        yield tuple(output.parts.paths.values())
+        output.publish()
 
-    An error, inside the body too, leaves nothing behind but what the next run can go on from: where the disk is full
-    (ResourceError) or the run is interrupted. Tensors that such a run finished are not made again.
+
+@contextmanager
+def staged(plan: Plan) -> Iterator[Staged]:
+    """Where the files of a plan lie until they are published.
+
+    Those that are not leave nothing behind but what the next run can go on from: where the disk is full (ResourceError) or
+    the run is interrupted. Tensors that such a run finished are not made again.
     """
     parts = Parts.of(plan)
     with journal_at(parts.journal) as journal:
         try:
-            write_parts(plan, parts, weights, executor or partial(in_threads, threads), progress, journal)
-            yield tuple(parts.paths.values())
-            if parts.staging and plan.folder and not plan.folder.exists():
-                parts.staging.rename(plan.folder)
-            else:
-                make_folders(parts.paths)
-                for path, part in parts.paths.items():
-                    part.replace(path)
-            sync_folder(plan.place)
+            yield Staged(plan, parts, journal)
         except (KeyboardInterrupt, ResourceError):
             journal.keep = bool(journal.done)
             if journal.keep:
@@ -172,6 +97,23 @@ def written(
         finally:
             if not journal.keep:
                 parts.remove()
+
+
+class Staged(NamedTuple):
+    plan: Plan
+    parts: Parts
+    journal: Journal
+
+    def publish(self) -> None:
+        """Give all files their names."""
+        parts, plan = self.parts, self.plan
+        if parts.staging and plan.folder and not plan.folder.exists():
+            parts.staging.rename(plan.folder)
+        else:
+            make_folders(parts.paths)
+            for path, part in parts.paths.items():
+                part.replace(path)
+        sync_folder(plan.place)
 
 
 class Parts(NamedTuple):
@@ -205,26 +147,19 @@ class Parts(NamedTuple):
             shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def write_parts(
-    plan: Plan, parts: Parts, weights: Weights, executor: Executor, progress: Progress, journal: Journal
-) -> None:
+def write_parts(output: Staged, weights: Weights, executor: Executor, progress: Progress) -> None:
     """Every file of the plan, but for tensors of which the journal says that they are there."""
+    plan, parts, journal = output
     try:
-        if not parts.are_whole(plan):
-            parts.remove()
-            journal.forget()
-        if parts.staging:
-            parts.staging.mkdir(exist_ok=True)
-            make_folders(parts.paths.values())
-        with open_parts(plan, parts.paths) as fds:
-            todo = Todo(plan, weights, journal, partial(sync_all, fds.values()))
+        with opened(plan, parts, journal) as found:
+            todo = Todo(plan, weights, journal, partial(sync_all, found.fds.values()))
             if todo.done_nbytes:
                 progress(todo.done_nbytes)
             try:
-                executor(todo, weights, Opened(fds, parts.paths), progress)
+                executor(todo, weights, found, progress)
             finally:
                 todo.flush()
-            for fd in fds.values():
+            for fd in found.fds.values():
                 os.fsync(fd)
     except OSError as e:
         raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="-o on another disk") from e
@@ -252,17 +187,20 @@ class Todo:
         self._lock = threading.Lock()
 
     def blocks(self) -> Iterator[Block]:
+        for path, entry in self.entries():
+            yield from self.blocks_of(path, entry)
+
+    def entries(self) -> Iterator[tuple[Path, Entry]]:
         for file in self.plan.files:
-            for entry in file.entries:
-                key = file.path, entry.name
-                if key in self.done:
-                    continue
-                names = entry.files or (file.path.name,) * len(entry.pieces)
-                files = tuple(file.path.with_name(name) for name in names)
-                ranges = list(entry_ranges(entry, self.values))
-                self._left[key] = len(ranges)
-                for begin, end in ranges:
-                    yield Block(files, entry, begin, end, key)
+            yield from ((file.path, entry) for entry in file.entries if (file.path, entry.name) not in self.done)
+
+    def blocks_of(self, path: Path, entry: Entry) -> Iterator[Block]:
+        key, names = (path, entry.name), entry.files or (path.name,) * len(entry.pieces)
+        files = tuple(path.with_name(name) for name in names)
+        ranges = list(entry_ranges(entry, self.values))
+        self._left[key] = len(ranges)
+        for begin, end in ranges:
+            yield Block(files, entry, begin, end, key)
 
     def wrote(self, block: Block) -> None:
         with self._lock:
@@ -281,15 +219,22 @@ def make_folders(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def open_parts(plan: Plan, parts: dict[Path, Path]) -> Iterator[dict[Path, int]]:
+def opened(plan: Plan, parts: Parts, journal: Journal) -> Iterator[Opened]:
+    """The parts; all that is known beforehand is written."""
+    if not parts.are_whole(plan):
+        parts.remove()
+        journal.forget()
+    if parts.staging:
+        parts.staging.mkdir(exist_ok=True)
+        make_folders(parts.paths.values())
     fds: dict[Path, int] = {}
     try:
         for file in plan.files:
-            fds[file.path] = fd = os.open(parts[file.path], os.O_CREAT | os.O_RDWR, 0o644)
+            fds[file.path] = fd = os.open(parts.paths[file.path], os.O_CREAT | os.O_RDWR, 0o644)
             reserve(fd, file.nbytes)
             for offset, data in ((0, file.header), *file.between):
                 write_all(fd, memoryview(data), offset)
-        yield fds
+        yield Opened(fds, parts.paths)
     finally:
         for fd in fds.values():
             os.close(fd)
@@ -336,9 +281,15 @@ def row_ranges(
 
 def write_block(block: Block, weights: Weights, put: Put) -> int:
     """Evaluate the block's rows and put their bytes where they belong; how many."""
-    _, entry, begin, end, _ = block
-    rows, at, n = encoded_rows(weights, entry, begin, end), 0, n_rows(entry.shape)
-    for file, plane in zip(block.files, entry.pieces, strict=True):
+    deque(writing(block, weights, put), 0)
+    return written_nbytes(block)
+
+
+def writing(block: Block, weights: Weights, put: Put) -> Iterator[int]:
+    """write_block step by step: yields the row that it has reached."""
+    files, entry, begin, end, _ = block
+    rows, at, n = (yield from encoding(weights, entry, begin, end)), 0, n_rows(entry.shape)
+    for file, plane in zip(files, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
         if plane.columns:
@@ -349,16 +300,26 @@ def write_block(block: Block, weights: Weights, put: Put) -> int:
             put(file, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
         elif begin == 0:
             put(file, piece[0].data, plane.offset)
-    return written_nbytes(entry, begin, end)
 
 
-def written_nbytes(entry: Entry, begin: int, end: int) -> int:
+def written_nbytes(block: Block) -> int:
     """What the block takes of the file; what all rows share counts for the first."""
+    _, entry, begin, end, _ = block
     return sum(p.file_nbytes(end - begin) for p in entry.pieces if p.rows is not None or begin == 0)
 
 
 def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
     """Rows begin..end as u8[rows, nbytes of all planes], evaluated in blocks of the usual size."""
+    steps = encoding(weights, entry, begin, end)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as e:
+            return cast(Bytes, e.value)
+
+
+def encoding(weights: Weights, entry: Entry, begin: int, end: int) -> Generator[int, None, Bytes]:
+    """encoded_rows step by step: yields the row that it has reached."""
     values = BLOCK_VALUES[weights.device]
     width, ranges = sum(plane.nbytes for plane in entry.pieces), list(row_ranges(entry.shape, begin, end, values))
     rows = np.empty((end - begin if len(ranges) > 1 else 0, width), np.uint8)
@@ -369,6 +330,7 @@ def encoded_rows(weights: Weights, entry: Entry, begin: int, end: int) -> Bytes:
         if len(ranges) == 1:
             return data.reshape(j - i, width)
         rows[i - begin : j - begin] = data.reshape(j - i, width)
+        yield j
     return rows
 
 

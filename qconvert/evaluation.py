@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,11 @@ class Text(NamedTuple):
     @property
     def n_tokens(self) -> int:
         return sum(map(len, self.sequences))
+
+    @property
+    def digest(self) -> str:
+        """Of the ids: texts are the same where this is, whatever they are called."""
+        return sha256(json.dumps(self.sequences).encode()).hexdigest()
 
     def part(self, n_tokens: int) -> list[list[int]]:
         """The first sequences, of about n_tokens."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qconvert.errors import InputError
-from qconvert.scheme import CODEBOOKS, SCHEMES
+from qconvert.scheme import GGML_SCHEMES
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -46,7 +46,7 @@ class GGMLType(NamedTuple):
 
 
 def _quantized(name: str, number: int) -> GGMLType:
-    scheme = SCHEMES.get(name) or CODEBOOKS[name]
+    scheme = GGML_SCHEMES[name]
     return GGMLType(number, scheme.block, int(scheme.block * scheme.bits_per_weight) // 8)
 
 
@@ -102,8 +102,18 @@ def read_header(path: Path) -> Header:
                 raise InputError(f"{path}: damaged GGUF: {e}", hint="download or convert it again") from e
 
 
+def end_of_keys(header: bytes, path: Path) -> int:
+    """Where the tensor infos begin, in a header that is whole."""
+    reader = _Reader(header, path)
+    reader.unpack("<IQ")
+    for _ in range(reader.unpack("<Q")[0]):
+        reader.name("key")
+        reader.value(reader.unpack("<I")[0])
+    return reader.at
+
+
 class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
+    def __init__(self, data: mmap.mmap | bytes, path: Path) -> None:
         self.data, self.path, self.at = data, path, 4
 
     def header(self, file_nbytes: int) -> Header:

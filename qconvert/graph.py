@@ -24,7 +24,7 @@ class Type:
     @classmethod
     def parse(cls, text: str) -> Type:
         dtype, _, dims = text.removesuffix("]").partition("[")
-        return cls(dtype, tuple(int(d) if d.isdigit() else d for d in dims.split(",") if d))
+        return cls(dtype, tuple(int(d) if d.isdecimal() else d for d in dims.split(",") if d))
 
     @property
     def dims(self) -> tuple[int, ...]:

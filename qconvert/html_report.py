@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from qconvert import __version__, plots
-from qconvert.printing import verdict
-from qconvert.report import Report, nbytes_text, number
+from qconvert.facts import Facts, counted, printable
+from qconvert.report import nbytes_text, number
 
 STYLE = """
 :root{--bg:#fff;--fg:#1c2026;--soft:#5d6672;--line:#d9dee5;--card:#f6f7f9;--good:#1a7f4b;--bad:#c02f2f;
@@ -41,27 +41,34 @@ PARTS = {
 }  # fmt: skip
 
 
-def html_page(report: Report) -> str:
-    """All of a report."""
-    made = ", ".join(escape(str(o["path"])) for o in report.outputs[:1]) or escape(str(report.provenance.get("model", "")))
-    word = "bad" if report.failed else "good" if report.verified else ""
-    body = [
-        f"<h1>{made}</h1>",
-        f'<p>{escape(str(report.provenance.get("model", "")))}, {escape(report.quant)}, qconvert {__version__}</p>',
-        f'<p class="{word}">{escape(verdict(report))}</p>', tiles(report), *quality_parts(report.quality),
-        *budget_parts(report.budget), *byte_parts(report), *checks(report), *notes(report),
-    ]  # fmt: skip
+def html_page(outputs: Sequence[Facts]) -> str:
+    """All of the report of one output or of several, one below the other."""
+    made = ", ".join(escape(printable(facts.title)) for facts in outputs)
+    body = [part for facts in outputs for part in output_parts(facts)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{made}</title><style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 
-def tiles(report: Report) -> str:
-    q, found = report.quality, list[tuple[str, str]]()
-    if report.outputs:
-        bpw = report.outputs[0]["bpw"]
-        size = report.accounting.get("size", {}).get("total", 0)
+def output_parts(facts: Facts) -> list[str]:
+    data = facts.data
+    word = "bad" if facts.of("fail") else "good" if data.get("verified") else ""
+    of = ", ".join(said for said in (facts.source, data.get("quant", ""), f"qconvert {__version__}") if said)
+    return [
+        f"<h1>{escape(printable(facts.title))}</h1>", f"<p>{escape(printable(of))}</p>",
+        f'<p class="{word}">{escape(printable(facts.verdict))}</p>', f"<p>{counted(facts.cases)}</p>",
+        *([f"<p>{escape(printable(data['hint']))}</p>"] if data.get("hint") else []), *tiles(facts),
+        *quality_parts(data.get("quality", {})), *budget_parts(data.get("budget", {})),
+        *byte_parts(data.get("accounting", {})), *cases(facts), *notes(data),
+    ]  # fmt: skip
+
+
+def tiles(facts: Facts) -> list[str]:
+    q, found = facts.data.get("quality", {}), list[tuple[str, str]]()
+    if facts.outputs:
+        bpw = facts.outputs[0]["bpw"]
+        size = facts.data["accounting"].get("size", {}).get("total", 0)
         found.append((nbytes_text(size), "all files"))
         linears = f"linears {bpw['linear']:.3f}, codes {bpw['codes']:.3f}"
         found.append((f"{bpw['file']:.3f} bits", f"per weight, whole file; {linears}"))
@@ -73,12 +80,12 @@ def tiles(report: Report) -> str:
         why = f"of the fine-tune survives; KL {number(tune['kl_quantized'])} of {number(tune['kl_base'])}"
         found.append((f"{100 * tune['share']:.1f} %", why))
     cells = (f'<div class="tile"><b>{escape(b)}</b><span>{escape(what)}</span></div>' for b, what in found)
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    return [f'<div class="tiles">{"".join(cells)}</div>'] if found else []
 
 
 def quality_parts(q: Mapping[str, Any]) -> list[str]:
     if "mean_kl" not in q:
-        return [f"<h2>Quality</h2><p>not measured: {escape(str(q.get('skipped', 'no check ran')))}</p>"]
+        return [f"<h2>Quality</h2><p>not measured: {escape(str(q['skipped']))}</p>"] if "skipped" in q else []
     marks = {"mean": q["mean_kl"], "p99": q["p99_kl"], "p99.9": q["p999_kl"]}
     said = f"{q['n_tokens']} tokens of {q['text']}, {q['sequence']} at a time, against the model as trained, f32"
     out = ["<h2>KL to the model as trained</h2>", f"<p>{escape(said)}</p>", plots.kl_histogram(q["histogram"], marks)]
@@ -113,8 +120,7 @@ def budget_parts(b: Mapping[str, Any]) -> list[str]:
             folded(table(("mix", "bytes", "KL"), rows, numbers=2), "the usual mixes")]  # fmt: skip
 
 
-def byte_parts(report: Report) -> list[str]:
-    a = report.accounting
+def byte_parts(a: Mapping[str, Any]) -> list[str]:
     if not a.get("files"):
         return []
     def named(parts: Mapping[str, int]) -> dict[str, int]:
@@ -131,20 +137,23 @@ def byte_parts(report: Report) -> list[str]:
     return ["<h2>Where the bytes are</h2>", plots.stacked(bars), folded(listed, "every file; parts add up to its size")]
 
 
-def checks(report: Report) -> list[str]:
-    if not report.checks:
-        return []
-    rows = [(r.verdict, r.what, r.metric, "" if r.value is None else number(r.value),
-             "" if r.limit is None else f"<= {number(r.limit)}", r.reason) for r in report.checks]  # fmt: skip
-    return ["<h2>Checks</h2>", f'<div class="scroll">{table(("", "check", "metric", "value", "limit", ""), rows)}</div>']
-
-
-def notes(report: Report) -> list[str]:
+def cases(facts: Facts) -> list[str]:
+    """What was judged, group by group; quality has tiles of its own."""
     out = []
-    if report.notes:
-        out += ["<h2>Notes</h2>", *(f"<p>{escape(n)}</p>" for n in report.notes)]
-    if report.fallbacks:
-        rows = [(f["tensor"], f["wanted"], f["got"], f["reason"]) for f in report.fallbacks]
+    for group, name in (("run", "Run"), ("gates", "Gates"), ("checks", "Checks"), ("findings", "Findings")):
+        rows = [(c.verdict, c.name, c.metric, c.value, c.limit, c.reason) for c in facts.cases if c.group == group]
+        if rows:
+            shown = table(("", "what", "metric", "value", "limit", ""), rows)
+            out += [f"<h2>{name}</h2>", f'<div class="scroll">{shown}</div>']
+    return out
+
+
+def notes(data: Mapping[str, Any]) -> list[str]:
+    out = []
+    if data.get("notes"):
+        out += ["<h2>Notes</h2>", *(f"<p>{escape(printable(n))}</p>" for n in data["notes"])]
+    if data.get("fallbacks"):
+        rows = [(f["tensor"], f["wanted"], f["got"], f["reason"]) for f in data["fallbacks"]]
         listed = table(("weight", "wanted", "got", "why"), rows)
         out += ["<h2>Weights of another type</h2>", folded(listed, f"{len(rows)} weights")]
     return out
@@ -154,7 +163,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) 
     """The last `numbers` columns are numbers."""
     def cells(tag: str, row: Sequence[str]) -> str:
         first = len(row) - numbers
-        return "".join(f'<{tag}{" class=n" if i >= first else ""}>{escape(c)}</{tag}>' for i, c in enumerate(row))
+        return "".join(f'<{tag}{" class=n" if i >= first else ""}>{escape(printable(c))}</{tag}>' for i, c in enumerate(row))
     return f"<table><tr>{cells('th', head)}</tr>" + "".join(f"<tr>{cells('td', r)}</tr>" for r in rows) + "</table>"
 
 

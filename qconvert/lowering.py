@@ -7,11 +7,11 @@ lower:  merge, the user's passes, statistics, folds, what the format needs -> gr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from qconvert.adapter_refit import refit
 from qconvert.adapters import read_adapter
 from qconvert.budget import choose, refuse, wish_of
 from qconvert.build import build
-from qconvert.calibrated import calibrated, statistics_wanted
+from qconvert.calibrated import all_calibrated, statistics_wanted
+from qconvert.certifying import with_room
 from qconvert.companions import tokenizer_of
-from qconvert.errors import UnsupportedError, UsageError, uninterrupted
+from qconvert.errors import Place, UnsupportedError, UsageError, located, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.graph import Graph
@@ -48,7 +49,40 @@ from qconvert.target import Calibrated, Format, Legal, Lowered, Mixing, Source, 
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
+# what outputs must agree on to be made of one source; and where the base of an adapter was chosen by measurement
+SAME = (
+    "model", "adapters", "adapters_as", "tokenizer", "passes", "trained_on", "merge_base", "pooling",
+    "allow_unused_adapter_keys", "dry_run",
+)  # fmt: skip
+MEASURED = ("calibrate", "calibrate_tokens", "allow_lossy", "check")
 CANDIDATES = ("", "lsq", "gptq", "awq", "awq+gptq", "ldlq")  # of auto; "": the format's own
+
+
+def read_sources(requests: Sequence[Request], stack: ExitStack) -> list[Source]:
+    """A source for each, the same one where they ask for the same; `stack` closes them."""
+    read: list[tuple[Request, Source]] = []
+    out = []
+    for request in requests:
+        found = next((source for other, source in read if same_source(request, other, source)), None)
+        if found is None:
+            store = Store(shared_place(request))
+            stack.callback(store.close)
+            store.answers = {} if len(requests) > 1 else None
+            found = read_source(request, store)
+            read.append((request, found))
+        out.append(found)
+    return out
+
+
+def shared_place(request: Request) -> Path | None:
+    """Where what tasks read again lies: beside the output, which their machines see; None: where temporary files do."""
+    elsewhere = request.executor == "ray" and not request.dry_run
+    return Path(request.output or ".").absolute().parent if elsewhere else None
+
+
+def same_source(a: Request, b: Request, source: Source) -> bool:
+    names = (*SAME, *(MEASURED if "merge_base" in source.facts else ()))
+    return all(getattr(a, name) == getattr(b, name) for name in names)
 
 
 def read_source(request: Request, store: Store) -> Source:
@@ -57,12 +91,14 @@ def read_source(request: Request, store: Store) -> Source:
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint = reader(path, store)
-    base = build(checkpoint)
+    with located(Place(str(path / "config.json" if path.is_dir() else path))):
+        base = build(checkpoint)
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
         folder, own = store.found(spec.path), request.trained_on == "model"
-        adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
+        with located(Place(str(folder))):
+            adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
@@ -75,12 +111,29 @@ def read_source(request: Request, store: Store) -> Source:
     )  # fmt: skip
 
 
-def lower(request: Request, source: Source, target: Format) -> Lowered:
-    """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
-    stages, spec, done = transform(request, source)
+class Ready(NamedTuple):
+    """Where outputs of one source part: the stages so far, their pipeline and number of passes, and what each output wants."""
+
+    stages: tuple[Stage, ...]
+    spec: str
+    done: int
+    options: Any
+    found: Calibrated
+
+
+def readied(requests: Sequence[Request], source: Source, targets: Sequence[Format]) -> list[Ready]:
+    """Merge once, look at what all formats are told, gather statistics of each text once."""
+    stages, spec, done = transform(requests[0], source)
     merged = stages[-1].graph
-    options = target.options(request, source, merged)
-    found = calibrated(request, source, merged, statistics_wanted(request))
+    options = [target.options(request, source, merged) for request, target in zip(requests, targets, strict=True)]
+    found = all_calibrated([(request, statistics_wanted(request)) for request in requests], source, merged)
+    return [Ready(stages, spec, done, *each) for each in zip(options, found, strict=True)]
+
+
+def lower(request: Request, source: Source, target: Format, ready: Ready | None = None) -> Lowered:
+    """The stages up to the merged graph, the legal graph of packed weights, and the plan of its files."""
+    stages, spec, done, options, found = ready or readied([request], source, [target])[0]
+    merged = stages[-1].graph
     first = Pipeline((found.step,) if found.step else ())
     merged = first.run(merged, request.dump_ir, log.info, done)
     path = Path(request.output or "out")
@@ -99,6 +152,7 @@ def lower(request: Request, source: Source, target: Format) -> Lowered:
     told = (*source.notes, *told, *refits, *refuse_rounding(final, request.allow_lossy))
     legal = legal._replace(notes=(*legal.notes, *told, *refuse_erasing(final, source.store, request)))
     plan = target.plan(final, options, legal, Path(request.output or target.default_path(source, merged, options)))
+    plan = with_room(request, plan, final)
     if budget:
         assert plan.nbytes == budget["nbytes"], (plan.nbytes, budget["nbytes"])
     pipeline = ",".join(filter(None, (spec, str(first), solving.fold, str(last))))
@@ -171,7 +225,7 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        return Weights(graph, source.store), target.plan(graph, mixed, legal, path).nbytes
+        return Weights(graph, source.store), with_room(request, target.plan(graph, mixed, legal, path), graph).nbytes
 
     with torch_threads_of(request):
         n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)

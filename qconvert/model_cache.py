@@ -1,11 +1,29 @@
-"""Models in the local Hugging Face cache; never the network."""
+"""A model by its path, or by its name in the local Hugging Face cache; never the network."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from qconvert.errors import InputError
+
+
+def find_model(text: str) -> Path:
+    """A folder or a .gguf as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError) as e:  # a name too long, the home of an unknown user
+        raise InputError(f"{text[:200]}: {e.strerror if isinstance(e, OSError) else e}") from e
+    if exists:
+        raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
+    repo, _, revision = text.partition("@")
+    if ".." in text or len(text) > 200 or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
+        raise InputError(f"{text}: no such folder", hint="a folder, or org/name[@revision] in the Hugging Face cache")
+    return cached_snapshot(repo, revision or "main")
 
 
 def cache_folder() -> Path:

@@ -12,7 +12,7 @@ from qconvert import adapter_ops
 from qconvert.dtypes import DTYPES, FLOATS
 from qconvert.errors import GraphError
 from qconvert.graph import Attr, Graph, Node, Type
-from qconvert.scheme import AFFINE, SCHEMES, TABLES, scheme_of
+from qconvert.scheme import AFFINE, GGML_SCHEMES, TABLES, scheme_of
 from qconvert.second_level import ENTRIES, Kind, second_level_name
 from qconvert.text import format_node
 
@@ -362,6 +362,7 @@ def _check_dtype(node: Node, line: str) -> None:
         return  # as the source stores it
     elif node.op in QUANTIZED or (node.op in KEEPING and dtype not in DTYPES):
         if scheme_of(dtype) is None:
-            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {', '.join([*SCHEMES, *AFFINE, *TABLES])}")
+            known = ", ".join([*GGML_SCHEMES, *AFFINE, *TABLES])
+            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {known}")
     elif dtype not in DTYPES:
         raise GraphError(f"{dtype} is no dtype: {line}", hint=f"dtypes are {', '.join(DTYPES)}")

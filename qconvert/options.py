@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+LISTS = ("passes", "formats", "families", "solvers", "layouts", "types", "dialects", "runtimes", "targets")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 INPUT: tuple[Decorator, ...] = (
@@ -70,17 +71,39 @@ QUALITY: tuple[Decorator, ...] = (
     click.option("--eval", type=click.Path(path_type=Path), metavar="FILE",
                   help="Text that quality is measured on. Default: one that ships with qconvert."),
     click.option("--eval-tokens", type=click.IntRange(min=0), help="Of it; 0: none. Default: 512 to 4096, by model size."),
+    click.option("--no-check", is_flag=True, help="Skip the proof."),
+)  # fmt: skip
+GATES: tuple[Decorator, ...] = (
+    click.option("--gate", is_flag=True,
+                  help="Limits by the bits of the type, where no flag says one: KL, its tail, top-1, perplexity, and "
+                  "--require-verified. They are those of models of some billion weights: small ones are worse."),
     click.option("--max-kl", type=float, help="Mean KL to the model as trained, nats: with a type exit 7 where it is more; "
                   "without, GGUF: the smallest file that keeps it."),
+    click.option("--p999-kl", type=float, help="Exit 7 where more than 1 token in 1000 has a larger KL."),
     click.option("--min-top1", type=float, help="Exit 7 where the top token is the same in fewer positions than this share."),
-    click.option("--no-check", is_flag=True, help="Skip the proof."),
+    click.option("--max-ppl-ratio", type=float, help="Exit 7 where the perplexity grows by more than this factor: 1.03."),
+    click.option("--max-size", metavar="SIZE", help="Exit 7, before anything is written, where all files are larger: 800M."),
+    click.option("--max-bpw", type=float, metavar="BITS", help="The same by bits per weight of the whole file."),
+    click.option("--max-new-fallbacks", type=click.IntRange(min=0), metavar="N",
+                  help="Exit 7 where more tensors did not get the type wanted; those that the baseline has do not count."),
     click.option("--require-verified", is_flag=True, help="Exit 8 where the runtime could not prove the file."),
+    click.option("--baseline", type=click.Path(path_type=Path), metavar="REPORT.json",
+                  help="The last release's --json: exit 7 where anything is worse than it was, or is not checked any more."),
+    click.option("--baseline-tolerance", type=float, default=0.05, show_default=True, metavar="SHARE",
+                  help="By which KL, its tail, and the share of changed tokens may grow."),
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
     click.option("-o", "--output", metavar="PATH|URL", help="Default: a name made from the model's, here."),
+    click.option("--certify", is_flag=True,
+                  help="Put into the output what `verify FILE` needs to prove it anywhere without the model; about 0.2 MB."),
+    click.option("--manifest", type=click.Path(path_type=Path), metavar="FILE",
+                  help="Write inputs, recipe, versions, checks and every weight's sha256 there, and SHA256SUMS beside it."),
     click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
     click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M."),
+    click.option("--card", is_flag=True, help="Write a model card for the Hub: README.md in the output's folder."),
+    click.option("--license", metavar="ID", help="The card's, where model and adapters do not say it, or do not agree."),
+    click.option("--modelfile", is_flag=True, help="GGUF: write a Modelfile for Ollama beside it."),
     click.option("--layout", metavar="FOR", help="ONNX: folder for genai, or transformersjs. Default genai."),
     click.option("--weights-in", metavar="KIND", help="ONNX: weights in data, or safetensors. Default data."),
     click.option("--pre-tokenizer", metavar="NAME", help="Force llama.cpp's pre-tokenizer instead of finding it."),
@@ -103,17 +126,21 @@ RUN: tuple[Decorator, ...] = (
     click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="YAML that says what flags can; flags win."),
     click.option("--save-config", type=click.Path(path_type=Path), metavar="FILE", help="Write what was asked as a recipe."),
-    click.option("--list", "listing", type=click.Choice(["passes", "formats", "families", "types", "runtimes", "targets"])),
+    click.option("--list", "listing", type=click.Choice(LISTS), help="Names, and the packages that they come from."),
 )  # fmt: skip
 SECTIONS: Mapping[str, tuple[Decorator, ...]] = {
-    "Input": INPUT, "Type": TYPE, "Calibration": CALIBRATION, "Quality": QUALITY,
+    "Input": INPUT, "Type": TYPE, "Calibration": CALIBRATION, "Quality": QUALITY, "Gates": GATES,
     "Output": OUTPUT, "Metadata elsewhere": METADATA_ELSEWHERE, "Run": RUN
 }  # fmt: skip
 
 REPORT: tuple[Decorator, ...] = (
     click.option("--threads", type=click.IntRange(min=1), help="Default: all cores that this process may use."),
-    click.option("--html", "html_file", metavar="FILE", help="Write the report as one HTML page, with plots."),
-    click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - for standard output."),
+    click.option("--sarif", metavar="FILE", expose_value=False, help="... as SARIF: what has a place, for code scanning."),
+    click.option("--junit", metavar="FILE", expose_value=False, help="... as JUnit XML, a case for each check."),
+    click.option("--markdown", metavar="FILE", expose_value=False, help="... as Markdown, for a job's summary."),
+    click.option("--html", metavar="FILE", expose_value=False, help="... as one HTML page, with plots."),
+    click.option("--json", metavar="FILE", expose_value=False, help="Write the report as JSON; - for standard output."),
+    click.option("--reports", metavar="DIR", expose_value=False, help="Write the report in every form, also of a failure."),
     click.option("-v", "--verbose", is_flag=True, help="Say why, too: declined rewrites, chosen types."),
     click.option("-q", "--quiet", is_flag=True, help="Errors only."),
 )

@@ -112,15 +112,18 @@ def parsed(spec: str, group: str) -> object:
     if not m:
         raise UsageError(f"cannot read {spec!r} of {group}", hint="name{option=value option=value}")
     cls = registry.find(group, m[1])
-    if not isinstance(cls, type):
-        return cls  # a plain function Graph -> Graph
+    if not isinstance(cls, type):  # a plain function Graph -> Graph, or what needs no options
+        if m[2]:
+            raise UsageError(f"{m[1]}: no option {m[2]!r}; it has none")
+        return cls
     known = {f.name: f for f in fields(cls)}
     options: dict[str, object] = {}
     for item in (m[2] or "").split():
         key, eq, value = item.partition("=")
         if key not in known or not eq:
             raise UsageError(f"{m[1]}: no option {item!r}; it has {', '.join(known) or 'none'}")
-        options[key] = _convert(value, str(known[key].type), f"{m[1]}: option {key}")
+        kind = known[key].type  # text, where its module postpones annotations
+        options[key] = _convert(value, getattr(kind, "__name__", str(kind)), f"{m[1]}: option {key}")
     made: object = cls(**options)
     return made
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qconvert.conversion import Result
-from qconvert.report import Report, check_table, nbytes_text, table
+from qconvert.facts import Facts
+from qconvert.report import Report, check_table, gate_table, nbytes_text, table
 
 
 def report_text(report: Report) -> str:
@@ -18,9 +19,11 @@ def report_text(report: Report) -> str:
         parts.append("checks\n" + check_table(report.checks))
     if "mean_kl" in report.quality:
         parts.append(quality_text(report.quality))
+    if report.gates:
+        parts.append("gates\n" + gate_table(report.gates))
     if report.outputs:
         parts.append(size_text(report))
-    parts.append(verdict(report))
+    parts.append(Facts(report.data()).verdict)
     return "\n".join(parts)
 
 
@@ -85,17 +88,6 @@ def device_lines(placement: dict[str, Any]) -> list[str]:
     return ["devices", *lines]
 
 
-def verdict(report: Report) -> str:
-    if report.failed:
-        return f"FAILED  {report.failed[0].what}"
-    skipped = [r for r in report.checks if r.verdict == "skip"]
-    if report.verified:
-        assert report.runtime is not None
-        also = f"; not checked: {', '.join(r.what for r in skipped)}" if skipped else ""
-        return f"verified in {report.runtime['name']} {report.runtime['version']}{also}"
-    return f"not verified: {skipped[0].reason if skipped else 'no check ran'}"
-
-
 def plan_text(result: Result) -> str:
     """The dry run: every tensor with its type and bytes, then the totals."""
     rows = [("tensor", "shape", "type", "bytes")]
@@ -106,4 +98,6 @@ def plan_text(result: Result) -> str:
     if report.fallbacks:
         lines.append(fallback_text(report))
     lines += [f"note: {n}" for n in report.notes]
+    if report.gates:
+        lines.append("gates\n" + gate_table(report.gates))
     return "\n".join([*lines, size_text(report)])

@@ -42,29 +42,56 @@ class Answers(NamedTuple):
     nll_reference: F32
 
 
-def answers(
-    reference: Model, other: Model, text: Text, hidden: dict[str, float] | None = None, moments: dict[str, F32] | None = None
-) -> Answers:
-    """How `other` answers, held against `reference`.
+class Told(NamedTuple):
+    """How a model answers. hidden: the relative error of the residual stream after each layer; moments: by weight, the mean
+    square of each input channel of its linears. Both are empty where it was not looked at closely."""
 
-    hidden gets the relative error of the residual stream after each layer; moments, by weight, the mean square of each input
-    channel of other's linears.
-    """
-    layers = layer_outputs(reference.graph, other.graph) if hidden is not None else []
-    parts, errors, norms = list[Answers](), dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
-    squares: dict[str, Tensor] = {}
+    answers: Answers
+    hidden: dict[str, float]
+    moments: dict[str, F32]
+
+
+def answers(reference: Model, other: Model, text: Text) -> Answers:
+    """How `other` answers, held against `reference`."""
+    return all_answers(reference, [(other, False)], text)[0].answers
+
+
+def all_answers(reference: Model, others: Sequence[tuple[Model, bool]], text: Text) -> list[Told]:
+    """How each answers, held against `reference`, which reads the text once for all. True: look at it closely."""
+    found = [_Listening(reference, other, closely) for other, closely in others]
     for batch in batches(text.sequences, width(reference.graph)):
-        states = [trunk(reference, batch, layers), trunk(other, batch, layers, None if moments is None else squares)]
-        for name in layers:
-            want, got = (state[name].double() for state in states)
-            errors[name] += float((got - want).square().sum())
-            norms[name] += float(want.square().sum())
-        parts += [compared(reference, other, states, batch, i) for i in range(len(batch))]
-    if hidden is not None:
-        hidden |= {name: math.sqrt(errors[name] / max(norms[name], 1e-30)) for name in layers}
-    if moments is not None:
-        moments |= {name: (total / text.n_tokens).float().numpy() for name, total in squares.items()}
-    return Answers(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        want = trunk(reference, batch, list(dict.fromkeys(name for each in found for name in each.layers)))
+        cuts = [each.hears(batch, want) for each in found]
+        want = {CUT: want[CUT]} if CUT in want else {}
+        for i, sequence in enumerate(batch):
+            p, nexts = logits(reference, sequence, want, i), torch.tensor([*sequence[1:], 0])
+            for each, cut in zip(found, cuts, strict=True):
+                each.parts.append(distances(p, logits(each.model, sequence, cut, i), nexts))
+    return [each.told(text.n_tokens) for each in found]
+
+
+class _Listening:
+    """What is known so far of one model."""
+
+    def __init__(self, reference: Model, model: Model, closely: bool) -> None:
+        self.model, self.closely, self.parts = model, closely, list[Answers]()
+        self.layers = layer_outputs(reference.graph, model.graph) if closely else []
+        self.errors, self.norms = dict.fromkeys(self.layers, 0.0), dict.fromkeys(self.layers, 0.0)
+        self.squares: dict[str, Tensor] = {}
+
+    def hears(self, batch: Batch, want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is before its head; its layers against those that are wanted."""
+        state = trunk(self.model, batch, self.layers, self.squares if self.closely else None)
+        for name in self.layers:
+            right, got = want[name].double(), state[name].double()
+            self.errors[name] += float((got - right).square().sum())
+            self.norms[name] += float(right.square().sum())
+        return {CUT: state[CUT]} if CUT in state else {}
+
+    def told(self, n_tokens: int) -> Told:
+        hidden = {name: math.sqrt(self.errors[name] / max(self.norms[name], 1e-30)) for name in self.layers}
+        moments = {name: (total / n_tokens).float().numpy() for name, total in self.squares.items()}
+        return Told(Answers(*(np.concatenate(each) for each in zip(*self.parts, strict=True))), hidden, moments)
 
 
 def width(graph: Graph) -> int:
@@ -92,12 +119,6 @@ def trunk(
 
     wanted = [*layers, *([CUT] if CUT in graph.nodes else [])]
     return run(graph, model.weights, batch, want=wanted, observe=observe) if wanted else {}
-
-
-def compared(reference: Model, other: Model, states: Sequence[Mapping[str, Tensor]], batch: Batch, i: int) -> Answers:
-    """Of one sequence."""
-    p, q = (logits(m, batch[i], s, i) for m, s in zip((reference, other), states, strict=True))
-    return distances(p, q, torch.tensor([*batch[i][1:], 0]))
 
 
 def distances(p: Tensor, q: Tensor, nexts: Tensor, step: int = 64) -> Answers:
@@ -130,19 +151,22 @@ def layer_outputs(a: Graph, b: Graph) -> list[str]:
 # the report ---------------------------------------------------------------------------------------
 
 
-def quality(reference: Model, quantized: Model, base: Model | None, text: Text) -> dict[str, Any]:
-    """All of it as the report has it. base: the model before its adapters, where they are merged."""
-    hidden, moments = dict[str, float](), dict[str, F32]()
-    found = answers(reference, quantized, text, hidden, moments)
-    out: dict[str, Any] = {
-        "text": text.name, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
-        **summary(found), "histogram": histogram(found.kl),
-        "layers": [{"layer": i, "relative_error": e} for i, e in enumerate(hidden.values())],
-        "tensors": tensor_errors(quantized, moments),
-    }  # fmt: skip
-    if base is not None:
-        before = float(answers(reference, base, text).kl.mean(dtype=np.float64))
-        out["fine_tune"] = {"kl_base": before, "kl_quantized": out["mean_kl"], "share": share(out["mean_kl"], before)}
+def quality(reference: Model, quantized: Sequence[Model], base: Model | None, text: Text) -> list[dict[str, Any]]:
+    """All of it as the report has it, of each output. base: the model before its adapters, where they are merged."""
+    others = [*((model, True) for model in quantized), *([(base, False)] if base is not None else [])]
+    found, out = all_answers(reference, others, text), []
+    before = float(found[-1].answers.kl.mean(dtype=np.float64)) if base is not None else None
+    for model, (said, hidden, moments) in zip(quantized, found, strict=False):
+        facts: dict[str, Any] = {
+            "text": text.name, "digest": text.digest, "n_tokens": text.n_tokens, "sequence": len(text.sequences[0]),
+            **summary(said), "histogram": histogram(said.kl),
+            "layers": [{"layer": i, "relative_error": e} for i, e in enumerate(hidden.values())],
+            "tensors": tensor_errors(model, moments),
+        }  # fmt: skip
+        if before is not None:
+            kl = facts["mean_kl"]
+            facts["fine_tune"] = {"kl_base": before, "kl_quantized": kl, "share": share(kl, before)}
+        out.append(facts)
     return out
 
 

@@ -6,6 +6,7 @@ text -> nodes with their lines -> checked against the options of a conversion ->
     adapters: [./adapter, {path: ./other, weight: 0.5}]
     to: [gguf:Q4_K_M, {format: onnx, quant: int4, output: onnx-folder}]
     tensor-types: {ffn_down: q6_k}
+    gates: {max-kl: 0.05, max-size: 800M}       # or: gates: default
 """
 
 from __future__ import annotations
@@ -15,34 +16,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
-from qconvert.errors import UsageError
-from qconvert.request import AdapterSpec, Request, parse_adapter
+from qconvert.errors import Place, UsageError
+from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
 from qconvert.url_files import is_url
 
 Options = dict[str, Any]
+Said = dict[str, "tuple[Any, Place]"]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
-HINTS = get_type_hints(Request)
-
-
-class Place(NamedTuple):
-    """Where a value was said."""
-
-    file: Path
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name != "places"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there."""
+    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there.
+
+    places: where each of them was said.
+    """
 
     outputs: tuple[Options, ...]
+    places: tuple[dict[str, str], ...] = ()
 
     def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
         """What the command line says wins. UsageError where it names one output file for several."""
@@ -57,35 +53,60 @@ def read_recipe(path: Path) -> Recipe:
         root = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as e:
         raise UsageError(f"--recipe {path}: {e.strerror}") from e
-    except (yaml.MarkedYAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         line = e.problem_mark.line + 1 if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else 1
-        raise UsageError(f"{path}:{line}: not YAML: {getattr(e, 'problem', e)}") from e
+        raise mistake(Place(str(path), line), f"not YAML: {getattr(e, 'problem', e)}") from e
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}: a recipe is a mapping: model, to, …", hint="model: FOLDER")
-    common: Options = {}
-    outputs: list[Options] = [{}]
-    for key, node, place in _items(root, path, set(), (*HINTS, "format")):
+        raise mistake(Place(str(path)), "a recipe is a mapping: model, to, …", hint="model: FOLDER")
+    common: Said = {}
+    outputs: list[Said] = [{}]
+    for key, node, place in _items(root, path, set(), (*HINTS, "format", "gates")):
         if key == "to" and isinstance(node, yaml.SequenceNode):
             outputs = [_output(each, path) for each in node.value]
             if not outputs:
-                raise UsageError(f"{place}: to: no output is named", hint="to: [gguf:Q4_K_M]")
+                raise mistake(place, "to: no output is named", hint="to: [gguf:Q4_K_M]")
         else:
-            common["to" if key == "format" else key] = _value(key, node, place)
-    return Recipe(tuple({**common, **options} for options in outputs))
+            _say(common, key, node, place)
+    merged = [{**common, **said} for said in outputs]
+    values = tuple({key: value for key, (value, _) in said.items()} for said in merged)
+    return Recipe(values, tuple({key: str(place) for key, (_, place) in said.items()} for said in merged))
 
 
-def _output(node: yaml.Node, path: Path) -> Options:
+def mistake(place: Place, what: str, hint: str | None = None) -> UsageError:
+    return UsageError(f"{place}: {what}", hint=hint, place=place)
+
+
+def _output(node: yaml.Node, path: Path) -> Said:
     """`gguf:Q4_K_M`, or a mapping with `format` and other options of this output alone."""
+    place = Place(str(path), node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
-        return {"to": str(node.value)}
-    place = Place(path, node.start_mark.line + 1)
+        return {"to": (str(node.value), place)}
     if not isinstance(node, yaml.MappingNode):
-        raise UsageError(f"{place}: an output is gguf:TYPE, or a mapping with format, quant …")
-    known = ("format", *(name for name in HINTS if name not in (*SHARED, "to")))
-    found = {("to" if k == "format" else k): _value(k, v, p) for k, v, p in _items(node, path, set(), known)}
+        raise mistake(place, "an output is gguf:TYPE, or a mapping with format, quant …")
+    known = ("format", "gates", *(name for name in HINTS if name not in (*SHARED, "to")))
+    found: Said = {}
+    for key, value, where in _items(node, path, set(), known):
+        _say(found, key, value, where)
     if "to" not in found:
-        raise UsageError(f"{place}: the output says no format", hint="format: gguf")
+        raise mistake(place, "the output says no format", hint="format: gguf")
     return found
+
+
+def _say(said: Said, key: str, node: yaml.Node, place: Place) -> None:
+    """Add what a key says; `gates` says what is in it, or `default`."""
+    if key == "gates" and isinstance(node, yaml.MappingNode):
+        for name, value, where in _items(node, Path(place.file), set(), ("default", *GATES)):
+            _say(said, "gate" if name == "default" else name, value, where)
+        return
+    if key == "gates":
+        if node.value != "default":
+            raise mistake(place, "gates: a mapping was wanted, or default", hint="gates: {max-kl: 0.05}")
+        key, value = "gate", True
+    else:
+        key, value = "to" if key == "format" else key, _value(key, node, place)
+    if key in said:
+        raise mistake(place, f"{key.replace('_', '-')} is said twice, at {said[key][1]} too")
+    said[key] = (value, place)
 
 
 def _items(
@@ -93,21 +114,24 @@ def _items(
 ) -> Iterator[tuple[str, yaml.Node, Place]]:
     """(field, value, place) of each key; keys may be spelt with - or _."""
     for key, value in node.value:
-        place = Place(path, key.start_mark.line + 1)
+        place = Place(str(path), key.start_mark.line + 1)
         name = str(key.value).replace("-", "_")
         if name not in known:
             near = get_close_matches(name, known, n=1)
             spelt = ", ".join(sorted(k.replace("_", "-") for k in known))
             hint = f"did you mean {near[0].replace('_', '-')}?" if near else f"there are {spelt}"
-            raise UsageError(f"{place}: no option is called {key.value!r}", hint=hint)
+            raise mistake(place, f"no option is called {key.value!r}", hint=hint)
         if name in seen:
-            raise UsageError(f"{place}: {key.value} is said twice")
+            raise mistake(place, f"{key.value} is said twice")
         seen.add(name)
         yield name, value, place
 
 
 def _value(name: str, node: yaml.Node, place: Place) -> Any:
-    value = yaml.SafeLoader("").construct_document(node)
+    try:
+        value = yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # tags that are not safe, dates that are none
+        raise UsageError(f"{place}: {name.replace('_', '-')}: {getattr(e, 'problem', None) or e}") from e
     if name == "format" or (name == "output" and is_url(str(value))):
         return str(value)
     if name == "adapters":
@@ -118,7 +142,7 @@ def _value(name: str, node: yaml.Node, place: Place) -> Any:
         from qconvert.pipeline import split_passes
 
         return tuple(... if p == "..." else p for p in split_passes(str(value)))
-    return _fitting(HINTS[name], value, f"{place}: {name.replace('_', '-')}")
+    return _fitting(HINTS[name], value, place, name.replace("_", "-"))
 
 
 def _adapters(value: object, place: Place) -> tuple[AdapterSpec, ...]:
@@ -128,42 +152,46 @@ def _adapters(value: object, place: Place) -> tuple[AdapterSpec, ...]:
             try:
                 out.append(AdapterSpec(str(each["path"]), float(each.get("weight", 1.0))))
             except (TypeError, ValueError):
-                raise UsageError(f"{place}: adapters: the weight {each['weight']!r} is no number") from None
+                raise mistake(place, f"adapters: the weight {each['weight']!r} is no number") from None
         elif isinstance(each, str):
             out.append(parse_adapter(each))
         else:
-            raise UsageError(f"{place}: adapters: {each!r}", hint="PATH, PATH:WEIGHT or {path: PATH, weight: 0.5}")
+            raise mistake(place, f"adapters: {each!r}", hint="PATH, PATH:WEIGHT or {path: PATH, weight: 0.5}")
     return tuple(out)
 
 
-def _fitting(hint: Any, value: object, what: str) -> Any:
+def _fitting(hint: Any, value: object, place: Place, what: str) -> Any:
     """The value as the option's type has it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         hint = next(a for a in arguments if a is not type(None))
-        return _fitting(hint, value, what)
+        return _fitting(hint, value, place, what)
     if origin is Literal:
         if value not in arguments:
-            raise UsageError(f"{what}: {value!r}", hint=f"one of {', '.join(map(str, arguments))}")
+            raise mistake(place, f"{what}: {value!r}", hint=f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
-        return tuple(_fitting(arguments[0], each, what) for each in (value if isinstance(value, list) else [value]))
+        return tuple(_fitting(arguments[0], each, place, what) for each in (value if isinstance(value, list) else [value]))
     made: Any = hint
     if hint is Path:
         hint = str
     right = isinstance(value, (int, float) if hint is float else hint) and not (isinstance(value, bool) and hint is not bool)
     if not right and not (hint is str and isinstance(value, int | float) and not isinstance(value, bool)):
         named = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-        raise UsageError(f"{what}: {named.get(hint.__name__, hint.__name__)} was wanted, not {value!r}")
+        raise mistake(place, f"{what}: {named.get(hint.__name__, hint.__name__)} was wanted, not {value!r}")
     return made(str(value) if hint is str else value)
 
 
 def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
     """The options of each conversion: what the command line said, else the recipe, else what is usual."""
-    outputs = read_recipe(path).with_flags(_fields(said)) if path is not None else (_fields(said),)
-    return [{**_fields(usual), **options} for options in outputs]
+    flags, usual = _fields(said), _fields(usual)
+    if path is None:
+        return [{**usual, **flags}]
+    recipe = read_recipe(path)
+    places = ({key: place for key, place in of.items() if key not in flags} for of in recipe.places)
+    return [{**usual, **options, "places": of} for options, of in zip(recipe.with_flags(flags), places, strict=True)]
 
 
 def _fields(flags: Mapping[str, Any]) -> Options:
@@ -197,7 +225,7 @@ def _told(request: Request) -> Options:
     out: Options = {}
     for field in fields(Request):
         value = getattr(request, field.name)
-        if value == field.default and field.name != "to":
+        if (value == field.default and field.name != "to") or field.name == "places":
             continue
         key = field.name.replace("_", "-")
         match field.name, value:
@@ -211,4 +239,7 @@ def _told(request: Request) -> Options:
                 out[key] = list(value)
             case _:
                 out[key] = value
+    gates = {"default" if name == "gate" else key: out.pop(key) for name in GATES if (key := name.replace("_", "-")) in out}
+    if gates:
+        out["gates"] = "default" if gates == {"default": True} else gates
     return out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
+from qconvert import __version__
 from qconvert.errors import QConvertError, UnsupportedError
 
+OWN = f"qconvert {__version__}"
 CT_FLOATS = (
     "w8a8", "w8a8-static", "fp8", "fp8-tensor", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8",
     "mxfp8a16",
@@ -44,6 +47,7 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "onnx": "qconvert.formats.onnx:ONNX",
         "safetensors": "qconvert.formats.safetensors:Safetensors",
     },
+    "usages": {name: f"qconvert.formats.{name}_usage:usage" for name in ("gguf", "onnx", "safetensors")},
     "families": {
         **{name.lower(): f"qconvert.families:{name}" for name in ("LLAMA", "MISTRAL", "QWEN2", "QWEN3", "GPT2", "PHI3")},
         **{name.lower(): f"qconvert.families_gemma:{name}" for name in ("GEMMA2", "GEMMA3")},
@@ -55,7 +59,12 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "llama.cpp": "qconvert.formats.llama_cpp:LlamaCpp",
         "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
     },
-    "solvers": {name: f"qconvert.solving:{name.capitalize()}" for name in ("rtn", "lsq", "gptq", "hqq", "recover")},
+    "solvers": {
+        **{name: f"qconvert.own_solvers:{name.upper()}" for name in ("search", "mse", "absmax", "mlx", "absmean")},
+        **{name: f"qconvert.own_solvers:{name.upper()}" for name in ("nearest", "ldlq")},
+        **{name: f"qconvert.solving:{name.capitalize()}" for name in ("rtn", "lsq", "gptq", "hqq", "recover")},
+    },
+    "schemes": {},  # qconvert's own are tables and a grammar: scheme.scheme_of
     "dialects": {
         **{name: f"qconvert.formats.safetensors_dialects:{name.upper()}" for name in ("fp32", "fp16", "bf16")},
         "w4a16": "qconvert.formats.safetensors_ct:W4A16",
@@ -124,34 +133,53 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
 }
 
 
+class Entry(NamedTuple):
+    """target: module:object. origin: the package that defines it, and its version."""
+
+    target: str
+    origin: str
+
+
 @cache
-def entries(group: str) -> Mapping[str, tuple[str, str]]:
-    """name -> ("module:object", distribution) of one group. A name that two define is an error naming both."""
-    found = {name: (target, "qconvert") for name, target in BUILTIN[group].items()}
+def entries(group: str) -> Mapping[str, Entry]:
+    """The names of one group. A name that two packages define is an error naming both."""
+    found = {name: Entry(target, OWN) for name, target in BUILTIN[group].items()}
     if os.environ.get("QCONVERT_PLUGINS") == "off":
         return found
     from importlib.metadata import entry_points
 
     for point in entry_points(group=f"qconvert.{group}"):
-        dist = point.dist.name if point.dist else "?"
-        if point.name in found and found[point.name] != (point.value, dist):
-            raise QConvertError(
-                f"{group}: {point.name!r} is defined by {found[point.name][1]} and by {dist}",
-                hint="uninstall one, or set QCONVERT_PLUGINS=off",
-            )
-        found[point.name] = (point.value, dist)
+        entry = Entry(point.value, f"{point.dist.name} {point.dist.version}" if point.dist else "?")
+        if found.get(point.name, entry) != entry:
+            raise clash(group, point.name, found[point.name].origin, entry.origin)
+        found[point.name] = entry
     return found
+
+
+def clash(group: str, name: str, *origins: str) -> QConvertError:
+    told = f"{group}: {name!r} is defined by {' and by '.join(origins)}"
+    return QConvertError(told, hint="uninstall one, or set QCONVERT_PLUGINS=off")
+
+
+def unknown(group: str, name: str, known: Iterable[str]) -> UnsupportedError:
+    """With the nearest name, where one is near."""
+    near = get_close_matches(name, known := sorted(known), n=1)
+    told = f"no {group.removesuffix('s')} is called {name!r}; there are {', '.join(known)}"
+    return UnsupportedError(told, hint=f"did you mean {near[0]!r}?" if near else None)
 
 
 def find(group: str, name: str) -> object:
     """The object called `name`; UnsupportedError with the nearest name where there is none."""
     table = entries(group)
     if name not in table:
-        near = get_close_matches(name, table, n=1)
-        raise UnsupportedError(
-            f"no {group.removesuffix('s')} is called {name!r}; there are {', '.join(sorted(table))}",
-            hint=f"did you mean {near[0]!r}?" if near else None,
-        )
-    module, _, attribute = table[name][0].partition(":")
-    value: object = getattr(import_module(module), attribute)
+        raise unknown(group, name, table)
+    target, origin = table[name]
+    module, _, attribute = target.partition(":")
+    try:
+        value: object = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        if origin == OWN:
+            raise
+        told = f"{group}: {name!r} of {origin} cannot be loaded: {e}"
+        raise QConvertError(told, hint="mend that package, or set QCONVERT_PLUGINS=off") from e
     return value

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from qconvert.emit import Entry, Plan
 from qconvert.graph import Graph
 from qconvert.layouts import layout_of
 from qconvert.scheme import FOLDED
 
+SCHEMA = "qconvert-report/1"  # of Report.data(), described by report.schema.json; another number means other fields
 Verdict = Literal["pass", "fail", "skip", "info"]
+REQUIRED = "--require-verified"
 
 
 class Row(NamedTuple):
@@ -29,6 +31,30 @@ class Row(NamedTuple):
 def judged(what: str, metric: str, value: float, limit: float, reason: str = "") -> Row:
     """A row that passes up to and including its limit; NaN fails."""
     return Row(what, metric, value, limit, "pass" if value <= limit else "fail", reason)
+
+
+class Gate(NamedTuple):
+    """A limit that an output must keep. What was not measured fails; a skip was not judged (yet), and is never a pass."""
+
+    flag: str
+    metric: str
+    bound: Literal["<=", ">="]
+    limit: float
+    value: float | None
+    verdict: Literal["pass", "fail", "skip"]
+    origin: Literal["flag", "recipe", "default", "baseline"]  # of the limit
+    place: str = ""  # where it was said: recipe.yaml:7, the baseline's file
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """--max-kl 0.05 (recipe.yaml:7): mean_kl is 0.1; or why it is not known."""
+        said = {"flag": "", "recipe": f" ({self.place})", "default": " (default)", "baseline": f" (--baseline {self.place})"}
+        found = "" if self.value is None else f"{self.metric} is {self.said(self.value)}"
+        limit = "" if self.flag == REQUIRED else f" {self.said(self.limit)}"
+        return f"{self.flag}{limit}{said[self.origin]}: {'; '.join(filter(None, (found, self.reason)))}"
+
+    def said(self, x: float) -> str:
+        return nbytes_text(x) if self.metric == "nbytes" else number(x)
 
 
 class Size(NamedTuple):
@@ -144,6 +170,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     pipeline: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    gates: list[Gate] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Row]:
@@ -156,15 +183,25 @@ class Report:
         return ran and not self.failed
 
     @property
+    def failed_gates(self) -> list[Gate]:
+        return [g for g in self.gates if g.verdict == "fail"]
+
+    @property
     def exit(self) -> int:
-        return 6 if self.failed else 0
+        if self.failed:
+            return 6
+        flags = {g.flag for g in self.failed_gates}
+        return 7 if flags - {REQUIRED} else 8 if flags else 0
 
     def data(self) -> dict[str, Any]:
-        return {
+        """As report.schema.json has it; JSON has no NaN and no infinity, they are null there."""
+        facts = {
+            "schema": SCHEMA,
             "outputs": self.outputs,
             "verified": self.verified,
             "runtime": self.runtime,
             "checks": [r._asdict() for r in self.checks],
+            "gates": [g._asdict() for g in self.gates],
             "accounting": self.accounting,
             "quality": self.quality,
             "budget": self.budget,
@@ -175,6 +212,16 @@ class Report:
             "provenance": self.provenance,
             "exit": self.exit,
         }
+        return cast(dict[str, Any], finite(facts))
+
+
+def finite(value: object) -> object:
+    """Nested data with None for every number that JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
@@ -192,7 +239,18 @@ def check_table(rows: Sequence[Row]) -> str:
     return table(cells)
 
 
+def gate_table(gates: Sequence[Gate]) -> str:
+    cells = [("", "gate", "metric", "value", "limit", "from")]
+    for g in gates:
+        limit = f"{g.bound} {g.said(g.limit)}"
+        value = "" if g.value is None else g.said(g.value)
+        cells.append((g.verdict, g.flag, g.metric, value, limit, "  ".join(filter(None, (g.origin, g.place, g.reason)))))
+    return table(cells)
+
+
 def number(x: float) -> str:
+    if not math.isfinite(x):
+        return str(x)
     if x == int(x) and abs(x) < 1e15:
         return str(int(x))
     return f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
 from typing import Literal, NamedTuple
@@ -14,6 +14,11 @@ from qconvert.pipeline import Function, Pass
 from qconvert.scheme import Device, ZeroPoint
 
 Fallback = Literal["error", "warn", "allow"]
+# options that limit an output: `gates` of a recipe
+GATES = (
+    "gate", "max_kl", "p999_kl", "min_top1", "max_ppl_ratio", "max_size", "max_bpw", "max_new_fallbacks", "require_verified",
+    "baseline", "baseline_tolerance",
+)  # fmt: skip
 
 
 class AdapterSpec(NamedTuple):
@@ -46,12 +51,22 @@ class Request:
     no_data: Literal["search", "error"] = "search"
     eval: Path | None = None
     eval_tokens: int | None = None  # 0: quality is not measured
-    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
     target_size: str | None = None
     target_bpw: float | None = None
+    gate: bool = False  # the type's default limits
+    max_kl: float | None = None  # with a type a gate; without, the smallest file that keeps it
+    p999_kl: float | None = None
     min_top1: float | None = None
+    max_ppl_ratio: float | None = None
+    max_size: str | None = None
+    max_bpw: float | None = None  # of the whole file
+    max_new_fallbacks: int | None = None
+    baseline: Path | None = None  # the last release's report
+    baseline_tolerance: float = 0.05
     tokenizer: Path | None = None  # its folder, where it is not the model's
     output: Path | str | None = None  # text: a URL
+    manifest: Path | None = None  # a file; SHA256SUMS lies beside it
+    certify: bool = False
     target: str | None = None  # a name of qconvert.targets.TARGETS
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
@@ -74,6 +89,9 @@ class Request:
     pure: bool = False
     leave_output_tensor: bool = False
     split_max_size: str | None = None
+    card: bool = False  # README.md beside the output
+    license: str | None = None  # that the card says, where what the output was made from does not
+    modelfile: bool = False  # for Ollama
     layout: str | None = None
     weights_in: str | None = None
     offload_meta: str | None = None  # a device of placement.DEVICES, or cpu
@@ -84,6 +102,7 @@ class Request:
     pre_tokenizer: str | None = None
     device: Device = "cpu"  # that quantizes
     executor: Literal["threads", "ray"] = "threads"  # who evaluates the weights that are written
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)  # option -> recipe.yaml:7, where a recipe said it
 
     @property
     def chooses_types(self) -> bool:
@@ -94,7 +113,7 @@ class Request:
 
 def parse_model(text: str) -> tuple[str, tuple[AdapterSpec, ...]]:
     """`model+a:0.7+b` to model and adapters. A path that contains + and exists is taken whole."""
-    if Path(text).exists():
+    if exists(text):
         return text, ()
     parts = [p.replace("\0", "+") for p in _keep_existing(text).split("+")]
     if not all(parts):
@@ -108,7 +127,7 @@ def _keep_existing(text: str) -> str:
     while i < len(pieces):
         for j in range(len(pieces), i + 1, -1):
             candidate = "+".join(pieces[i:j])
-            if Path(parse_adapter(candidate).path).exists():
+            if exists(parse_adapter(candidate).path):
                 out.append(candidate.replace("+", "\0"))
                 i = j
                 break
@@ -118,10 +137,18 @@ def _keep_existing(text: str) -> str:
     return "+".join(out)
 
 
+def exists(text: str) -> bool:
+    """Whether it is a path; a text too long for one is none."""
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False
+
+
 def parse_adapter(text: str) -> AdapterSpec:
     """`path[:weight]`; a path that exists is taken whole."""
     m = re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)", text)
-    if m and not Path(text).exists():
+    if m and not exists(text):
         return AdapterSpec(m[1], float(m[2]))
     return AdapterSpec(text)
 
@@ -141,6 +168,6 @@ def adapters_of(adapters: Sequence[str | AdapterSpec]) -> tuple[AdapterSpec, ...
 def parse_nbytes(text: str) -> int:
     """500M, 2G, 1.5g: decimal units, as llama-gguf-split reads them. UsageError for anything else."""
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
-    if not m or float(m[1]) <= 0:
+    if not m or not 0 < float(m[1]) < 1e15:
         raise UsageError(f"cannot read {text!r} as a file size", hint="500M or 2G")
     return int(float(m[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[m[2]])

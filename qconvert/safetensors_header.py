@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 
-from qconvert.byte_files import ByteFile, fill
-from qconvert.errors import InputError
+from qconvert.byte_files import ByteFile, LocalFile, fill
+from qconvert.errors import InputError, Place, located
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
 
@@ -43,6 +44,25 @@ class Entry(NamedTuple):
 
 def read_header(file: ByteFile) -> dict[str, Entry]:
     """All tensors of the file, begins counted from its start. InputError names the file and the key."""
+    raw, n, file_nbytes = _read_table(file)
+    raw.pop("__metadata__", None)
+    entries = {}
+    for name, value in raw.items():
+        with located(Place(file.name, key=name)):
+            entries[name] = _entry(name, value, file.name)
+    _check_spans(entries, file_nbytes - 8 - n, file.name)
+    return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that are no tensors."""
+    with closing(LocalFile(path)) as file:
+        raw, _, _ = _read_table(file)
+    return cast(dict[str, str], raw.get("__metadata__", {}))
+
+
+def _read_table(file: ByteFile) -> tuple[dict[str, object], int, int]:
+    """The header, its own bytes, those of the file."""
     path, file_nbytes = file.name, file.nbytes
     if file_nbytes < 8:
         raise damaged(path, f"{file_nbytes} bytes are too few for a safetensors file")
@@ -56,12 +76,10 @@ def read_header(file: ByteFile) -> dict[str, Entry]:
         raise damaged(path, f"a header of {n} bytes in a file of {file_nbytes}")
     text = fill(file, np.empty(n, np.uint8), 8, "header").tobytes()
     raw = _parse_json(text, path)
-    metadata = raw.pop("__metadata__", {})
+    metadata = raw.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged(path, "__metadata__ is not a table of strings")
-    entries = {name: _entry(name, value, path) for name, value in raw.items()}
-    _check_spans(entries, file_nbytes - 8 - n, path)
-    return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
+    return raw, n, file_nbytes
 
 
 def _parse_json(text: bytes, path: str) -> dict[str, object]:

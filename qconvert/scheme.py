@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+
+from qconvert import registry
 
 Array = npt.NDArray[Any]
 Real = npt.NDArray[np.floating[Any]]
@@ -286,6 +288,7 @@ MINIFLOATS: dict[str, Scheme] = {
     )
 }
 SCHEMES["mxfp4"] = MINIFLOATS["mxfp4"]  # the same codes and scales, whoever keeps them
+GGML_SCHEMES = SCHEMES | CODEBOOKS  # all that GGUF keeps in blocks
 
 AFFINE_NAME = re.compile(r"(u?int)([1-8])([fo]?)_(?:g(\d+)|row)(?:_(f16|bf16))?(_f32)?")
 TABLE_NAME = re.compile(r"(nf4|fp4|ternary|binary)_(?:g(\d+)|row)")
@@ -301,7 +304,7 @@ def scheme_of(name: str) -> Scheme | None:
     there are offsets, as wide as scales, or f32: uint3o_g64_bf16, uint4o_g32_f16_f32. A table's may have any group:
     nf4_g4096, ternary_g64, binary_row.
     uint4_g32_u8x128 is uint4_g32 with a second level: u8 in the place of real scales and zero points; 128 share a factor
-    and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor.
+    and an offset. uint4_g32_u6x8 has 6 bits, of which 8 share a factor. The last are those of other packages.
     """
     if m := SECOND_LEVEL.fullmatch(name):
         base = scheme_of(m[1])
@@ -312,7 +315,12 @@ def scheme_of(name: str) -> Scheme | None:
         levels = (new for level in base.levels for new in _above(base, level, m[2], int(m[3])))
         return replace(base, name=name, levels=tuple(levels))
     tables = (SCHEMES, CODEBOOKS, AFFINE, TABLES, PER_ROW, SCB, TERNARY, MINIFLOATS, LATTICES)
-    return next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
+    own = next((table[name] for table in tables if name in table), None) or _table(name) or _affine(name)
+    if (foreign := registry.entries("schemes").get(name)) is None:
+        return own
+    if own is not None:
+        raise registry.clash("schemes", name, registry.OWN, foreign.origin)
+    return cast(Scheme, registry.find("schemes", name))
 
 
 def affine_name(kind: str, group: int | None, scales: str) -> str:

@@ -52,11 +52,17 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
                 trainer = dict(_fields(_bytes(value)))
             elif field == 3:
                 normalizer = dict(_fields(_bytes(value)))
-    except (IndexError, struct.error, TypeError, UnicodeDecodeError) as e:
+        return _model(path, pieces, trainer, normalizer)
+    except (IndexError, KeyError, struct.error, TypeError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: not a SentencePiece model ({e})") from e
+
+
+def _model(
+    path: Path, pieces: list[Piece], trainer: Mapping[int, int | bytes], normalizer: Mapping[int, int | bytes]
+) -> SentencePieceModel:
     if not pieces:
         raise InputError(f"{path}: not a SentencePiece model: it holds no pieces")
-    model_type = int(trainer.get(3, UNIGRAM))
+    model_type = _number(trainer.get(3, UNIGRAM))
     if model_type not in (UNIGRAM, BPE):
         raise UnsupportedError(f"{path}: SentencePiece model type {model_type}; known are unigram (1) and bpe (2)")
     special = {name: _signed(trainer.get(field, default)) for name, (field, default) in SPECIAL_FIELDS.items()}
@@ -71,13 +77,19 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
 
 
 def _signed(value: int | bytes) -> int:
-    number = int(value)
+    number = _number(value)
     return number - (1 << 64) if number >> 63 else number
 
 
 def _piece(fields: dict[int, int | bytes]) -> Piece:
     score = struct.unpack("<f", _bytes(fields.get(2, b"\0\0\0\0")))[0]
-    return Piece(_bytes(fields[1]).decode("utf-8"), score, int(fields.get(3, NORMAL)))
+    return Piece(_bytes(fields[1]).decode("utf-8"), score, _number(fields.get(3, NORMAL)))
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise TypeError("a string stands where a number should")
+    return value
 
 
 def _bytes(value: int | bytes) -> bytes:

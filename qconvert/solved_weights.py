@@ -10,13 +10,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from qconvert import registry
-from qconvert.errors import GraphError, UnsupportedError, UsageError
+from qconvert.errors import GraphError, UnsupportedError
 from qconvert.float_weights import has_rtn, whole_blocks
 from qconvert.graph import Graph, Node
 from qconvert.hessians import Factor, Factors, factored
+from qconvert.own_solvers import Own
 from qconvert.scheme import F32, Array, QTensor, Scheme, scheme_of
-
-OLD = ("search", "mse", "absmax", "mlx", "absmean")  # these make packed rows, each of the formats whose own it is
 
 
 class Values(Protocol):
@@ -29,22 +28,18 @@ class Values(Protocol):
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
 
 
-def is_named(node: Node) -> bool:
-    """Whether a solver of the registry quantizes; rtn of small floats and int8 is float_weights' own."""
-    solver = str(node.attrs.get("solver"))
-    return solver not in OLD and not (solver == "rtn" and has_rtn(cast(Scheme, scheme_of(node.type.dtype))))
-
-
-def solver_class(name: str) -> Any:
-    """UnsupportedError where none has that name."""
-    if name in OLD:
-        raise UsageError(f"solver {name!r} has no options")
-    return registry.find("solvers", name)
+def gives_codes(node: Node) -> bool:
+    """Whether its solver does; the others make packed rows, as rtn of small floats and int8 does: float_weights' own."""
+    name = str(node.attrs.get("solver"))
+    if name == "rtn" and has_rtn(cast(Scheme, scheme_of(node.type.dtype))):
+        return False
+    solver = registry.find("solvers", name)
+    return not (isinstance(solver, Own) and solver.packed)
 
 
 def made(node: Node) -> Any:
     """The solver of a node, with the options in its attributes."""
-    cls = solver_class(str(node.attrs["solver"]))
+    cls = cast(Any, registry.find("solvers", str(node.attrs["solver"])))
     return cls(**{f.name: node.attrs[f.name] for f in fields(cls) if f.name in node.attrs})
 
 
@@ -99,6 +94,6 @@ def given(w: Values, name: str, node: Node, solver: Any, expert: int) -> Any:
                 value = w.real(node.inputs[0], expert * n + i, expert * n + min(n, i + step))
                 yield np.ascontiguousarray(value, np.float32)
 
-        return w.factors.number((name, expert), lambda: f(blocks()))
+        return w.factors.number((id(w.graph), name, expert), lambda: f(blocks()))  # factors may be shared with other graphs
 
     return Given(whole, moments, factor, over_all)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from typing import Any, NamedTuple, cast
 
+from qconvert import registry
+from qconvert.errors import UsageError
 from qconvert.graph import Attr
+from qconvert.own_solvers import Own
 from qconvert.pipeline import parsed
-from qconvert.scheme import LATTICES, MINIFLOATS, SCB, SCHEMES, TERNARY, Scheme
+from qconvert.scheme import MINIFLOATS, Scheme
 
 
 class Chosen(NamedTuple):
@@ -53,53 +56,26 @@ class Solving(NamedTuple):
 
 def chosen(spec: str) -> Chosen:
     """UsageError, UnsupportedError for a name or options that no solver has."""
-    if spec in OWN or spec == "rtn":
-        attrs: dict[str, Attr] = {"solver": spec}
-        return Chosen(spec, NEEDS.get(spec, ""), attrs, OWN.get(spec) or _registered("rtn"))
+    m = re.match(r"([\w.-]*)(\+?)", spec)
+    assert m is not None
+    known, (name, plus) = registry.entries("solvers"), m.groups()
+    if name not in known and name not in FOLDS:
+        raise registry.unknown("solvers", name, (*known, *FOLDS, "auto"))
+    if name in FOLDS or plus:
+        raise UsageError(f"--solver {spec}: what a fold goes on with is one solver", hint="awq+gptq, smoothquant+rtn")
+    if spec == "rtn":
+        return Chosen(spec, "", {"solver": spec}, _refused_by_rtn)
     solver = cast(Any, parsed(spec, "solvers"))
-    options = {f.name: getattr(solver, f.name) for f in fields(solver) if getattr(solver, f.name) != f.default}
-    return Chosen(solver.name, solver.needs, {"solver": solver.name, **options}, solver.refuses)
+    own = isinstance(solver, Own)
+    options = {f.name: v for f in fields(solver) if not own and (v := getattr(solver, f.name)) != f.default}
+    return Chosen(name, solver.needs, {"solver": name, **options}, solver.refuses)
 
 
-def statistic_of(spec: str | None) -> str:
-    """What a solver reads, with ? where it does without; nothing for a format's own."""
-    return chosen(spec).needs if spec else ""
+def reads_statistics(spec: str | None) -> bool:
+    """Of a solver as it is asked for; a format's own does not."""
+    return bool(Solving.of(spec).needs(""))
 
 
-def _registered(name: str) -> Callable[[Scheme], str | None]:
-    """Asked when there is a scheme: small floats have an rtn of their own, and that loads nothing."""
-
-    def refuses(scheme: Scheme) -> str | None:
-        return None if scheme.name in MINIFLOATS else cast(str | None, cast(Any, parsed(name, "solvers")).refuses(scheme))
-
-    return refuses
-
-
-def _search(scheme: Scheme) -> str | None:
-    return None if scheme.name in SCHEMES else "it is ggml's own, of GGUF's types (mse is the one of others)"
-
-
-def _mse(scheme: Scheme) -> str | None:
-    if scheme.name in SCHEMES:
-        return "GGUF's types have search and lsq"
-    if scheme.name in TERNARY or scheme.name in SCB:
-        return "its scale is another library's, absmean or absmax"
-    known = scheme.name in MINIFLOATS or len(scheme.table) == 16 or any(v.role == "offset" for v in scheme.levels)
-    if known or (not scheme.table and scheme.bits in (2, 4, 8)):
-        return None
-    return "it has kernels for 2, 4 and 8 bits and tables of 16 (lsq is for all)"
-
-
-def _only(what: str, legal: Callable[[Scheme], bool], scheme: Scheme) -> str | None:
-    return None if legal(scheme) else f"it makes {what}"
-
-
-OWN: Mapping[str, Callable[[Scheme], str | None]] = {
-    "search": _search,
-    "mse": _mse,
-    "absmax": partial(_only, "NF4, FP4 and bitsandbytes' int8", lambda s: s.name in SCB or len(s.table) == 16),
-    "mlx": partial(_only, "codes with offsets", lambda s: any(v.role == "offset" for v in s.levels)),
-    "absmean": partial(_only, "ternary codes with one scale", lambda s: s.name in TERNARY),
-    **dict.fromkeys(("nearest", "ldlq"), partial(_only, "points of a lattice (--quant quip)", lambda s: s.name in LATTICES)),
-}
-NEEDS = {"search": "moments?", "ldlq": "hessian"}
+def _refused_by_rtn(scheme: Scheme) -> str | None:
+    """Small floats have an rtn of their own, and that loads no kernels."""
+    return None if scheme.name in MINIFLOATS else cast(str | None, cast(Any, parsed("rtn", "solvers")).refuses(scheme))

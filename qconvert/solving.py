@@ -23,7 +23,8 @@ from qconvert.kernels.feedback import INTEGERS, PANEL, Grid, feed, nearest, tile
 from qconvert.kernels.fit_quants import fit_lines, fit_scales, fit_zero_points
 from qconvert.kernels.hqq_quants import hqq_codes, hqq_zero_points
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, MINIFLOATS, SCHEMES, TERNARY, Array, QTensor, Scheme
+from qconvert.own_solvers import OF_LATTICES
+from qconvert.scheme import CODEBOOKS, F32, LATTICES, MINIFLOATS, SCHEMES, TERNARY, Array, QTensor, Scheme
 from qconvert.solvers import rounded_to
 
 F = np.float32
@@ -60,6 +61,10 @@ class Solver(Protocol):
 
 
 def refused(scheme: Scheme) -> str | None:
+    if scheme.name in LATTICES:
+        return OF_LATTICES
+    if scheme.name in CODEBOOKS:
+        return "its codes are entries of a codebook, several weights to one (--solver search)"
     if grid_of(scheme) is None:
         return "its levels are another library's, of the greatest magnitude of a row (--solver absmax)"
     if any(level.adds for level in scheme.levels) and scheme.name not in SCHEMES:

@@ -9,19 +9,20 @@ import json
 import math
 import re
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from qconvert import registry
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, Place, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
-from qconvert.model_cache import cached_snapshot
+from qconvert.model_cache import find_model
 from qconvert.scheme import Array
 from qconvert.tensor_files import SafetensorsFile, TensorFile, open_tensors
 from qconvert.url_files import Mirror, is_url, local_path, mirrored
 
+T = TypeVar("T")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 INCOMPLETE = "the download is not complete; fetch it again"
@@ -48,6 +49,7 @@ class Store:
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
         self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
+        self.answers: dict[str, tuple[str, object]] | None = None  # kind -> the last question and its answer, if they are kept
 
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
@@ -76,11 +78,10 @@ class Store:
     def places(self) -> tuple[tuple[str, str], ...]:
         """Each alias, and the folder, file or URL that a store elsewhere adds. UnsupportedError where that is not all."""
         if self._adopted:
-            where = self.roots[min(self._adopted)]
-            raise UnsupportedError(f"{where}: is read on one machine alone", hint="--executor threads")
-        paths = {alias: root / self._single.get(alias, "") for alias, root in self.roots.items()}
+            raise UnsupportedError(f"{self.roots[min(self._adopted)]}: one machine alone reads it", hint="--executor threads")
+        here = {alias: str((root / self._single.get(alias, "")).absolute()) for alias, root in self.roots.items()}
         far = {alias: self.mirrors[root].url for alias, root in self.roots.items() if root in self.mirrors}
-        return tuple({**{alias: str(path.absolute()) for alias, path in paths.items()}, **far}.items())
+        return tuple((here | far).items())
 
     def add_place(self, alias: str, place: str) -> None:
         """What `places` gave elsewhere."""
@@ -90,8 +91,7 @@ class Store:
 
     def stamp(self, alias: str, filename: str) -> str:
         """Tells a file from another in its place."""
-        root = self._root(alias)
-        if root in self.mirrors:
+        if (root := self._root(alias)) in self.mirrors:
             return self.mirrors[root].stamp(filename)
         stat = (root / filename).stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
@@ -138,6 +138,16 @@ class Store:
         _check_range(ref, "columns", begin, end, shape[1])
         return file.read_columns(name, begin, end)
 
+    def files(self) -> dict[str, Path]:
+        """Every file of tensors that was opened, by ALIAS/FILE."""
+        with self._lock:
+            return {f"{alias}/{name}": self.roots[alias] / name for alias, name in self._files}
+
+    def folders(self) -> dict[str, Path]:
+        """By alias, the folders of which more than one file of tensors may be read."""
+        with self._lock:
+            return {alias: root for alias, root in self.roots.items() if alias not in self._single}
+
     def close(self) -> None:
         """Close all files. A later read opens them again."""
         with self._lock:
@@ -148,12 +158,20 @@ class Store:
                 self._scratch.cleanup()
                 self._scratch = None
 
+    def known(self, kind: str, question: str, find: Callable[[], T]) -> T:
+        """What `find` gives; of each kind the last answer is kept where several outputs ask."""
+        if self.answers is None:
+            return find()
+        if self.answers.get(kind, ("",))[0] != question:
+            self.answers.pop(kind, None)
+            self.answers[kind] = question, find()
+        return cast(T, self.answers[kind][1])
+
     def scratch(self) -> Path:
         """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""
         with self._lock:
             if self._scratch is None:
-                if self.scratch_in is not None:
-                    self.scratch_in.mkdir(parents=True, exist_ok=True)
+                Path(self.scratch_in or ".").mkdir(parents=True, exist_ok=True)
                 self._scratch = TemporaryDirectory(prefix=".qconvert-", dir=self.scratch_in)
             return Path(self._scratch.name)
 
@@ -295,11 +313,11 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_int=_count)
     except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
+        raise InputError(f"{path}: {e.strerror}", place=Place(str(path))) from e
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not valid JSON: {e}") from e
+        raise InputError(f"{path}: not valid JSON: {e}", place=Place(str(path), getattr(e, "lineno", None))) from e
     if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}")
+        raise InputError(f"{path}: a JSON object was wanted, not a {type(value).__name__}", place=Place(str(path)))
     return cast(dict[str, object], value)
 
 
@@ -380,20 +398,3 @@ def gguf_files(path: Path) -> list[Path]:
 def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
     if not 0 <= begin <= end <= n:
         raise InputError(f"{ref}: {what} {begin}..{end} of {n}")
-
-
-def find_model(text: str) -> Path:
-    """A folder or a .gguf as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
-    try:
-        path = Path(text).expanduser()
-        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-            return path
-        exists = path.exists()
-    except (OSError, RuntimeError) as e:  # a name too long, the home of an unknown user
-        raise InputError(f"{text[:200]}: {e.strerror if isinstance(e, OSError) else e}") from e
-    if exists:
-        raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
-    repo, _, revision = text.partition("@")
-    if ".." in text or len(text) > 200 or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
-        raise InputError(f"{text}: no such folder", hint="a folder, or org/name[@revision] in the Hugging Face cache")
-    return cached_snapshot(repo, revision or "main")

@@ -15,7 +15,7 @@ import numpy as np
 
 from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.dtypes import DTYPES, FROM_SAFETENSORS, FROM_TORCH
-from qconvert.errors import InputError, UnsupportedError
+from qconvert.errors import InputError, Place, UnsupportedError, located
 from qconvert.gguf_reader import GGML_TYPES, row_nbytes
 from qconvert.gguf_reader import read_header as read_gguf_header
 from qconvert.safetensors_header import DAMAGED, Entry, damaged, read_header
@@ -48,9 +48,10 @@ class TensorFile(Protocol):
 
 def open_tensors(path: Path) -> TensorFile:
     """By the file's ending: .safetensors, .gguf or .bin. InputError where it cannot be read."""
-    if path.suffix == ".gguf":
-        return GGUFFile(path)
-    return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(LocalFile(path))
+    with located(Place(str(path))):
+        if path.suffix == ".gguf":
+            return GGUFFile(path)
+        return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(LocalFile(path))
 
 
 class SafetensorsFile:

@@ -41,7 +41,11 @@ def parse(text: str) -> Graph:
             if name in nodes:
                 raise GraphError(f"line {number}: %{name} is defined twice")
             inputs = tuple(a.strip()[1:] for a in args.split(",") if a.strip())
-            nodes[name] = Node(op, inputs, Type.parse(type_), _attrs(attrs or "{}", number))
+            try:
+                kind = Type.parse(type_)
+            except ValueError as e:
+                raise GraphError(f"line {number}: {type_[:80]} is no type: {e}") from e
+            nodes[name] = Node(op, inputs, kind, _attrs(attrs or "{}", number))
         else:
             raise GraphError(f"line {number}: cannot parse {line!r}", hint="%name : type = op(%a, %b) {json}")
     return Graph(nodes, outputs, meta)
@@ -50,7 +54,7 @@ def parse(text: str) -> Graph:
 def _attrs(text: str, number: int) -> dict[str, Attr]:
     try:
         value = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise GraphError(f"line {number}: attributes are not JSON: {e}") from e
     if not isinstance(value, dict):
         raise GraphError(f"line {number}: attributes are not a JSON object: {text}")

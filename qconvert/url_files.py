@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from getpass import getuser
 from pathlib import Path, PurePosixPath
 from tempfile import gettempdir
@@ -169,7 +169,7 @@ def mirrored(url: str, folder: Path) -> Mirror:
         if name.endswith(COPIED) and (info.get("size") or 0) <= COPIED_NBYTES:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(_tried(f"{url}/{name}", lambda key=key: fs.cat_file(key)))
+            path.write_bytes(_tried(f"{url}/{name}", partial(fs.cat_file, key)))
         elif name:
             files.add(name)
     if not found:
@@ -191,6 +191,8 @@ def refuse_existing(url: str, force: bool) -> None:
 
 def upload(files: Sequence[tuple[Path, str]]) -> None:
     """Copy files to URLs of one file system; when all have arrived they appear, in this order. ResourceError."""
+    if not files:
+        return
     fs, _ = reached(files[0][1])
     try:
         with fs.transaction:

@@ -25,9 +25,10 @@ from qconvert.graph import Graph, Node
 from qconvert.hessians import Factors
 from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, LATTICES, MINIFLOATS, SCHEMES, Array, Bytes, Device, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, GGML_SCHEMES, LATTICES, MINIFLOATS, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
-from qconvert.solved_weights import is_named, solved
+from qconvert.shared_rows import Shared
+from qconvert.solved_weights import gives_codes, solved
 from qconvert.solvers import least_squares, line, rounded_to
 from qconvert.sources import Store
 
@@ -49,6 +50,7 @@ class Weights:
     peaks: float_weights.Peaks = field(default_factory=float_weights.Peaks)
     factors: Factors = field(default_factory=Factors)
     kept: lattice_weights.Kept = field(default_factory=lattice_weights.Kept)
+    shared: Shared | None = None  # with the weights of other outputs
     _whole: dict[str, Array] = field(default_factory=dict)
     _pairs: dict[tuple[str, ...], tuple[Array, Array]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -60,7 +62,11 @@ class Weights:
             op = OPS[node.op]
         except KeyError:
             raise GraphError(f"%{name}: {node.op} is not an op on weights") from None
-        return op(self, name, node, begin, end)
+        if self.shared is None or name not in self.shared.identities:
+            return op(self, name, node, begin, end)
+        shape = node.type.dims
+        step = rows_per_block(shape[-1], BLOCK_VALUES[self.device]) if len(shape) > 1 else node.type.rows
+        return self.shared.rows(name, step, (begin, end), node.type.rows, partial(op, self, name, node))
 
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array:
         """Rows as real numbers, dequantized where they are quantized or packed."""
@@ -271,9 +277,9 @@ def _shifted(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
 def _quantize(w: Weights, name: str, node: Node, begin: int, end: int) -> QTensor:
     if node.type.dtype in LATTICES:
         return lattice_weights.quantized(w, name, node, begin, end)
-    if is_named(node):
+    if gives_codes(node):
         return solved(w, name, node, begin, end, partial(_must_be_finite, w))
-    if node.type.dtype in SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
+    if node.type.dtype in GGML_SCHEMES and (node.type.dtype not in MINIFLOATS or node.attrs.get("solver") == "search"):
         return layout_of(f"gguf.{node.type.dtype}").unpack(_search(w, node, begin, end))
     scheme, packed, levels = _solved(w, node, begin, end)
     codes = from_bits(packed, scheme.bits, node.type.dims[-1])
@@ -338,7 +344,7 @@ def _search(w: Weights, node: Node, begin: int, end: int) -> Bytes:
 
 def _pack(w: Weights, name: str, node: Node, begin: int, end: int) -> Bytes:
     quantized, layout = w.graph.nodes[node.inputs[0]], layout_of(node.type.dtype)
-    if quantized.op == "quantize" and is_named(quantized):
+    if quantized.op == "quantize" and gives_codes(quantized):
         return layout.pack(cast(QTensor, w.rows(node.inputs[0], begin, end)))
     if quantized.op == "quantize" and layout.name == f"gguf.{quantized.type.dtype}":
         return _search(w, quantized, begin, end)  # ggml's own quantizers make packed blocks: no detour over codes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from qconvert import convert
 from qconvert.budget import frontier, swaps, undominated
 from qconvert.conversion import Result
 from qconvert.errors import GateError, UnsupportedError, UsageError
+from qconvert.facts import Facts
 from qconvert.gguf_reader import read_header
 from qconvert.html_report import html_page
 from qconvert.sensitivity import along, spread
@@ -122,16 +122,16 @@ def test_the_report_has_the_curve(chosen: Result) -> None:
     assert measured[0] > 10 * measured[-1]
     named = {p["name"]: p for p in budget["stock"]}
     assert named[STOCK]["measured"] > budget["measured"]
-    page = html_page(chosen.report)
+    page = html_page([Facts(chosen.report.data())])
     assert "KL by bytes" in page and STOCK in page
 
 
 def test_the_page_loads_nothing_and_holds_what_is_in_it_as_text(stock: Result) -> None:
-    page = html_page(stock.report)
+    page = html_page([Facts(stock.report.data())])
     assert "http" not in page and "<script" not in page and "url(" not in page
     assert page.count("<svg") == 4
     assert "prefers-color-scheme:dark" in page
-    assert "<img" not in html_page(replace(stock.report, notes=["<img src=x onerror=alert(1)>"]))
+    assert "<img" not in html_page([Facts({**stock.report.data(), "notes": ["<img src=x onerror=alert(1)>"]})])
 
 
 def test_a_size_below_the_smallest_file_names_that(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, Plane, preflight, written
+from qconvert.emit import Entry, FilePlan, Plan, Plane, written
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.parallel import in_parallel
+from qconvert.preflight import preflight
 from qconvert.sources import Store
 from qconvert.weights import Weights
 
@@ -75,7 +77,7 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_found_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = subject(tmp_path)
-    monkeypatch.setattr(emit.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(ResourceError, match="GB free"):
         preflight(plan, force=False)
     assert os.listdir(tmp_path) == []

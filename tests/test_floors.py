@@ -16,15 +16,17 @@ FLOORS: dict[float, str] = {
     "quip_words model_cache byte_files url_files",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
     "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
-    "hessians solving solved_weights recover lattice_weights patterns",
+    "hessians own_solvers solving solved_weights recover lattice_weights patterns shared_rows lockstep codebooks",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
-    "solver_spec qat_grids on_device sensitivity budget plots findings tasks ray_executor",
+    "solver_spec qat_grids on_device sensitivity budget plots findings baseline gates facts changes licenses usage "
+    "model_card certificate probes preflight together tasks ray_executor plans",
     3.5: "passes passes.* formats formats.*",
-    4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base adapter_refit",
-    5: "cli options __main__",
+    4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base "
+    "adapter_refit markdown_report junit_report sarif_report beside manifest certifying measuring elsewhere",
+    5: "cli options __main__ reports",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _
 FORMATS = {"llama_cpp": "gguf", "llama_cpp_abi": "gguf"}

@@ -18,7 +18,6 @@ import pytest
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.gguf_mix import (
     BITS,
-    FILE_TYPES,
     Choice,
     Hyper,
     Options,
@@ -28,6 +27,7 @@ from qconvert.formats.gguf_mix import (
     parse_tensor_type,
     tensor_type,
 )
+from qconvert.formats.gguf_mix_rules import FILE_TYPES
 
 gguf = pytest.importorskip("gguf")
 

@@ -9,7 +9,7 @@ import pytest
 
 from qconvert import convert
 from qconvert.formats.gguf_check import read_tensors
-from qconvert.formats.gguf_mix import FILE_TYPES
+from qconvert.formats.gguf_mix_rules import FILE_TYPES
 
 pytestmark = pytest.mark.peer
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -86,7 +86,7 @@ def test_the_table_says_it(coarse: Result) -> None:
 
 
 def test_a_gate_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="--max-kl 1e-05: mean_kl is") as caught:
+    with pytest.raises(GateError, match="--max-kl 1.0e-05: mean_kl is") as caught:
         convert(TINY, to="gguf:Q4_0", output=tmp_path / "out.gguf", max_kl=1e-5)
     assert caught.value.exit_code == 7
     assert list(tmp_path.iterdir()) == []

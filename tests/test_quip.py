@@ -194,6 +194,11 @@ def test_ldlq_takes_a_hessian_from_the_graph(tmp_path: Path) -> None:
     assert errors["ldlq"] < 0.2 * errors["nearest"]
 
 
+def test_a_solver_of_other_grids_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="solver gptq makes no e8p: points of a lattice have nearest and ldlq"):
+        convert(TINY, to="safetensors", quant="quip", solver="gptq", dry_run=True)
+
+
 def test_a_group_is_refused() -> None:
     with pytest.raises(UsageError, match="one scale for each weight"):
         convert(TINY, to="safetensors", quant="quip", group=64)

@@ -10,7 +10,7 @@ import pytest
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.passes.quantize import Quantize
 from qconvert.scheme import F32, SCHEMES, QTensor, Scheme, scheme_of
-from qconvert.solver_spec import chosen
+from qconvert.solver_spec import Solving, chosen, reads_statistics
 from qconvert.solving import Given, Hqq, Lsq, Rtn, Solver
 from qconvert.text import parse
 
@@ -112,12 +112,29 @@ def test_solvers_are_named_with_options_and_refuse_what_is_not_theirs() -> None:
     assert chosen("gptq").attrs == {"solver": "gptq"}
     with pytest.raises(UsageError, match="damp is float, not 'x'"):
         chosen("gptq{damp=x}")
-    with pytest.raises(UnsupportedError, match="no solver is called 'gtpq'"):
-        chosen("gtpq")
+    with pytest.raises(UnsupportedError, match="no solver is called 'gtpq'; there are absmax, .*awq, .*search") as caught:
+        Solving.of("gtpq")
+    assert caught.value.hint == "did you mean 'gptq'?"
+    with pytest.raises(UnsupportedError, match="no solver is called 'awk'") as caught:
+        Solving.of("awk+gptq")
+    assert caught.value.hint == "did you mean 'awq'?"
+    with pytest.raises(UsageError, match="search: no option 'a=1'; it has none"):
+        chosen("search{a=1}")
+    with pytest.raises(UsageError, match=r"--solver gptq\+awq: what a fold goes on with is one solver"):
+        Solving.of("gptq+awq")
+    assert all(Solving.of(s) for s in ("awq", "smoothquant", "awq+gptq{damp=1e+3}", "auto", "gptq{damp=1e+3}"))
     graph = parse('%w : f32[4,64] = load() {"tensor": "base/m.safetensors#w"}\nreturn %w')
     with pytest.raises(UnsupportedError, match=r"w: solver search makes no int4_g32: it is ggml's own"):
         Quantize("", "search", {"w": "int4_g32"})(graph)
     with pytest.raises(UsageError, match=r"w: solver gptq needs %w~hessian"):
         Quantize("", "gptq", {"w": "int4_g32"})(graph)
+    for kind, solver, said in (("e8p", "gptq", "points of a lattice"), ("nvfp4", "absmax", "it makes NF4, FP4")):
+        assert said in str(chosen(solver).refuses(of(kind)))
     mixed = Quantize("", "mse", {"w": "int4_g32"}, solvers={"w": "lsq"})(graph)
     assert mixed.nodes["w"].attrs == {"solver": "lsq"}
+
+
+def test_a_fold_and_the_choice_of_solvers_read_a_text_too() -> None:
+    assert [s for s in (None, "mse", "rtn", "lsq", "gptq", "awq", "smoothquant+rtn", "auto") if reads_statistics(s)] == [
+        "lsq", "gptq", "awq", "smoothquant+rtn", "auto"
+    ]  # fmt: skip

@@ -28,6 +28,7 @@ import bench_onnx
 import bench_pipeline
 import bench_quality
 import bench_safetensors
+import bench_solvers
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,7 @@ CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_export.CASES,
     **bench_safetensors.CASES,
     **bench_quality.CASES,
+    **bench_solvers.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
     **{f"quantize {scheme} imatrix": partial(quantize, scheme, True) for scheme in SCHEMES if scheme != "q8_0"},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},

@@ -1,6 +1,6 @@
 """Cases of bench.py for solvers: hqq beside the package, gptq beside llm-compressor on one core, the same levels and Hessian.
 
-llm-compressor has requirements of its own: QCONVERT_LLMCOMPRESSOR names the Python of an environment that has it.
+llm-compressor has requirements of its own: LLMCOMPRESSOR_PYTHON names the Python of an environment that has it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def gptq(n: int = 4096, k: int = 4096) -> Iterator[Result]:
     seconds = cpu_seconds(ours)
     error = output_error(x, h, np.concatenate([q.dequantize() for q in found]))
     peer, theirs = None, None
-    if python := os.environ.get("QCONVERT_LLMCOMPRESSOR"):
+    if python := os.environ.get("LLMCOMPRESSOR_PYTHON"):
         peer, q = by_llmcompressor(python, x, h, np.concatenate([q.levels[0] for q in found]))
         theirs = output_error(x, h, q)
     yield {
@@ -105,7 +104,4 @@ def hqq() -> Iterator[Result]:
     )  # fmt: skip
 
 
-if __name__ == "__main__":
-    cases = gptq(*map(int, sys.argv[2:])) if sys.argv[1:2] == ["gptq"] else hqq()
-    for result in cases:
-        print(json.dumps(result))
+CASES: dict[str, Callable[[], Iterator[Result]]] = {"gptq": gptq, "hqq solver": hqq}

@@ -64,6 +64,16 @@ def mask_bits(typingctx, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def first_bit(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The place of the lowest bit that is set, 64 where none is."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.cttz(args[0], ir.IntType(1)(0))
+
+    return types.intp(types.uint64), emit
+
+
+@intrinsic
 def pairs(typingctx, lanes, array, index):  # type: ignore[no-untyped-def]
     """array[index : index + 2 * n] of a contiguous f32 array, as its even and its odd places."""
     vector = Vector(array.dtype, lanes.n)
@@ -253,32 +263,49 @@ def _reduced(builder: Any, rows: list[Any], sign: str) -> Any:
     return rows[0]
 
 
-@intrinsic
-def pick8(typingctx, lanes, table, offset, index):  # type: ignore[no-untyped-def]
-    """table[offset + (index & 7)] in every lane; table is a contiguous f32 array."""
-    vector = index.of(types.float32)
+def _picker(size: int) -> Any:
+    @intrinsic
+    def function(typingctx, lanes, table, offset, index):  # type: ignore[no-untyped-def]
+        """table[offset + (index & (size - 1))] in every lane; table is a contiguous f32 array."""
+        vector = index.of(types.float32)
 
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, array, start, at = args
-        if lanes.n == 1:
-            place = builder.add(start, builder.zext(builder.and_(at, I32(7)), start.type))
-            return builder.load(pointer(context, builder, table, array, place, ir.FloatType()))
-        width = 16 if lanes.wide else 8
-        eight = builder.load(pointer(context, builder, table, array, start, ir.VectorType(ir.FloatType(), 8)))
-        eight.align = 4
-        entries = _shuffle(builder, eight, [i % 8 for i in range(width)])
-        parts = [_permute(builder, entries, _shuffle(builder, at, list(range(i, i + width))), width)
-                 for i in range(0, lanes.n, width)]  # fmt: skip
-        while len(parts) > 1:
-            k = parts[0].type.count
-            both = ir.Constant(ir.VectorType(I32, 2 * k), list(range(2 * k)))
-            parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            _, array, start, at = args
+            if lanes.n == 1:
+                place = builder.add(start, builder.zext(builder.and_(at, I32(size - 1)), start.type))
+                return builder.load(pointer(context, builder, table, array, place, ir.FloatType()))
+            width = 16 if lanes.wide else 8
+            few = builder.load(pointer(context, builder, table, array, start, ir.VectorType(ir.FloatType(), size)))
+            few.align = 4
+            return _picked(builder, _shuffle(builder, few, [i % size for i in range(width)]), at, size)
 
-    return vector(lanes, table, types.intp, index), emit
+        return vector(lanes, table, types.intp, index), emit
+
+    return function
 
 
-def _permute(builder: Any, entries: Any, index: Any, width: int) -> Any:
-    name = {8: "llvm.x86.avx2.permps", 16: "llvm.x86.avx512.permvar.sf.512"}[width]
+pick4, pick8 = _picker(4), _picker(8)
+
+
+def _picked(builder: Any, entries: Any, index: Any, size: int) -> Any:
+    """One of `size` entries in every lane; they fill a register over and over."""
+    width, lanes = entries.type.count, index.type.count
+    some = [_shuffle(builder, index, list(range(i, i + width))) for i in range(0, lanes, width)]
+    parts = [_permute(builder, entries, at, size) for at in some]
+    while len(parts) > 1:
+        k = parts[0].type.count
+        both = ir.Constant(ir.VectorType(I32, 2 * k), list(range(2 * k)))
+        parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+PERMUTES = {
+    (4, 8): "llvm.x86.avx.vpermilvar.ps.256", (4, 16): "llvm.x86.avx512.vpermilvar.ps.512",
+    (8, 8): "llvm.x86.avx2.permps", (8, 16): "llvm.x86.avx512.permvar.sf.512",
+}  # fmt: skip
+
+
+def _permute(builder: Any, entries: Any, index: Any, size: int) -> Any:
     kind = ir.FunctionType(entries.type, [entries.type, index.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [entries, index])
+    callee = cgutils.get_or_insert_function(builder.module, kind, PERMUTES[size, entries.type.count])
+    return builder.call(callee, [entries, index])

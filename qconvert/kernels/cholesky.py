@@ -16,7 +16,7 @@ from qconvert.kernels.lanes import choose, count, load, spread, store
 from qconvert.scheme import F32
 
 F64 = npt.NDArray[np.float64]
-BLOCK, WIDTH = 64, 16  # columns at a time, and of those in registers beside four rows
+BLOCK = 64  # columns at a time
 TILE = 256  # columns whose part of a block stays in the cache while rows go by
 PANEL = 8  # columns whose factors lie together
 TINY = 1e-30
@@ -45,13 +45,19 @@ def feedback_factors(h: F64, added: float) -> tuple[F32, F64] | None:
 
 
 @njit(forceinline=True)
-def _subtract(lanes, C, size, i, j, A, a, stride, P, width):  # type: ignore[no-untyped-def]
-    """C[i:i+4, j:j+n] -= A[4, 64] @ P[64, j:j+n]; A's rows begin at a, `stride` apart, P's are `width` long."""
-    at = i * size + j
+def _at(n, p, j):  # type: ignore[no-untyped-def]
+    """Where P[64,size] has [p,j]: what n lanes of 64 rows take lies together."""
+    return (j // n * BLOCK + p) * n + j % n
+
+
+@njit(forceinline=True)
+def _subtract(lanes, C, size, i, j, A, a, stride, P):  # type: ignore[no-untyped-def]
+    """C[i:i+4, j:j+n] -= A[4, 64] @ P[64, j:j+n]; A's rows begin at a, `stride` apart."""
+    n, at, first = count(lanes), i * size + j, j * BLOCK
     c0, c1 = load(lanes, C, at), load(lanes, C, at + size)
     c2, c3 = load(lanes, C, at + 2 * size), load(lanes, C, at + 3 * size)
     for p in range(BLOCK):
-        v = load(lanes, P, p * width + j)
+        v = load(lanes, P, first + p * n)
         c0 = c0 - spread(lanes, A, a + p) * v
         c1 = c1 - spread(lanes, A, a + stride + p) * v
         c2 = c2 - spread(lanes, A, a + 2 * stride + p) * v
@@ -63,21 +69,22 @@ def _subtract(lanes, C, size, i, j, A, a, stride, P, width):  # type: ignore[no-
 
 
 @njit(forceinline=True)
-def _solve(lanes, A, size, k, P, width, begin, end):  # type: ignore[no-untyped-def]
+def _solve(lanes, A, size, k, P, begin, end):  # type: ignore[no-untyped-def]
     """P[64, begin:end] = inverse of A's block at [k,k], lower triangular, @ P, from its first row on."""
-    for j in range(begin, end, count(lanes)):
+    n = count(lanes)
+    for j in range(begin, end, n):
         for p in range(BLOCK):
-            v = load(lanes, P, p * width + j)
+            v = load(lanes, P, j * BLOCK + p * n)
             for q in range(p):
-                v = v - spread(lanes, A, (k + p) * size + k + q) * load(lanes, P, q * width + j)
-            store(P, p * width + j, v / spread(lanes, A, (k + p) * size + k + p))
+                v = v - spread(lanes, A, (k + p) * size + k + q) * load(lanes, P, j * BLOCK + q * n)
+            store(P, j * BLOCK + p * n, v / spread(lanes, A, (k + p) * size + k + p))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _factor(lanes, A, size):  # type: ignore[no-untyped-def]
     """A[size,size] -> its lower Cholesky factor; what is above the diagonal stays. False where it has none."""
-    n, width = count(lanes), size + WIDTH
-    P = np.empty(BLOCK * width)
+    n = count(lanes)
+    P = np.empty(BLOCK * size)
     for k in range(0, size, BLOCK):
         for j in range(k, k + BLOCK):
             for i in range(j, k + BLOCK):
@@ -93,34 +100,34 @@ def _factor(lanes, A, size):  # type: ignore[no-untyped-def]
         first = k + BLOCK
         for i in range(first, size):
             for p in range(BLOCK):
-                P[p * width + i] = A[i * size + k + p]
-        _solve(lanes, A, size, k, P, width, first, size)
+                P[_at(n, p, i)] = A[i * size + k + p]
+        _solve(lanes, A, size, k, P, first, size)
         for i in range(first, size):
             for p in range(BLOCK):
-                A[i * size + k + p] = P[p * width + i]
+                A[i * size + k + p] = P[_at(n, p, i)]
         for start in range(first, size, TILE):
             for i in range(start, size, 4):
                 for j in range(start, min(start + TILE, i + 4), n):
-                    _subtract(lanes, A, size, i, j, A, i * size + k, size, P, width)
+                    _subtract(lanes, A, size, i, j, A, i * size + k, size, P)
     return True
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _invert(lanes, A, size):  # type: ignore[no-untyped-def]
     """The inverse of the lower triangle, in place: rows below a block hold what their own solution is yet to be made of."""
-    n, width = count(lanes), size + WIDTH
-    P, L = np.empty(BLOCK * width), np.empty(size * BLOCK)
+    n = count(lanes)
+    P, L = np.empty(BLOCK * size), np.empty(size * BLOCK)
     for k in range(0, size, BLOCK):
         last = k + BLOCK
         for p in range(BLOCK):
             for j in range(k):
-                P[p * width + j] = A[(k + p) * size + j]
+                P[_at(n, p, j)] = A[(k + p) * size + j]
             for j in range(k, last):
-                P[p * width + j] = 1.0 if j == k + p else 0.0
-        _solve(lanes, A, size, k, P, width, 0, last)
+                P[_at(n, p, j)] = 1.0 if j == k + p else 0.0
+        _solve(lanes, A, size, k, P, 0, last)
         for p in range(BLOCK):
             for j in range(last):
-                A[(k + p) * size + j] = P[p * width + j]
+                A[(k + p) * size + j] = P[_at(n, p, j)]
         for i in range(last, size):
             for p in range(BLOCK):
                 L[i * BLOCK + p] = A[i * size + k + p]
@@ -128,7 +135,7 @@ def _invert(lanes, A, size):  # type: ignore[no-untyped-def]
         for start in range(0, last, TILE):
             for i in range(last, size, 4):
                 for j in range(start, min(start + TILE, last), n):
-                    _subtract(lanes, A, size, i, j, L, i * BLOCK, BLOCK, P, width)
+                    _subtract(lanes, A, size, i, j, L, i * BLOCK, BLOCK, P)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -37,6 +37,7 @@ from qconvert.scheme import F32, Array, Bytes
 
 F = np.float32
 ROWS = 32  # of a tile
+TOGETHER, CACHED = 64, 256  # columns that take errors of as many others at a time
 INTEGERS, TABLE, E4M3 = 0, 1, 2
 
 
@@ -69,7 +70,7 @@ def untiled(tiles: Array, n: int, k: int) -> Array:
 
 def feed(w: F32, errors: F32, panels: F32, taken: tuple[int, int], begin: int, end: int) -> None:
     """Take the errors of columns `taken`, times their factors, from w f32[T,K,32], columns begin..end (of 8)."""
-    _feed(choose(8, 32), w.reshape(-1), errors.reshape(-1), panels, w.shape[1], *taken, begin, end)
+    _feed(choose(16, 32), w.reshape(-1), errors.reshape(-1), panels, w.shape[1], *taken, begin, end)
 
 
 def with_feedback(
@@ -83,7 +84,7 @@ def with_feedback(
     middles = (grid.levels[1:] + grid.levels[:-1]) * F(0.5)
     flat = (a.reshape(-1) for a in (w, errors, panels, scales, offsets))
     _with_feedback(
-        choose(8, 32), *flat, groups, w.shape[1], scales.shape[1], grid.kind, F(grid.low), F(grid.high), grid.levels, middles,
+        choose(16, 32), *flat, groups, w.shape[1], scales.shape[1], grid.kind, F(grid.low), F(grid.high), grid.levels, middles,
         grid.codes, begin, end, codes.reshape(-1),
     )  # fmt: skip
 
@@ -141,45 +142,51 @@ def _nearest(lanes, W, S, Z, groups, k, g, kind, low, high, levels, middles, tab
 
 @njit(forceinline=True)
 def _fed(lanes, W, E, P, base, at, errors_at, begin, end):  # type: ignore[no-untyped-def]
-    """Eight columns of W at `at` less the errors of columns begin..end."""
+    """Four columns of W at `at` less the errors of columns begin..end."""
     w0, w1, w2, w3 = (load(lanes, W, at), load(lanes, W, at + ROWS), load(lanes, W, at + 2 * ROWS),
                       load(lanes, W, at + 3 * ROWS))  # fmt: skip
-    w4, w5, w6, w7 = (load(lanes, W, at + 4 * ROWS), load(lanes, W, at + 5 * ROWS), load(lanes, W, at + 6 * ROWS),
-                      load(lanes, W, at + 7 * ROWS))  # fmt: skip
     for i in range(begin, end):
         e, v = load(lanes, E, errors_at + i * ROWS), base + i * PANEL
         w0, w1 = w0 - e * spread(lanes, P, v), w1 - e * spread(lanes, P, v + 1)
         w2, w3 = w2 - e * spread(lanes, P, v + 2), w3 - e * spread(lanes, P, v + 3)
-        w4, w5 = w4 - e * spread(lanes, P, v + 4), w5 - e * spread(lanes, P, v + 5)
-        w6, w7 = w6 - e * spread(lanes, P, v + 6), w7 - e * spread(lanes, P, v + 7)
     store(W, at, w0)
     store(W, at + ROWS, w1)
     store(W, at + 2 * ROWS, w2)
     store(W, at + 3 * ROWS, w3)
-    store(W, at + 4 * ROWS, w4)
-    store(W, at + 5 * ROWS, w5)
-    store(W, at + 6 * ROWS, w6)
-    store(W, at + 7 * ROWS, w7)
+
+
+@njit(forceinline=True)
+def _panels_fed(lanes, W, E, P, k, first, last, begin, end):  # type: ignore[no-untyped-def]
+    """Columns begin..end of all tiles less the errors of columns first..last, as many at a time as stay in the cache."""
+    for some in range(first, last, CACHED):
+        some_end = min(last, some + CACHED)
+        for t in range(W.size // (k * ROWS)):
+            for lane in range(0, ROWS, count(lanes)):
+                for c in range(begin, end, 4):
+                    p = c // PANEL
+                    base, at = 32 * p * (p + 1) + c - p * PANEL, (t * k + c) * ROWS + lane
+                    _fed(lanes, W, E, P, base, at, t * k * ROWS + lane, some, some_end)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _feed(lanes, W, E, P, k, first, last, begin, end):  # type: ignore[no-untyped-def]
-    for t in range(W.size // (k * ROWS)):
-        for p in range(begin // PANEL, end // PANEL):
-            base = 32 * p * (p + 1)
-            for lane in range(0, ROWS, count(lanes)):
-                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + lane, t * k * ROWS + lane, first, last)
+    _panels_fed(lanes, W, E, P, k, first, last, begin, end)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _with_feedback(lanes, W, E, P, S, Z, groups, k, g, kind, low, high, levels, middles, table, begin, end, codes):  # type: ignore[no-untyped-def]
-    for t in range(W.size // (k * ROWS)):
-        for p in range(begin // PANEL, end // PANEL):
-            base = 32 * p * (p + 1)
+    for first in range(begin, end, TOGETHER):
+        last = min(end, first + TOGETHER)
+        _panels_fed(lanes, W, E, P, k, begin, first, first, last)
+        for t in range(W.size // (k * ROWS)):
             for lane in range(0, ROWS, count(lanes)):
-                _fed(lanes, W, E, P, base, (t * k + p * PANEL) * ROWS + lane, t * k * ROWS + lane, begin, p * PANEL)
-                for c in range(p * PANEL, min(groups.size, (p + 1) * PANEL)):
+                for c in range(first, min(groups.size, last)):
+                    p = c // PANEL
+                    base = 32 * p * (p + 1)
                     at, level_at = (t * k + c) * ROWS + lane, (t * g + groups[c]) * ROWS + lane
+                    if c % PANEL == 0:
+                        for half in range(0, PANEL, 4):
+                            _fed(lanes, W, E, P, base + half, at + half * ROWS, t * k * ROWS + lane, first, c)
                     w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, Z, level_at)
                     code, value = _coded(lanes, w, scale, offset, kind, low, high, levels, middles, table)
                     store(codes, at, code)

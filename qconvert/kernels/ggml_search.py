@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from qconvert.errors import InputError, UnsupportedError
+from qconvert.kernels.codebook_cells import cells
 from qconvert.kernels.lanes import Lanes, choose
-from qconvert.scheme import F32, SCHEMES, Bytes
+from qconvert.scheme import F32, GGML_SCHEMES, SCHEMES, Bytes
 
 
 class Kernel(NamedTuple):
@@ -21,6 +22,7 @@ class Kernel(NamedTuple):
     on_avx2: int
     on_avx512: int
     weighted: str | None = None
+    needs: bool = False  # importance
 
 
 KERNELS: dict[str, Kernel] = {
@@ -41,6 +43,13 @@ KERNELS: dict[str, Kernel] = {
     "mxfp4": Kernel("nearest_blocks", 17, 16, 16),
     "iq4_nl": Kernel("iq4_quants", 18, 16, 32),
     "iq4_xs": Kernel("iq4_quants", 136, 16, 32),
+    "iq3_s": Kernel("codebook_quants", 110, 8, 16),
+    "iq3_xxs": Kernel("codebook_quants", 98, 8, 16),
+    "iq2_s": Kernel("codebook_quants", 82, 8, 16),
+    "iq2_xs": Kernel("codebook_quants", 74, 8, 16, needs=True),
+    "iq2_xxs": Kernel("codebook_quants", 66, 8, 16, needs=True),
+    "iq1_m": Kernel("codebook_ternary", 56, 8, 16),
+    "iq1_s": Kernel("codebook_ternary", 50, 8, 16, needs=True),
 }
 
 
@@ -56,9 +65,11 @@ def search(
     """
     if scheme not in KERNELS:
         raise UnsupportedError(f"no search quantizer for {scheme!r}", hint=f"there are {', '.join(KERNELS)}")
-    where, (n, k), block = KERNELS[scheme], x.shape, SCHEMES[scheme].block
+    where, (n, k), block = KERNELS[scheme], x.shape, GGML_SCHEMES[scheme].block
     if k % block:
         raise UnsupportedError(f"{scheme}: rows of {k} weights do not divide into blocks of {block}")
+    if where.needs and importance is None:
+        raise UnsupportedError(f"{scheme} needs an importance matrix", hint="--calibrate FILE or --imatrix FILE")
     module = where.module if importance is None else where.weighted or where.module
     kernel: Callable[..., None] = getattr(import_module(f"qconvert.kernels.{module}"), scheme)
     x = np.ascontiguousarray(x, np.float32)
@@ -67,7 +78,8 @@ def search(
     if x.size:
         wide = choose(where.on_avx2, where.on_avx512, lanes)
         row = Lanes(min(wide.n, 16), wide.wide)
-        kernel(wide, row, x.reshape(-1), k, None if importance is None else cyclic(importance, k), out.reshape(-1))
+        weights = None if importance is None else cyclic(importance, k)
+        kernel(wide, row, x.reshape(-1), k, weights, out.reshape(-1), *(() if scheme in SCHEMES else (cells(scheme),)))
     return out
 
 

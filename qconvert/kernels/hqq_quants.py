@@ -26,6 +26,7 @@ from qconvert.kernels.lanes import (
     select,
     splat,
     store,
+    to_int,
 )
 from qconvert.scheme import F32
 
@@ -50,10 +51,18 @@ def hqq_zero_points(
 def hqq_codes(w: F32, group: int, bits: int, per: F32, zeros: F32) -> npt.NDArray[np.uint8]:
     """u8[T,K,32]"""
     codes = np.empty(w.shape, np.uint8)
-    each = np.arange(w.shape[1]) // group
-    for t in range(len(w)):
-        codes[t] = np.rint(w[t] * per[t, each] + zeros[t, each]).clip(0, (1 << bits) - 1)
+    last = F((1 << bits) - 1)
+    _codes(choose(16, 32), w.reshape(-1), group, last, per.reshape(-1), zeros.reshape(-1), codes.reshape(-1))
     return codes
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _codes(lanes, W, group, last, pers, zeros, codes):  # type: ignore[no-untyped-def]
+    for g in range(W.size // (group * ROWS)):
+        for lane in range(0, ROWS, count(lanes)):
+            per, zero = load(lanes, pers, g * ROWS + lane), load(lanes, zeros, g * ROWS + lane)
+            for i in range(g * group * ROWS + lane, (g + 1) * group * ROWS, ROWS):
+                store(codes, i, to_int(minimum(maximum(rounded(load(lanes, W, i) * per + zero), F(0)), last)))
 
 
 @njit(forceinline=True)

@@ -76,7 +76,7 @@ class LanesType(types.Type):  # type: ignore[misc]
 
 
 class Vector(types.Type):  # type: ignore[misc]
-    """n lanes of float32, float64, int32, uint8 or boolean (a mask). One lane is the bare LLVM scalar."""
+    """n lanes of float32, float64, int32, uint16, uint8 or boolean (a mask). One lane is the bare LLVM scalar."""
 
     def __init__(self, element: types.Type, n: int) -> None:
         self.element, self.n = element, n
@@ -92,7 +92,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 _LLVM = {
     types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int32: ir.IntType(32), types.uint8: ir.IntType(8),
-    types.boolean: ir.IntType(1),
+    types.boolean: ir.IntType(1), types.uint16: ir.IntType(16),
 }  # fmt: skip
 I32 = ir.IntType(32)
 register_model(LanesType)(models.OpaqueModel)
@@ -335,6 +335,7 @@ to_float = _convert("sitofp", types.int32, types.float32)
 bits_of = _convert("bitcast", types.float32, types.int32)
 float_of = _convert("bitcast", types.int32, types.float32)
 ones = _convert("zext", types.boolean, types.int32)  # 1 where the mask is set, else 0
+widened = _convert("zext", types.uint16, types.int32)
 
 
 @intrinsic
