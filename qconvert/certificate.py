@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from qconvert import __version__
-from qconvert.byte_files import LocalFile, fill
+from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.emit import write_all
 from qconvert.errors import InputError, ResourceError
 from qconvert.graph import Graph
@@ -165,8 +165,12 @@ def digest(path: Path) -> str:
 def blocks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
     """Bytes begin..end of a file. InputError where it ends before."""
     with closing(LocalFile(path)) as file:
-        for at in range(begin, end, BLOCK_NBYTES):
-            yield fill(file, np.empty(min(BLOCK_NBYTES, end - at), np.uint8), at, "its bytes").data
+        yield from blocks_of(file, begin, end)
+
+
+def blocks_of(file: ByteFile, begin: int, end: int) -> Iterator[memoryview]:
+    for at in range(begin, end, BLOCK_NBYTES):
+        yield fill(file, np.empty(min(BLOCK_NBYTES, end - at), np.uint8), at, "its bytes", end).data
 
 
 def tensor_digest(t: Located) -> str:

@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qconvert import __version__
+from qconvert.byte_files import ByteFile
 from qconvert.calibration import files_of
-from qconvert.certificate import blocks, canonical
+from qconvert.certificate import blocks, blocks_of, canonical
 from qconvert.companions import FILES
-from qconvert.errors import InputError, ResourceError, UnsupportedError, UsageError
+from qconvert.errors import InputError, ResourceError, UsageError
 from qconvert.recipe import recipe_text
 from qconvert.report import Report
 from qconvert.request import Request
@@ -51,9 +53,6 @@ class Output(NamedTuple):
 
 def inputs_of(request: Request, store: Store) -> dict[str, Path]:
     """Every file that was or will be read, by ALIAS/NAME as tensors' refs have it; other files by the flag that names them."""
-    if store.mirrors:
-        what = f"--manifest, --certify: {next(iter(store.mirrors.values())).url}: inputs by URL are not hashed"
-        raise UnsupportedError(what, hint="copy the folder, and give the copy")
     found = store.files()
     for alias, root in store.folders().items() if Path(request.model).suffix != ".onnx" else ():
         found |= {f"{alias}/{name}": root / name for name in READ if (root / name).is_file()}
@@ -69,11 +68,17 @@ def inputs_of(request: Request, store: Store) -> dict[str, Path]:
     return dict(sorted((name, path) for name, path in found.items() if path.is_file()))
 
 
+def far_inputs_of(store: Store) -> dict[str, ByteFile]:
+    """Files of tensors that are read by URL: all of them is fetched once more."""
+    places = ((ref, store.roots[ref.partition("/")[0]], ref.partition("/")[2]) for ref in store.files())
+    return {ref: store.mirrors[root].open(name) for ref, root, name in places if root in store.mirrors}
+
+
 class Hashing:
     """Sums of files, made by a thread of its own while others read the same files. close() ends it early."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files, self._found = files, dict[str, dict[str, Any]]()
+    def __init__(self, files: Mapping[str, Path], far: Mapping[str, ByteFile] = MappingProxyType({})) -> None:
+        self._files, self._far, self._found = files, far, dict[str, dict[str, Any]]()
         self._stop, self._error = threading.Event(), list[BaseException]()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -84,7 +89,7 @@ class Hashing:
             self._thread.join(0.2)  # wakes up for Ctrl-C
         if self._error:
             raise self._error[0]
-        return list(self._found.values())
+        return [self._found[name] for name in sorted(self._found)]
 
     def close(self) -> None:
         self._stop.set()
@@ -100,6 +105,13 @@ class Hashing:
                     h.update(block)
                 self._found[name] = {"file": name, "nbytes": nbytes, "sha256": h.hexdigest()}
                 refuse_other_blob(path, h.hexdigest())
+            for name, file in self._far.items():
+                h = hashlib.sha256()
+                for block in blocks_of(file, 0, file.nbytes):
+                    if self._stop.is_set():
+                        return
+                    h.update(block)
+                self._found[name] = {"file": name, "nbytes": file.nbytes, "sha256": h.hexdigest()}
         except BaseException as e:
             self._error.append(e)
 
@@ -117,7 +129,7 @@ def hashing(request: Request, store: Store) -> Iterator[Hashing | None]:
     if not (request.manifest or request.certify):
         yield None
         return
-    found = Hashing(inputs_of(request, store))
+    found = Hashing(inputs_of(request, store), far_inputs_of(store))
     try:
         yield found
     finally:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import io
+import json
 import os
 import re
 import threading
@@ -170,6 +172,23 @@ def test_a_changed_file_behind_the_url_is_read_anew(memory: str) -> None:
     convert(f"{memory}/tiny", output="memory://out/it.gguf", bits=4, check=False, threads=1, progress=lambda _: told.append)
     convert(f"{memory}/tiny", output="memory://once/it.gguf", bits=4, check=False)
     assert fs.cat_file("/out/it.gguf") == fs.cat_file("/once/it.gguf")
+
+
+def test_a_manifest_has_the_sums_of_what_was_read_by_url(tmp_path: Path, memory: str) -> None:
+    sums = []
+    for model in (LORA, f"{memory}/tiny+{memory}/tiny-lora"):
+        options = {"output": tmp_path / "out.gguf", "bits": 4, "check": False, "force": True}
+        convert(model, manifest=tmp_path / "manifest.json", **options)
+        found = json.loads((tmp_path / "manifest.json").read_text())
+        sums.append((found["inputs"], found["weights"]))
+    assert sums[0] == sums[1]
+    want = hashlib.sha256((GOLDEN / "tiny/model.safetensors").read_bytes()).hexdigest()
+    assert {"file": "base/model.safetensors", "nbytes": WEIGHTS_NBYTES, "sha256": want} in sums[1][0]
+
+
+def test_what_is_written_beside_an_output_goes_with_it(memory: str) -> None:
+    convert(f"{memory}/tiny", output="memory://out/it.gguf", bits=4, check=False, modelfile=True)
+    assert set(fsspec.filesystem("memory").find("/out")) == {"/out/it.gguf", "/out/Modelfile"}
 
 
 # ranges -------------------------------------------------------------------------------------------
