@@ -22,11 +22,11 @@ import numpy as np
 
 from qconvert import __version__
 from qconvert.byte_files import ByteFile, LocalFile, fill
-from qconvert.emit import write_all
+from qconvert.emit import FilePlan, Plan, write_all
 from qconvert.errors import InputError, ResourceError
 from qconvert.graph import Graph
 from qconvert.parallel import in_parallel
-from qconvert.plans import FilePlan, Plan, Slot
+from qconvert.planes import Slot
 from qconvert.report import Row
 from qconvert.scheme import Array
 from qconvert.target import Lowered
@@ -107,7 +107,8 @@ class Expected(NamedTuple):
 def with_slot(plan: Plan, certifier: Certifier, n_more: int) -> Plan:
     """The plan with room in its first file's header, and everything behind that moved. n_more: bytes for probes."""
     first = next(f for f in plan.files if f.header)
-    room = n_more + ROOM + sum(PER_TENSOR + len(str(f.path.name)) for f in plan.files) + tensors_room(plan)
+    names = [f.path.relative_to(plan.folder).as_posix() if plan.folder else "" for f in plan.files]
+    room = n_more + ROOM + sum(PER_TENSOR + len(name) for name in names) + tensors_room(plan)
     blank = f"<{KEY}>".encode().ljust(room)
     header = certifier.header(first, KEY, blank)
     assert header.count(blank[: len(KEY) + 2]) == 1

@@ -89,6 +89,7 @@ def convert(
 
 def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
     from qconvert.conversion import Result, convert_all, request_of
+    from qconvert.manifest import apart
     from qconvert.printing import plan_text, report_text
     from qconvert.recipe import recipe_text
 
@@ -98,7 +99,8 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
     run.begin(*map(asked_for, requests), baseline=requests[0].baseline)
     if save_config is not None:
         save_config.write_text(recipe_text(tuple(requests)), encoding="utf-8")
-    requests = [replace(r, manifest=r.manifest or path) for r, path in zip(requests, run.manifests(), strict=True)]
+    manifests = apart([r.manifest or path for r, path in zip(requests, run.manifests(), strict=True)])
+    requests = [replace(r, manifest=path) for r, path in zip(requests, manifests, strict=True)]
     stopped, results = None, list[Result]()
     try:
         results += convert_all(requests, lambda plan: bar(plan, quiet))

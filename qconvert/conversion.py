@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +37,7 @@ from qconvert.pipeline import Function, Pass
 from qconvert.plans import Plan
 from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
+from qconvert.rehearsal import refuse_rehearsing, rehearsing
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store
@@ -64,7 +66,14 @@ class Result:
 
     @property
     def verified(self) -> bool:
-        return self.report.verified
+        return self.report.verified and self.error is None
+
+    def data(self) -> dict[str, Any]:
+        """What --json writes of it."""
+        if self.error is None:
+            return self.report.data()
+        told = {"exit": self.error.exit_code, "error": self.error.message, "hint": self.error.hint}
+        return {**self.report.data(), "outputs": [], "verified": False, **told}
 
 
 def convert(
@@ -124,10 +133,20 @@ def request_of(
 
 
 def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
-    with ExitStack() as stack:
-        here = [made_here(request, stack) for request in requests]
-        results = write(planned([request for request, _ in here], stack), progress)
-        return tuple(sent(result, to) if to else result for result, (_, to) in zip(results, here, strict=True))
+    for flag in ("dry_run", "rehearse", "executor"):
+        if len({getattr(request, flag) for request in requests}) > 1:
+            raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
+    if not requests[0].rehearse:
+        with ExitStack() as stack:
+            here = [made_here(request, stack) for request in requests]
+            results = write(planned([request for request, _ in here], stack), progress)
+            return tuple(sent(result, to) if to else result for result, (_, to) in zip(results, here, strict=True))
+    for request in requests:
+        refuse_rehearsing(request)
+    with TemporaryDirectory(prefix="qconvert-") as folder, ExitStack() as stack:
+        small = [rehearsing(request, Path(folder) / str(i)) for i, request in enumerate(requests)]
+        results = write(planned(small, stack), progress)
+        return tuple(replace(r, outputs=(), report=replace(r.report, outputs=[])) for r in results)
 
 
 def sent(result: Result, elsewhere: Elsewhere) -> Result:
@@ -156,9 +175,6 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     for i, request in enumerate(requests):
         with of_output(i):
             refuse_at_once(request)
-    for flag in ("dry_run", "executor"):
-        if len({getattr(request, flag) for request in requests}) > 1:
-            raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
     built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
     sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
@@ -262,7 +278,7 @@ def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result
     threads = max(job.request.threads or default_threads() for job in jobs)
     factors = {id(job.store): Factors() for job in jobs}
     with ExitStack() as stack:
-        sums = [stack.enter_context(hashing(job.request, job.store)) for job in jobs]
+        sums = stack.enter_context(hashing([(job.request, job.store) for job in jobs]))
         outputs = []
         for job in jobs:
             weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])

@@ -27,7 +27,6 @@ from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.plans import Entry as Entry
 from qconvert.plans import FilePlan as FilePlan
 from qconvert.plans import Plan as Plan
-from qconvert.plans import Slot as Slot
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 

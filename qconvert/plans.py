@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qconvert.graph import n_rows
-from qconvert.planes import Plane
+from qconvert.planes import Plane, Slot
 
 
 class Entry(NamedTuple):
@@ -40,15 +40,6 @@ class FilePlan(NamedTuple):
     @property
     def known_nbytes(self) -> int:
         return len(self.header) + sum(len(data) for _, data in self.between)
-
-
-class Slot(NamedTuple):
-    """Room in a file for text that is known only when all weights are written. quoted: it lies inside a JSON string."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    quoted: bool
 
 
 class Plan(NamedTuple):

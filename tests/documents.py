@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from qconvert.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(p.relative_to(ROOT)): p for p in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))}
-GOLDEN = {"model": "tiny", "adapter": "tiny-lora", "a": "tiny-lora", "b": "tiny-lora"}  # what the pages call them
+GOLDEN = {"model": "tiny", "adapter": "tiny-lora"}  # what the pages call them
 SHELL = ("ls", "cat", "head", "cp", "mkdir", "sed", "python")  # programs besides qconvert that pages run
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 NUMBER = re.compile(r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?")
@@ -109,6 +110,8 @@ def workshop(folder: Path) -> Path:
     """A folder with what the pages name: model, adapter, my-text.txt ..."""
     for name, made in GOLDEN.items():
         (folder / name).symlink_to(ROOT / "golden" / made)
+    for name in ("a", "b"):  # adapters are named by the folders that they lie in
+        shutil.copytree(ROOT / "golden" / "tiny-lora", folder / name)
     (folder / "golden").symlink_to(ROOT / "golden")
     text = (ROOT / "qconvert" / "calibration.txt").read_text(encoding="utf-8")
     (folder / "my-text.txt").write_text(text[:12000], encoding="utf-8")
