@@ -6,15 +6,16 @@ Source of the rules: llama.cpp's gguf.cpp, llama-model.cpp and llama-vocab.cpp (
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from qconvert.byte_files import LocalFile, fill
 from qconvert.dtypes import DTYPES
 from qconvert.findings import UNREAD, Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
 from qconvert.formats.gguf_layouts import LAYOUTS
@@ -24,7 +25,6 @@ from qconvert.formats.gguf_tokenizer import ENDS_BY_TEXT, TOKEN_TYPES
 from qconvert.gguf_reader import ALIGNMENT, GGML_TYPES, Header, Info, read_header
 from qconvert.scheme import Array
 from qconvert.sources import gguf_files
-from qconvert.tensor_files import fill, opened
 
 KV = Mapping[str, object]
 GGML = "tokenizer.ggml."
@@ -313,9 +313,6 @@ def blocks(path: Path, t: Info) -> Iterator[Array]:
     """The tensor's bytes, whole blocks at a time."""
     unit = GGML_TYPES[t.dtype].nbytes
     step = BLOCK_NBYTES // unit * unit
-    fd = opened(path)
-    try:
+    with closing(LocalFile(path)) as opened:
         for at in range(0, t.nbytes, step):
-            yield fill(fd, path, np.empty(min(step, t.nbytes - at), np.uint8), t.offset + at, t.name)
-    finally:
-        os.close(fd)
+            yield fill(opened, np.empty(min(step, t.nbytes - at), np.uint8), t.offset + at, t.name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qconvert.byte_files import LocalFile, fill
 from qconvert.dtypes import DTYPES
 from qconvert.errors import InputError, QConvertError
 from qconvert.findings import UNREAD, Finding, Places, Vocabulary, n_not_finite, not_finite, of_vocabulary
@@ -18,7 +19,6 @@ from qconvert.formats.onnx_foreign_tensors import Place, dtype_of, place_of, rea
 from qconvert.formats.onnx_proto import graphs_of
 from qconvert.sources import read_json
 from qconvert.target import TOKENIZER_FILES
-from qconvert.tensor_files import fill, opened
 from qconvert.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -100,13 +100,10 @@ def pieces(path: Path, place: Place) -> Iterator[np.ndarray[Any, Any]]:
         yield np.frombuffer(place.data, np.uint8)
         return
     file = path.parent / place.file
-    fd = opened(file)
-    try:
+    with closing(LocalFile(file)) as opened:
         for at in range(0, place.nbytes, BLOCK_NBYTES):
             out = np.empty(min(BLOCK_NBYTES, place.nbytes - at), np.uint8)
-            yield fill(fd, file, out, place.offset + at, place.file)
-    finally:
-        os.close(fd)
+            yield fill(opened, out, place.offset + at, place.file)
 
 
 # genai_config.json ----------------------------------------------------------------------------------

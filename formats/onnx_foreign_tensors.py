@@ -18,6 +18,7 @@ import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, StringStringEntryProto, TensorProto, numpy_helper
 
+from qconvert.byte_files import LocalFile
 from qconvert.dtypes import DTYPES
 from qconvert.errors import InputError
 from qconvert.formats.onnx_proto import bits_of
@@ -259,11 +260,7 @@ class PlacedFile(SafetensorsFile):
     """A file of which views say where tensors lie; read as safetensors are."""
 
     def __init__(self, path: Path, views: Mapping[str, View]) -> None:
-        self.path = path
-        try:
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from e
+        self.file = LocalFile(path)
         self._stripes: dict[tuple[str, int], Array] = {}
         self._lock = threading.Lock()
         self.types = {n: (v.dtype, v.shape) for n, v in views.items()}

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qconvert.byte_files import LocalFile
 from qconvert.certificate import KEY, Answers, Expected, Located
-from qconvert.emit import FilePlan
 from qconvert.errors import InputError, VerificationError, uninterrupted
 from qconvert.placement import ALIGNMENT as ARENA
+from qconvert.plans import FilePlan
 from qconvert.reals import Reals
 from qconvert.report import Row
 from qconvert.safetensors_header import read_metadata
@@ -45,7 +46,7 @@ class Certifier:
     def located(self, files: Sequence[Path]) -> list[Located]:
         found = []
         for path in (p for p in files if p.suffix == ".safetensors"):
-            file = SafetensorsFile(path)
+            file = SafetensorsFile(LocalFile(path))
             file.close()
             found += [Located(n, path, e.begin, e.nbytes, f"{e.dtype}{list(e.shape)}") for n, e in file.entries.items()]
         return found

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from qconvert import __version__
+from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.emit import FilePlan, Plan, write_all
 from qconvert.errors import InputError, ResourceError
 from qconvert.graph import Graph
@@ -28,7 +30,6 @@ from qconvert.planes import Slot
 from qconvert.report import Row
 from qconvert.scheme import Array
 from qconvert.target import Lowered
-from qconvert.tensor_files import fill, opened
 from qconvert.weights import Weights
 
 KEY = "qconvert.certificate"
@@ -164,12 +165,13 @@ def digest(path: Path) -> str:
 
 def blocks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
     """Bytes begin..end of a file. InputError where it ends before."""
-    fd = opened(path)
-    try:
-        for at in range(begin, end, BLOCK_NBYTES):
-            yield fill(fd, path, np.empty(min(BLOCK_NBYTES, end - at), np.uint8), at, "its bytes").data
-    finally:
-        os.close(fd)
+    with closing(LocalFile(path)) as file:
+        yield from blocks_of(file, begin, end)
+
+
+def blocks_of(file: ByteFile, begin: int, end: int) -> Iterator[memoryview]:
+    for at in range(begin, end, BLOCK_NBYTES):
+        yield fill(file, np.empty(min(BLOCK_NBYTES, end - at), np.uint8), at, "its bytes", end).data
 
 
 def tensor_digest(t: Located) -> str:

@@ -22,7 +22,8 @@ from qconvert.beside import Beside, beside
 from qconvert.budget import n_weights
 from qconvert.calibration import read_text
 from qconvert.certifying import attested, probes, with_room
-from qconvert.emit import Plan, Progress, staged
+from qconvert.elsewhere import Elsewhere, executor_of, made_here
+from qconvert.emit import Progress, staged
 from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError, of_output
 from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.gates import Gates, demand
@@ -33,6 +34,7 @@ from qconvert.manifest import Output, hashing, write_manifest
 from qconvert.measuring import Asked, measured
 from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
+from qconvert.plans import Plan
 from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
 from qconvert.rehearsal import refuse_rehearsing, rehearsing
@@ -43,6 +45,7 @@ from qconvert.statistics import ALIAS
 from qconvert.target import Format, Lowered, Rewriter, Source
 from qconvert.targets import target_notes
 from qconvert.together import Making, write_together
+from qconvert.url_files import is_url, local_path
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
@@ -56,7 +59,7 @@ class Result:
     error: why there are no files, where this is one of several outputs.
     """
 
-    outputs: tuple[Path, ...]
+    outputs: tuple[Path | str, ...]  # text: a URL
     report: Report
     plan: Plan
     error: QConvertError | None = None
@@ -116,17 +119,21 @@ def request_of(
     if unknown:
         raise UsageError(f"convert() has no option {min(unknown)!r}", hint="options are the fields of qconvert.request.Request")
     name, named = parse_model(str(model))
+    if (output := options.get("output")) is not None:
+        options["output"] = local_path(str(output)) or (str(output) if is_url(str(output)) else Path(output))
     to, quant = parse_target(options.pop("to", "gguf"), options.pop("quant", None))
     return Request(name, (*named, *adapters_of(adapters)), to=to, quant=quant, passes=tuple(passes), **options)
 
 
 def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
-    for flag in ("dry_run", "rehearse"):
+    for flag in ("dry_run", "rehearse", "executor"):
         if len({getattr(request, flag) for request in requests}) > 1:
             raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
     if not requests[0].rehearse:
         with ExitStack() as stack:
-            return write(planned(requests, stack), progress)
+            here = [made_here(request, stack) for request in requests]
+            results = write(planned([request for request, _ in here], stack), progress)
+            return tuple(sent(result, to) if to else result for result, (_, to) in zip(results, here, strict=True))
     for i, request in enumerate(requests):
         with of_output(i):
             refuse_rehearsing(request)
@@ -134,6 +141,14 @@ def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]
         small = [rehearsing(request, Path(folder) / str(i)) for i, request in enumerate(requests)]
         results = write(planned(small, stack), progress)
         return tuple(replace(r, outputs=(), report=replace(r.report, outputs=[])) for r in results)
+
+
+def sent(result: Result, elsewhere: Elsewhere) -> Result:
+    if result.outputs:
+        elsewhere.send()
+    facts = [{**each, "path": elsewhere.place(Path(each["path"]))} for each in result.report.outputs]
+    outputs = tuple(elsewhere.place(Path(path)) for path in result.outputs)
+    return replace(result, outputs=outputs, report=replace(result.report, outputs=facts))
 
 
 class Job(NamedTuple):
@@ -262,7 +277,7 @@ def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result
         for job in jobs:
             weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])
             outputs.append(Making(stack.enter_context(staged(job.plan)), weights, progress(job.plan)))
-        errors = dict(write_together(outputs, threads))
+        errors = dict(write_together(outputs, threads, executor_of(jobs[0].request)))
         checked = [i for i, job in enumerate(jobs) if job.request.check and i not in errors]
         asked = {i: Asked(jobs[i].request, *of, outputs[i].weights) for i in checked if (of := jobs[i].of)}
         quality = {**dict.fromkeys(checked, Proof([], None).quality), **measured(asked)}

@@ -10,7 +10,7 @@ from qconvert import registry
 from qconvert.errors import UnsupportedError
 from qconvert.facts import NOT_COMPARED
 from qconvert.findings import Finding
-from qconvert.sources import find_model
+from qconvert.model_cache import find_model
 from qconvert.target import Examiner, reader_of
 
 RANK = {"error": 0, "warning": 1, "note": 2}

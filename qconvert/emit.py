@@ -15,84 +15,29 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
 from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
-from qconvert.journal import Digests, Journal, journal_at, sync_all
+from qconvert.journal import Digests, Journal, journal_at, sync_all, sync_folder
 from qconvert.parallel import in_parallel
-from qconvert.planes import Plane, Slot, folded, ordered, side_by_side
+from qconvert.planes import Plane, folded, ordered, side_by_side
+from qconvert.plans import Entry as Entry
+from qconvert.plans import FilePlan as FilePlan
+from qconvert.plans import Plan as Plan
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
 log = logging.getLogger("qconvert")
 
 
-class Entry(NamedTuple):
-    """One tensor of a file. shape is logical ([N,K]); offset is from the start of the file; nbytes is what it takes there.
-
-    planes: where a row's bytes are cut in pieces that lie apart; none: the rows are whole, at `offset`.
-    files: of each plane, the name of the file beside the entry's own that has it; none: all lie in the entry's own.
-    """
-
-    name: str
-    value: str  # in the graph
-    dtype: str  # f32, f16, bf16 or a layout
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    planes: tuple[Plane, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[Plane, ...]:
-        return self.planes or (Plane(self.offset, self.nbytes // n_rows(self.shape)),)
-
-
-class FilePlan(NamedTuple):
-    path: Path
-    header: bytes
-    entries: tuple[Entry, ...]
-    nbytes: int
-    between: tuple[tuple[int, bytes], ...] = ()  # more of what is known beforehand, each with its offset
-
-    @property
-    def known_nbytes(self) -> int:
-        return len(self.header) + sum(len(data) for _, data in self.between)
-
-
-class Plan(NamedTuple):
-    """Everything about the output but the weights' values; made from headers alone.
-
-    folder: of all files, where they are one output; it is made beside its final name, so that they find each other.
-    slot: for its certificate, where it is to carry one.
-    """
-
-    files: tuple[FilePlan, ...]
-    folder: Path | None = None
-    slot: Slot | None = None
-
-    @property
-    def place(self) -> Path:
-        """The folder that must exist before the first byte."""
-        return self.folder.parent if self.folder else self.files[0].path.parent
-
-    @property
-    def nbytes(self) -> int:
-        return sum(f.nbytes for f in self.files)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [e for f in self.files for e in f.entries]
-
-
 Key = tuple[Path, str]  # a file and the name of an entry
 
 
 class Block(NamedTuple):
-    fds: tuple[int, ...]  # of each piece
+    files: tuple[Path, ...]  # of each piece, by the names that they will have
     entry: Entry
     begin: int
     end: int
@@ -100,14 +45,33 @@ class Block(NamedTuple):
 
 
 Progress = Callable[[int], None]  # told the bytes written since the last call
+Put = Callable[[Path, memoryview, int], None]  # a file by the name that it will have, bytes, their offset
 COLUMNS_NBYTES = 1 << 24  # of rows that become columns together: runs of 1024 at K = 16384
 
 
+class Opened(NamedTuple):
+    """Parts that are written: open here, and by path for whoever shares the storage; by the files' final names."""
+
+    fds: dict[Path, int]
+    paths: dict[Path, Path]
+
+    def put(self, file: Path, data: memoryview, offset: int) -> None:
+        write_all(self.fds[file], data, offset)
+
+
+class Executor(Protocol):
+    """Who evaluates blocks, where threads of this process do not, and tells `todo.wrote` of each that is in its parts."""
+
+    def __call__(self, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None: ...
+
+
 @contextmanager
-def written(plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None) -> Iterator[tuple[Path, ...]]:
+def written(
+    plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None, executor: Executor | None = None
+) -> Iterator[tuple[Path, ...]]:
     """Write every file beside its final name and yield those paths, to be checked; then rename them all; see `staged`."""
     with staged(plan) as output:
-        write_parts(plan, output.parts, weights, threads, progress, output.journal)
+        write_parts(output, weights, executor or partial(in_threads, threads), progress)
         yield tuple(output.parts.paths.values())
         output.publish()
 
@@ -182,21 +146,30 @@ class Parts(NamedTuple):
             shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def write_parts(plan: Plan, parts: Parts, weights: Weights, threads: int, progress: Progress, journal: Journal) -> None:
+def write_parts(output: Staged, weights: Weights, executor: Executor, progress: Progress) -> None:
     """Every file of the plan, but for tensors of which the journal says that they are there."""
+    plan, parts, journal = output
     try:
-        with opened(plan, parts, journal) as fds:
-            todo = Todo(plan, weights, journal, partial(sync_all, fds.values()))
+        with opened(plan, parts, journal) as found:
+            todo = Todo(plan, weights, journal, partial(sync_all, found.fds.values()))
             if todo.done_nbytes:
                 progress(todo.done_nbytes)
             try:
-                in_parallel(todo.blocks(fds), lambda b: todo.write(b, weights, progress), threads)
+                executor(todo, weights, found, progress)
             finally:
                 todo.flush()
-            for fd in fds.values():
+            for fd in found.fds.values():
                 os.fsync(fd)
     except OSError as e:
         raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="-o on another disk") from e
+
+
+def in_threads(threads: int, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None:
+    def work(block: Block) -> None:
+        progress(write_block(block, weights, opened.put))
+        todo.wrote(block)
+
+    in_parallel(todo.blocks(), work, threads)
 
 
 class Todo:
@@ -212,25 +185,21 @@ class Todo:
         self._left: dict[Key, int] = {}
         self._lock = threading.Lock()
 
-    def blocks(self, fds: dict[Path, int]) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         for path, entry in self.entries():
-            yield from self.blocks_of(path, entry, fds)
+            yield from self.blocks_of(path, entry)
 
     def entries(self) -> Iterator[tuple[Path, Entry]]:
         for file in self.plan.files:
             yield from ((file.path, entry) for entry in file.entries if (file.path, entry.name) not in self.done)
 
-    def blocks_of(self, path: Path, entry: Entry, fds: dict[Path, int]) -> Iterator[Block]:
+    def blocks_of(self, path: Path, entry: Entry) -> Iterator[Block]:
         key, names = (path, entry.name), entry.files or (path.name,) * len(entry.pieces)
-        places = tuple(fds[path.with_name(name)] for name in names)
+        files = tuple(path.with_name(name) for name in names)
         ranges = list(entry_ranges(entry, self.values))
         self._left[key] = len(ranges)
         for begin, end in ranges:
-            yield Block(places, entry, begin, end, key)
-
-    def write(self, block: Block, weights: Weights, progress: Progress) -> None:
-        write_block(block, weights, progress)
-        self.wrote(block)
+            yield Block(files, entry, begin, end, key)
 
     def wrote(self, block: Block) -> None:
         with self._lock:
@@ -249,8 +218,8 @@ def make_folders(paths: Iterable[Path]) -> None:
 
 
 @contextmanager
-def opened(plan: Plan, parts: Parts, journal: Journal) -> Iterator[dict[Path, int]]:
-    """The parts by the names that they will have; all that is known beforehand is written."""
+def opened(plan: Plan, parts: Parts, journal: Journal) -> Iterator[Opened]:
+    """The parts; all that is known beforehand is written."""
     if not parts.are_whole(plan):
         parts.remove()
         journal.forget()
@@ -264,7 +233,7 @@ def opened(plan: Plan, parts: Parts, journal: Journal) -> Iterator[dict[Path, in
             reserve(fd, file.nbytes)
             for offset, data in ((0, file.header), *file.between):
                 write_all(fd, memoryview(data), offset)
-        yield fds
+        yield Opened(fds, parts.paths)
     finally:
         for fd in fds.values():
             os.close(fd)
@@ -309,30 +278,32 @@ def row_ranges(
         yield i, min(n, i + step)
 
 
-def write_block(block: Block, weights: Weights, progress: Progress) -> None:
-    deque(writing(block, weights, progress), 0)
+def write_block(block: Block, weights: Weights, put: Put) -> int:
+    """Evaluate the block's rows and put their bytes where they belong; how many."""
+    deque(writing(block, weights, put), 0)
+    return written_nbytes(block)
 
 
-def writing(block: Block, weights: Weights, progress: Progress) -> Iterator[int]:
-    """Write a block step by step: yields the row that it has reached."""
-    fds, entry, begin, end, _ = block
+def writing(block: Block, weights: Weights, put: Put) -> Iterator[int]:
+    """write_block step by step: yields the row that it has reached."""
+    files, entry, begin, end, _ = block
     rows, at, n = (yield from encoding(weights, entry, begin, end)), 0, n_rows(entry.shape)
-    for fd, plane in zip(fds, entry.pieces, strict=True):
+    for file, plane in zip(files, entry.pieces, strict=True):
         piece = rows[:, at : at + plane.nbytes]
         at += plane.nbytes
         if plane.columns:
-            write_columns(fd, plane, piece, begin, n)
+            write_columns(partial(put, file), plane, piece, begin, n)
         elif plane.bits is not None:
-            write_all(fd, folded(plane, piece).data, plane.offset + plane.file_nbytes(begin))
+            put(file, folded(plane, piece).data, plane.offset + plane.file_nbytes(begin))
         elif plane.rows is not None:
-            write_all(fd, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
+            put(file, piece[:: plane.rows].ravel().data, plane.offset + begin // plane.rows * plane.nbytes)
         elif begin == 0:
-            write_all(fd, piece[0].data, plane.offset)
-    progress(written_nbytes(entry, begin, end))
+            put(file, piece[0].data, plane.offset)
 
 
-def written_nbytes(entry: Entry, begin: int, end: int) -> int:
+def written_nbytes(block: Block) -> int:
     """What the block takes of the file; what all rows share counts for the first."""
+    _, entry, begin, end, _ = block
     return sum(p.file_nbytes(end - begin) for p in entry.pieces if p.rows is not None or begin == 0)
 
 
@@ -362,7 +333,7 @@ def encoding(weights: Weights, entry: Entry, begin: int, end: int) -> Generator[
     return rows
 
 
-def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> None:
+def write_columns(put: Callable[[memoryview, int], None], plane: Plane, piece: Bytes, begin: int, n: int) -> None:
     """Rows u8[rows, nbytes] as the columns begin.. of n."""
     assert plane.bits is not None
     size, stride, first = max(1, plane.bits // 8), n * plane.bits // 8, begin * plane.bits // 8
@@ -371,22 +342,13 @@ def write_columns(fd: int, plane: Plane, piece: Bytes, begin: int, n: int) -> No
         values = part.view(f"u{size}").T
         lines = side_by_side(values[:, ordered(plane, values.shape[1])] if plane.order else values, plane.bits)
         if lines.shape[1] == stride:
-            write_all(fd, lines.ravel().data, plane.offset + at * stride)
+            put(lines.ravel().data, plane.offset + at * stride)
             continue
         for i, line in enumerate(lines, at):
-            write_all(fd, line.data, plane.offset + i * stride + first)
+            put(line.data, plane.offset + i * stride + first)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         n = os.pwrite(fd, data, offset)
         data, offset = data[n:], offset + n
-
-
-def sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some file systems cannot
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

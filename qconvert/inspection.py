@@ -14,10 +14,11 @@ from qconvert.build import build
 from qconvert.doctor import diagnose
 from qconvert.errors import QConvertError, UsageError
 from qconvert.findings import Finding
+from qconvert.model_cache import find_model
 from qconvert.report import nbytes_text, table
 from qconvert.scheme import scheme_of
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
-from qconvert.sources import Store, find_model
+from qconvert.sources import Store
 from qconvert.target import Contents, Item, reader_of
 from qconvert.text import format
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SYNC_SECONDS = 1.0  # between writes to the disk: what a machine that loses its power loses
+RUN = "run "  # begins the word of a run among the digests
 HASHED_NBYTES = 64 << 20  # sources up to this size are known by their contents, larger ones by what the system says of them
 
 
@@ -39,12 +41,20 @@ class Journal:
         self._last = time.monotonic()
         for line in _text(fd).splitlines():
             with suppress(json.JSONDecodeError):  # the last line of a run that was killed
-                self.done.add(str(json.loads(line)))
+                word = str(json.loads(line))
+                self.done |= set() if word.startswith(RUN) else {word}
 
     def forget(self) -> None:
         """Nothing of the parts can be used."""
         self.done.clear()
         os.ftruncate(self._fd, 0)
+
+    def mark(self) -> str:
+        """A word on the disk by which other processes know that the parts here are this run's."""
+        word = RUN + os.urandom(8).hex()
+        os.write(self._fd, f"{json.dumps(word)}\n".encode())
+        os.fsync(self._fd)
+        return word
 
     def finished(self, digest: str, sync: Callable[[], None]) -> None:
         """The tensor's bytes are written. sync: brings them to the disk, which is done once in a while for all."""
@@ -63,6 +73,14 @@ class Journal:
         self.done.update(self._pending)
         self._pending.clear()
         self._last = time.monotonic()
+
+
+def last_mark(path: Path) -> str | None:
+    """Of the run that writes the parts beside the journal at `path`; None where there is none."""
+    with suppress(OSError):
+        words = re.findall(f'^"({RUN}[0-9a-f]+)"$', path.read_text("utf-8", "replace"), re.MULTILINE)
+        return words[-1] if words else None
+    return None
 
 
 def _text(fd: int) -> str:
@@ -131,7 +149,9 @@ class Digests:
             alias, _, rest = name.partition("/")
             if not rest:  # a tensor that lies in memory, since its file is no file of tensors
                 return self.contents(ref)
-            self._files[name] = _identity(self.weights.store.roots[alias] / rest)
+            store = self.weights.store
+            far = store.roots[alias] in store.mirrors
+            self._files[name] = store.stamp(alias, rest) if far else _identity(store.roots[alias] / rest)
         return self._files[name]
 
     def contents(self, ref: str) -> str:
@@ -150,3 +170,12 @@ def _identity(path: Path) -> str:
 def sync_all(fds: Iterable[int]) -> None:
     for fd in fds:
         getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some file systems cannot
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

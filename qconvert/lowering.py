@@ -45,7 +45,7 @@ from qconvert.request import Request
 from qconvert.scheme import scheme_of
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
 from qconvert.solver_spec import Solving
-from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.sources import Store, read_checkpoint
 from qconvert.target import Calibrated, Format, Legal, Lowered, Mixing, Source, Stage
 from qconvert.weights import Weights
 
@@ -66,13 +66,19 @@ def read_sources(requests: Sequence[Request], stack: ExitStack) -> list[Source]:
     for request in requests:
         found = next((source for other, source in read if same_source(request, other, source)), None)
         if found is None:
-            store = Store()
+            store = Store(shared_place(request))
             stack.callback(store.close)
             store.answers = {} if len(requests) > 1 else None
             found = read_source(request, store)
             read.append((request, found))
         out.append(found)
     return out
+
+
+def shared_place(request: Request) -> Path | None:
+    """Where what tasks read again lies: beside the output, which their machines see; None: where temporary files do."""
+    elsewhere = request.executor == "ray" and not request.dry_run
+    return Path(request.output or ".").absolute().parent if elsewhere else None
 
 
 def same_source(a: Request, b: Request, source: Source) -> bool:
@@ -82,7 +88,7 @@ def same_source(a: Request, b: Request, source: Source) -> bool:
 
 def read_source(request: Request, store: Store) -> Source:
     """Headers of the checkpoint and the adapters, and the graph with each adapter beside its linears."""
-    path = find_model(request.model)
+    path = store.found(request.model)
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
     checkpoint, short, others = reader(path, store), None, list[str]()
@@ -95,7 +101,7 @@ def read_source(request: Request, store: Store) -> Source:
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
-        folder, own = find_model(spec.path), request.trained_on == "model"
+        folder, own = store.found(spec.path), request.trained_on == "model"
         with located(Place(str(folder))):
             adapter = read_adapter(folder, store, alias, spec.weight, request.pooling, own)
         adapters.append(without_others(adapter, short) if short else adapter)

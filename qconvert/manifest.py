@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qconvert import __version__
+from qconvert.byte_files import ByteFile
 from qconvert.calibration import files_of
-from qconvert.certificate import blocks, canonical
+from qconvert.certificate import blocks, blocks_of, canonical
 from qconvert.companions import FILES
 from qconvert.errors import InputError, ResourceError, UsageError
 from qconvert.recipe import recipe_text
@@ -36,7 +38,7 @@ READ = ("config.json", "adapter_config.json", "quantize_config.json", *MODEL_FIL
 # options that leave the output as it is
 ELSEWHERE: Mapping[str, Any] = {
     "output": None, "force": False, "threads": None, "dump_ir": None, "manifest": None, "save_imatrix": None,
-    "save_statistics": None,
+    "save_statistics": None, "executor": "threads",
 }  # fmt: skip
 
 
@@ -66,11 +68,17 @@ def inputs_of(request: Request, store: Store) -> dict[str, Path]:
     return dict(sorted((name, path) for name, path in found.items() if path.is_file()))
 
 
+def far_inputs_of(store: Store) -> dict[str, ByteFile]:
+    """Files of tensors that are read by URL: all of them is fetched once more."""
+    places = ((ref, store.roots[ref.partition("/")[0]], ref.partition("/")[2]) for ref in store.files())
+    return {ref: store.mirrors[root].open(name) for ref, root, name in places if root in store.mirrors}
+
+
 class Hashing:
     """Sums of files, made by a thread of its own while others read the same files. close() ends it early."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self._files, self._found = files, dict[str, dict[str, Any]]()
+    def __init__(self, files: Mapping[str, Path], far: Mapping[str, ByteFile] = MappingProxyType({})) -> None:
+        self._files, self._far, self._found = files, far, dict[str, dict[str, Any]]()
         self._stop, self._error = threading.Event(), list[BaseException]()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -81,7 +89,7 @@ class Hashing:
             self._thread.join(0.2)  # wakes up for Ctrl-C
         if self._error:
             raise self._error[0]
-        return list(self._found.values())
+        return [self._found[name] for name in sorted(self._found)]
 
     def close(self) -> None:
         self._stop.set()
@@ -97,6 +105,13 @@ class Hashing:
                     h.update(block)
                 self._found[name] = {"file": name, "nbytes": nbytes, "sha256": h.hexdigest()}
                 refuse_other_blob(path, h.hexdigest())
+            for name, file in self._far.items():
+                h = hashlib.sha256()
+                for block in blocks_of(file, 0, file.nbytes):
+                    if self._stop.is_set():
+                        return
+                    h.update(block)
+                self._found[name] = {"file": name, "nbytes": file.nbytes, "sha256": h.hexdigest()}
         except BaseException as e:
             self._error.append(e)
 
@@ -111,16 +126,17 @@ def refuse_other_blob(path: Path, sha256: str) -> None:
 @contextmanager
 def hashing(asked: Sequence[tuple[Request, Store]]) -> Iterator[list[Hashing | None]]:
     """For each output its inputs' sums in the making, where a manifest or a certificate is asked for; equal ones are one."""
-    begun: dict[tuple[tuple[str, Path], ...], Hashing] = {}
+    begun: dict[tuple[object, ...], Hashing] = {}
     found = list[Hashing | None]()
     try:
         for request, store in asked:
             if not (request.manifest or request.certify):
                 found.append(None)
                 continue
-            key = tuple(inputs_of(request, store).items())
+            here, far = inputs_of(request, store), far_inputs_of(store)
+            key = (*here.items(), *((name, file.name) for name, file in far.items()))
             if key not in begun:
-                begun[key] = Hashing(dict(key))
+                begun[key] = Hashing(here, far)
             found.append(begun[key])
         yield found
     finally:

@@ -20,12 +20,13 @@ from qconvert.adapters import Adapter
 from qconvert.emit import row_ranges
 from qconvert.errors import QConvertError, UnsupportedError, UsageError, uninterrupted
 from qconvert.graph import Graph, Node
+from qconvert.model_cache import find_model
 from qconvert.parallel import default_threads
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.round_base import RoundBase
 from qconvert.request import Request
 from qconvert.scheme import scheme_of
-from qconvert.sources import Store, find_model, read_json
+from qconvert.sources import Store, read_json
 from qconvert.stored_forms import method_of
 from qconvert.weights import Weights
 

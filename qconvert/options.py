@@ -94,7 +94,7 @@ GATES: tuple[Decorator, ...] = (
                   help="By which KL, its tail, and the share of changed tokens may grow."),
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: a name made from the model's, here."),
+    click.option("-o", "--output", metavar="PATH|URL", help="Default: a name made from the model's, here."),
     click.option("--certify", is_flag=True,
                   help="Put into the output what `verify FILE` needs to prove it anywhere without the model; about 0.2 MB."),
     click.option("--manifest", type=click.Path(path_type=Path), metavar="FILE",
@@ -124,6 +124,8 @@ METADATA_ELSEWHERE: tuple[Decorator, ...] = (
 RUN: tuple[Decorator, ...] = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
                   help="cuda: quantize on a GPU, to the same bytes; needs torch with CUDA or ROCm, and Triton."),
+    click.option("--executor", type=click.Choice(["threads", "ray"]), default="threads", show_default=True,
+                  help="ray: weights are tasks of a cluster (RAY_ADDRESS) over storage that its machines share; same bytes."),
     click.option("--passes", "passes", default="...", metavar="SPEC", help='Your passes: "...,my-pass{x=1}"; ... are our own.'),
     click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after every pass."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="YAML that says what flags can; flags win."),

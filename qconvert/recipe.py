@@ -25,6 +25,7 @@ import yaml  # type: ignore[import-untyped]
 
 from qconvert.errors import Place, UsageError
 from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
+from qconvert.url_files import is_url
 
 Options = dict[str, Any]
 Said = dict[str, "tuple[Any, Place]"]
@@ -149,7 +150,7 @@ def _value(name: str, node: yaml.Node, place: Place) -> Any:
         value = yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # tags that are not safe, dates that are none
         raise UsageError(f"{place}: {name.replace('_', '-')}: {getattr(e, 'problem', None) or e}") from e
-    if name == "format":
+    if name == "format" or (name == "output" and is_url(str(value))):
         return str(value)
     if name == "adapters":
         return _adapters(value, place)

@@ -63,7 +63,7 @@ def rehearsing(request: Request, folder: Path) -> Request:
     text = request.imatrix is None and request.statistics is None
     n = min(request.calibrate_tokens or CALIBRATE_TOKENS, CALIBRATE_TOKENS) if text else request.calibrate_tokens
     tokens = EVAL_TOKENS if request.eval_tokens is None else min(request.eval_tokens, EVAL_TOKENS)
-    output = folder / "out" / (request.output.name if request.output else "rehearsal")
+    output = folder / "out" / (Path(request.output).name if request.output else "rehearsal")
     files = ("save_imatrix", "save_statistics", "manifest")
     kept = {key: folder / path.name for key in files if (path := getattr(request, key))}
     return replace(request, output=output, calibrate_tokens=n, eval_tokens=tokens, **kept)

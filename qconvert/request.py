@@ -64,7 +64,7 @@ class Request:
     baseline: Path | None = None  # the last release's report
     baseline_tolerance: float = 0.05
     tokenizer: Path | None = None  # its folder, where it is not the model's
-    output: Path | None = None
+    output: Path | str | None = None  # text: a URL
     manifest: Path | None = None  # a file; SHA256SUMS lies beside it
     certify: bool = False
     target: str | None = None  # a name of qconvert.targets.TARGETS
@@ -102,6 +102,7 @@ class Request:
     memory_bandwidth: float | None = None
     pre_tokenizer: str | None = None
     device: Device = "cpu"  # that quantizes
+    executor: Literal["threads", "ray"] = "threads"  # who evaluates the weights that are written
     places: Mapping[str, str] = field(default_factory=dict, compare=False)  # option -> recipe.yaml:7, where a recipe said it
 
     @property

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
+
+from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.errors import InputError, Place, located
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the safetensors library
@@ -26,7 +29,7 @@ BITS: dict[str, int] = {
 DAMAGED = "the file is damaged or its download was cut short; fetch it again"
 
 
-def damaged(path: Path, what: str) -> InputError:
+def damaged(path: Path | str, what: str) -> InputError:
     return InputError(f"{path}: {what}", hint=DAMAGED)
 
 
@@ -39,34 +42,31 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def read_header(fd: int, path: Path) -> dict[str, Entry]:
-    """All tensors of the open file, begins counted from the file's start. InputError names the file and the key."""
-    raw, n, file_nbytes = _read_table(fd, path)
+def read_header(file: ByteFile) -> dict[str, Entry]:
+    """All tensors of the file, begins counted from its start. InputError names the file and the key."""
+    raw, n, file_nbytes = _read_table(file)
     raw.pop("__metadata__", None)
     entries = {}
     for name, value in raw.items():
-        with located(Place(str(path), key=name)):
-            entries[name] = _entry(name, value, path)
-    _check_spans(entries, file_nbytes - 8 - n, path)
+        with located(Place(file.name, key=name)):
+            entries[name] = _entry(name, value, file.name)
+    _check_spans(entries, file_nbytes - 8 - n, file.name)
     return {name: e._replace(begin=e.begin + 8 + n) for name, e in entries.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The strings that are no tensors."""
-    try:
-        with path.open("rb") as file:
-            raw, _, _ = _read_table(file.fileno(), path)
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
+    with closing(LocalFile(path)) as file:
+        raw, _, _ = _read_table(file)
     return cast(dict[str, str], raw.get("__metadata__", {}))
 
 
-def _read_table(fd: int, path: Path) -> tuple[dict[str, object], int, int]:
+def _read_table(file: ByteFile) -> tuple[dict[str, object], int, int]:
     """The header, its own bytes, those of the file."""
-    file_nbytes = os.fstat(fd).st_size
+    path, file_nbytes = file.name, file.nbytes
     if file_nbytes < 8:
         raise damaged(path, f"{file_nbytes} bytes are too few for a safetensors file")
-    n = int.from_bytes(os.pread(fd, 8, 0), "little")
+    n = int.from_bytes(fill(file, np.empty(8, np.uint8), 0, "header").tobytes(), "little")
     if n > MAX_HEADER_NBYTES:
         raise InputError(
             f"{path}: a header of {n} bytes, more than the {MAX_HEADER_NBYTES} allowed",
@@ -74,12 +74,7 @@ def _read_table(fd: int, path: Path) -> tuple[dict[str, object], int, int]:
         )
     if 8 + n > file_nbytes:
         raise damaged(path, f"a header of {n} bytes in a file of {file_nbytes}")
-    text = b""
-    while len(text) < n:
-        part = os.pread(fd, n - len(text), 8 + len(text))
-        if not part:
-            raise damaged(path, "the file ended in its header")
-        text += part
+    text = fill(file, np.empty(n, np.uint8), 8, "header").tobytes()
     raw = _parse_json(text, path)
     metadata = raw.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -87,7 +82,7 @@ def _read_table(fd: int, path: Path) -> tuple[dict[str, object], int, int]:
     return raw, n, file_nbytes
 
 
-def _parse_json(text: bytes, path: Path) -> dict[str, object]:
+def _parse_json(text: bytes, path: str) -> dict[str, object]:
     try:
         raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as e:
@@ -106,7 +101,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
-def _entry(name: str, value: object, path: Path) -> Entry:
+def _entry(name: str, value: object, path: str) -> Entry:
     if not name.isprintable():  # it ends up on terminals and in other files
         raise damaged(path, f"the tensor name {name[:80]!a} is not printable")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -129,7 +124,7 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and len(value) <= 64 and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
-def _check_spans(entries: dict[str, Entry], data_nbytes: int, path: Path) -> None:
+def _check_spans(entries: dict[str, Entry], data_nbytes: int, path: str) -> None:
     """The tensors fill the data exactly: no overlap, no hole, nothing after the last."""
     at = 0
     for name, e in sorted(entries.items(), key=lambda item: item[1][2:]):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar, cast
@@ -18,8 +17,10 @@ from typing import NamedTuple, TypeVar, cast
 from qconvert import registry
 from qconvert.errors import InputError, Place, UnsupportedError
 from qconvert.gguf_reader import read_header as read_gguf_header
+from qconvert.model_cache import find_model
 from qconvert.scheme import Array
-from qconvert.tensor_files import TensorFile, open_tensors
+from qconvert.tensor_files import SafetensorsFile, TensorFile, open_tensors
+from qconvert.url_files import Mirror, is_url, local_path, mirrored
 
 T = TypeVar("T")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,10 +39,13 @@ class TensorInfo(NamedTuple):
 class Store:
     """Tensors of several folders, each under an alias. Thread-safe; close() must wait for readers."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch_in: Path | None = None) -> None:
+        self.scratch_in = scratch_in
         self.roots: dict[str, Path] = {}
+        self.mirrors: dict[Path, Mirror] = {}  # of folders whose weights are read by URL
         self._single: dict[str, str] = {}
         self._files: dict[tuple[str, str], TensorFile] = {}
+        self._adopted: set[str] = set()
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
         self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
@@ -58,10 +62,45 @@ class Store:
             if path.is_file():
                 self._single[alias] = path.name
 
+    def found(self, text: str) -> Path:
+        """As find_model does; of a URL, a folder that has what is small, whose weights are read from where they lie."""
+        path = local_path(text) if is_url(text) else None
+        if path is not None or not is_url(text):
+            return find_model(str(path or text))
+        if text.endswith(".gguf"):
+            raise UnsupportedError(f"{text}: a GGUF is read from a disk", hint="copy it, and give the copy")
+        name = text.rstrip("/").rpartition("/")[2]
+        folder = self.scratch() / f"mirror{len(self.mirrors)}" / (name if re.fullmatch(r"\w[\w.-]*", name) else "model")
+        folder.mkdir(parents=True)
+        self.mirrors[folder] = mirrored(text, folder)
+        return folder
+
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Each alias, and the folder, file or URL that a store elsewhere adds. UnsupportedError where that is not all."""
+        if self._adopted:
+            raise UnsupportedError(f"{self.roots[min(self._adopted)]}: one machine alone reads it", hint="--executor threads")
+        here = {alias: str((root / self._single.get(alias, "")).absolute()) for alias, root in self.roots.items()}
+        far = {alias: self.mirrors[root].url for alias, root in self.roots.items() if root in self.mirrors}
+        return tuple((here | far).items())
+
+    def add_place(self, alias: str, place: str) -> None:
+        """What `places` gave elsewhere."""
+        if is_url(place):
+            self.mirrors[Path(place)] = Mirror(place)
+        self.add(alias, Path(place))
+
+    def stamp(self, alias: str, filename: str) -> str:
+        """Tells a file from another in its place."""
+        if (root := self._root(alias)) in self.mirrors:
+            return self.mirrors[root].stamp(filename)
+        stat = (root / filename).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
     def adopt(self, alias: str, filename: str, file: TensorFile, alone: bool = False) -> None:
         """Read a file of `alias` by a reader that is open already. alone: `alias` has no other."""
         with self._lock:
             self._files[alias, filename] = file
+            self._adopted.add(alias)
             if alone:
                 self._single[alias] = filename
 
@@ -132,7 +171,8 @@ class Store:
         """A folder for what is made of a source and read again (a GGUF's tokenizer); close() removes it."""
         with self._lock:
             if self._scratch is None:
-                self._scratch = TemporaryDirectory(prefix="qconvert-")
+                Path(self.scratch_in or ".").mkdir(parents=True, exist_ok=True)
+                self._scratch = TemporaryDirectory(prefix=".qconvert-", dir=self.scratch_in)
             return Path(self._scratch.name)
 
     def _find(self, ref: str) -> tuple[TensorFile, str]:
@@ -148,8 +188,13 @@ class Store:
             root = self._root(alias)
             if (alias, filename) not in self._files:
                 given = self._single.get(alias) == filename  # the user's own path may be a link to anywhere
-                self._files[alias, filename] = open_tensors(root / filename if given else inside(root, filename))
+                path = root / filename if given else inside(root, filename)
+                mirror = self.mirrors.get(root)
+                self._files[alias, filename] = SafetensorsFile(mirror.open(filename)) if mirror else open_tensors(path)
             return self._files[alias, filename]
+
+    def _far(self, root: Path) -> Container[str]:
+        return self.mirrors[root].files if root in self.mirrors else ()
 
     def _root(self, alias: str) -> Path:
         if alias not in self.roots:
@@ -158,7 +203,7 @@ class Store:
 
     def _list(self, alias: str) -> dict[str, TensorInfo]:
         root = self._root(alias)
-        name = self._single.get(alias) or _weights_file(root, alias.startswith("adapter"))
+        name = self._single.get(alias) or _weights_file(root, alias.startswith("adapter"), self._far(root))
         if name.endswith(".index.json"):
             return self._list_shards(alias, name)
         if name.endswith(".gguf"):
@@ -188,7 +233,7 @@ class Store:
     def _open_shard(self, alias: str, shard: str, what: str) -> TensorFile:
         if (alias, shard) not in self._files:
             path = inside(self.roots[alias], shard, what)
-            if not path.is_file():
+            if not path.is_file() and shard not in self._far(self.roots[alias]):
                 raise InputError(f"{what}: the shard {shard} is missing", hint=INCOMPLETE)
         return self._open(alias, shard)
 
@@ -313,10 +358,10 @@ def weights_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.endswith(endings)) if folder.is_dir() else []
 
 
-def _weights_file(folder: Path, adapter: bool) -> str:
+def _weights_file(folder: Path, adapter: bool, far: Container[str] = ()) -> str:
     names = ADAPTER_FILES + MODEL_FILES if adapter else MODEL_FILES + ADAPTER_FILES
     for name in names:
-        if (folder / name).is_file():
+        if name in far or (folder / name).is_file():
             return name
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -353,45 +398,3 @@ def gguf_files(path: Path) -> list[Path]:
 def _check_range(ref: str, what: str, begin: int, end: int, n: int) -> None:
     if not 0 <= begin <= end <= n:
         raise InputError(f"{ref}: {what} {begin}..{end} of {n}")
-
-
-def find_model(text: str) -> Path:
-    """A folder or a .gguf as it is, else org/name[@revision] in the local Hugging Face cache; never the network."""
-    try:
-        path = Path(text).expanduser()
-        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-            return path
-        exists = path.exists()
-    except (OSError, RuntimeError) as e:  # a name too long, the home of an unknown user
-        raise InputError(f"{text[:200]}: {e.strerror if isinstance(e, OSError) else e}") from e
-    if exists:
-        raise InputError(f"{text}: is a file; a model folder was wanted", hint=f"give the folder: {path.parent}")
-    repo, _, revision = text.partition("@")
-    if ".." in text or len(text) > 200 or not re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*(?:@\w[\w./-]*)?", text):
-        raise InputError(f"{text}: no such folder", hint="a folder, or org/name[@revision] in the Hugging Face cache")
-    return _cached_snapshot(repo, revision or "main")
-
-
-def cache_folder() -> Path:
-    """Where Hugging Face keeps models: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
-    env = os.environ
-    if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(cache).expanduser()
-    home = env.get("HF_HOME") or str(Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    return Path(home).expanduser() / "hub"
-
-
-def _cached_snapshot(repo: str, revision: str) -> Path:
-    cached = cache_folder() / f"models--{repo.replace('/', '--')}"
-    ref = cached / "refs" / revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision
-    have = sorted(p.name for p in (cached / "snapshots").glob("*"))
-    matches = [c for c in have if c == commit or (len(commit) >= 7 and c.startswith(commit))]
-    if len(matches) == 1:
-        return cached / "snapshots" / matches[0]
-    message = f"{repo}: no such folder, and not in the Hugging Face cache: looked for {cached}"
-    if have:
-        message = f"{repo}: revision {revision} is not in the cache {cached}; there are {', '.join(have[:5])}"
-    download = f"hf download {repo}" + ("" if revision == "main" else f" --revision {revision}")
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-    raise InputError(message, hint=download + (" (HF_HUB_OFFLINE is set: unset it first)" if offline else ""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import re
 import warnings
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.dtypes import DTYPES, FROM_SAFETENSORS, FROM_TORCH
 from qconvert.errors import InputError, Place, UnsupportedError, located
 from qconvert.gguf_reader import GGML_TYPES, row_nbytes
@@ -48,61 +48,35 @@ class TensorFile(Protocol):
 
 def open_tensors(path: Path) -> TensorFile:
     """By the file's ending: .safetensors, .gguf or .bin. InputError where it cannot be read."""
-    kind = GGUFFile if path.suffix == ".gguf" else TorchFile if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile
     with located(Place(str(path))):
-        return kind(path)
-
-
-def opened(path: Path) -> int:
-    """A file descriptor to read from. InputError where there is none."""
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from e
-
-
-def fill(fd: int, path: Path, out: Array, offset: int, name: str) -> Array:
-    """`out`, which is contiguous, with the bytes at `offset`. InputError where the file ends before."""
-    flat = out.reshape(-1).view(np.uint8)  # no copy
-    done = 0
-    while done < flat.size:
-        try:
-            n = os.preadv(fd, [flat[done:].data], offset + done)
-        except OSError as e:
-            raise InputError(f"{path}: {name}: {e.strerror} at byte {offset + done}") from e
-        if n == 0:
-            where = f"the file ended at byte {offset + done}"
-            raise InputError(f"{path}: {name}: {where}", hint="it was changed while it was read")
-        done += n
-    return out
+        if path.suffix == ".gguf":
+            return GGUFFile(path)
+        return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(LocalFile(path))
 
 
 class SafetensorsFile:
     """Header checked on opening; values by pread, so that nothing read stays resident. Threads may read at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, opened(path)
+    def __init__(self, file: ByteFile) -> None:
+        self.file = file
         try:
-            self.entries = read_header(self.fd, path)
-        except OSError as e:
-            os.close(self.fd)
-            raise InputError(f"{path}: {e.strerror}") from e
+            self.entries = read_header(file)
         except InputError:
-            os.close(self.fd)
+            file.close()
             raise
         self.types = {n: (FROM_SAFETENSORS.get(e.dtype, e.dtype.lower()), e.shape) for n, e in self.entries.items()}
 
     def read(self, name: str, begin: int, end: int) -> Array:
         entry, dtype = self.entries[name], self._numpy(name)
         if not entry.shape:
-            return self._fill(np.empty((), dtype), entry.begin, name)
+            return self._fill(np.empty((), dtype), entry, 0, name)
         out = np.empty((end - begin, *entry.shape[1:]), dtype)
-        return self._fill(out, entry.begin + begin * _row_nbytes(entry), name)
+        return self._fill(out, entry, begin * _row_nbytes(entry), name)
 
     def read_stacked(self, name: str, begin: int, end: int) -> Array:
         entry = self.entries[name]
         out = np.empty((end - begin, entry.shape[-1]), self._numpy(name))
-        return self._fill(out, entry.begin + begin * entry.shape[-1] * out.itemsize, name)
+        return self._fill(out, entry, begin * entry.shape[-1] * out.itemsize, name)
 
     def read_columns(self, name: str, begin: int, end: int) -> Array:
         entry, dtype = self.entries[name], self._numpy(name)
@@ -110,7 +84,7 @@ class SafetensorsFile:
         out = np.empty((n_rows, end - begin), dtype)
         if row - out.itemsize * (end - begin) > SYSCALL_NBYTES:
             for i in range(n_rows):
-                self._fill(out[i], entry.begin + i * row + begin * out.itemsize, name)
+                self._fill(out[i], entry, i * row + begin * out.itemsize, name)
             return out
         step = max(1, BLOCK_NBYTES // max(1, row))
         for i in range(0, n_rows, step):
@@ -119,13 +93,13 @@ class SafetensorsFile:
         return out
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.file.close()
 
     def _numpy(self, name: str) -> str:
-        return _numpy_dtype(self.path, name, self.types[name][0])
+        return _numpy_dtype(self.file.name, name, self.types[name][0])
 
-    def _fill(self, out: Array, offset: int, name: str) -> Array:
-        return fill(self.fd, self.path, out, offset, name)
+    def _fill(self, out: Array, entry: Entry, at: int, name: str) -> Array:
+        return fill(self.file, out, entry.begin + at, name, entry.begin + entry.nbytes)
 
 
 class GGUFFile:
@@ -138,7 +112,7 @@ class GGUFFile:
         self.infos = {t.name: t for t in read_gguf_header(path).tensors}
         packed = GGML_TYPES.keys() - DTYPES.keys()
         self.types = {n: (f"gguf.{t.dtype}" if t.dtype in packed else t.dtype, t.shape) for n, t in self.infos.items()}
-        self.fd = opened(path)
+        self.file = LocalFile(path)
 
     def read(self, name: str, begin: int, end: int) -> Array:
         return self.read_stacked(name, begin, end) if len(self.infos[name].shape) > 1 else self._vector(name)[begin:end]
@@ -147,7 +121,7 @@ class GGUFFile:
         info = self.infos[name]
         width = row_nbytes(self._readable(name), info.shape[-1])
         out = np.empty((end - begin, width), np.uint8)
-        return self._typed(name, fill(self.fd, self.path, out, info.offset + begin * width, name))
+        return self._typed(name, fill(self.file, out, info.offset + begin * width, name))
 
     def read_columns(self, name: str, begin: int, end: int) -> Array:
         if self.infos[name].dtype not in DTYPES:
@@ -155,12 +129,12 @@ class GGUFFile:
         return np.ascontiguousarray(self.read(name, 0, self.infos[name].shape[0])[:, begin:end])
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.file.close()
 
     def _vector(self, name: str) -> Array:
         info, dtype = self.infos[name], self._readable(name)
         out = np.empty(math.prod(info.shape) * GGML_TYPES[dtype].nbytes // GGML_TYPES[dtype].block, np.uint8)
-        return self._typed(name, fill(self.fd, self.path, out, info.offset, name))
+        return self._typed(name, fill(self.file, out, info.offset, name))
 
     def _typed(self, name: str, data: Array) -> Array:
         dtype = self.infos[name].dtype
@@ -221,7 +195,7 @@ def _row_nbytes(entry: Entry) -> int:
     return entry.nbytes // entry.shape[0] if entry.shape[0] else 0
 
 
-def _numpy_dtype(path: Path, name: str, dtype: str) -> str:
+def _numpy_dtype(path: Path | str, name: str, dtype: str) -> str:
     if dtype not in DTYPES:
         raise UnsupportedError(
             f"{path}: {name} is {dtype}; weights are read as {', '.join(DTYPES)}",

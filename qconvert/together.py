@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from qconvert.emit import Block, Entry, Progress, Staged, Todo, opened, writing
+from qconvert.emit import Block, Executor, Opened, Progress, Staged, Todo, opened, writing, written_nbytes
 from qconvert.errors import QConvertError, ResourceError
 from qconvert.journal import sync_all
 from qconvert.lockstep import Span, Weight, in_step, regions
 from qconvert.parallel import in_parallel
+from qconvert.plans import Entry
 from qconvert.shared_rows import shared
 from qconvert.weights import Weights
 
@@ -29,7 +30,9 @@ class Making(NamedTuple):
     progress: Progress
 
 
-def write_together(outputs: Sequence[Making], threads: int) -> Mapping[int, QConvertError]:
+def write_together(
+    outputs: Sequence[Making], threads: int, executor: Executor | None = None
+) -> Mapping[int, QConvertError]:
     """Every file of every plan, but for tensors of which a journal says that they are there.
 
     By its number, the error of each output that cannot be made. ResourceError ends them all.
@@ -43,11 +46,15 @@ def write_together(outputs: Sequence[Making], threads: int) -> Mapping[int, QCon
             lines = [Line(making, stack.enter_context(opened(*making.output))) for making in outputs]
             work = regions([(line.making.weights.graph, line.weights()) for line in lines])
             try:
-                in_parallel(work, lambda region: in_step(map(Line.written, lines, region)), threads)
+                if executor is None:
+                    in_parallel(work, lambda region: in_step(map(Line.written, lines, region)), threads)
+                else:
+                    for line in lines:  # what they share is read by the tasks of each
+                        line.written_by(executor)
             finally:
                 for line in lines:
                     line.todo.flush()
-            for fd in (fd for line in lines for fd in line.fds.values()):
+            for fd in (fd for line in lines for fd in line.opened.fds.values()):
                 os.fsync(fd)
     except OSError as e:
         raise ResourceError(f"cannot write into {place}: {e.strerror or e}", hint="-o on another disk") from e
@@ -60,10 +67,10 @@ def write_together(outputs: Sequence[Making], threads: int) -> Mapping[int, QCon
 class Line:
     """What is left to do for one output, or why it cannot be made."""
 
-    def __init__(self, making: Making, fds: dict[Path, int]) -> None:
-        self.making, self.fds = making, fds
+    def __init__(self, making: Making, opened: Opened) -> None:
+        self.making, self.opened = making, opened
         self.error: QConvertError | None = None
-        self.todo = Todo(making.output.plan, making.weights, making.output.journal, partial(sync_all, fds.values()))
+        self.todo = Todo(making.output.plan, making.weights, making.output.journal, partial(sync_all, opened.fds.values()))
         if self.todo.done_nbytes:
             making.progress(self.todo.done_nbytes)
 
@@ -72,8 +79,16 @@ class Line:
             yield Weight(entry.value, partial(self.spans, path, entry))
 
     def spans(self, path: Path, entry: Entry) -> Iterator[Span[Block]]:
-        for block in self.todo.blocks_of(path, entry, self.fds):
+        for block in self.todo.blocks_of(path, entry):
             yield Span(block.begin, block.end, block)
+
+    def written_by(self, executor: Executor) -> None:
+        try:
+            executor(self.todo, self.making.weights, self.opened, self.making.progress)
+        except ResourceError:
+            raise
+        except QConvertError as e:
+            self.error = e
 
     def written(self, spans: Sequence[Span[Block]]) -> Iterator[int]:
         """Write blocks; yields the row that it has reached, within a block too."""
@@ -81,12 +96,13 @@ class Line:
             if self.error is not None:
                 return
             try:
-                for row in writing(span.work, self.making.weights, self.making.progress):
+                for row in writing(span.work, self.making.weights, self.opened.put):
                     yield span.begin + row - span.work.begin
             except ResourceError:
                 raise
             except QConvertError as e:
                 self.error = e
                 return
+            self.making.progress(written_nbytes(span.work))
             self.todo.wrote(span.work)
             yield span.end

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from safetensors_writer import WEIGHTS, entries, write, write_model, write_raw, write_shards
 
 from qconvert.errors import InputError, UnsupportedError
-from qconvert.sources import Store, find_model, read_checkpoint
+from qconvert.model_cache import find_model
+from qconvert.sources import Store, read_checkpoint
 from qconvert.tensor_files import TensorFile, TorchFile
 
 ATTACKS = sorted(m.name for m in pkgutil.iter_modules(attacks.__path__))
