@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from qconvert import __version__
-from qconvert.emit import FilePlan, Plan, Slot, write_all
+from qconvert.emit import FilePlan, Plan, write_all
 from qconvert.errors import InputError, ResourceError
 from qconvert.graph import Graph
 from qconvert.parallel import in_parallel
+from qconvert.planes import Slot
 from qconvert.report import Row
 from qconvert.scheme import Array
 from qconvert.target import Lowered
@@ -105,7 +106,8 @@ class Expected(NamedTuple):
 def with_slot(plan: Plan, certifier: Certifier, n_more: int) -> Plan:
     """The plan with room in its first file's header, and everything behind that moved. n_more: bytes for probes."""
     first = next(f for f in plan.files if f.header)
-    room = n_more + ROOM + sum(PER_TENSOR + len(str(f.path.name)) for f in plan.files) + tensors_room(plan)
+    names = [f.path.relative_to(plan.folder).as_posix() if plan.folder else "" for f in plan.files]
+    room = n_more + ROOM + sum(PER_TENSOR + len(name) for name in names) + tensors_room(plan)
     blank = f"<{KEY}>".encode().ljust(room)
     header = certifier.header(first, KEY, blank)
     assert header.count(blank[: len(KEY) + 2]) == 1

@@ -11,20 +11,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
 
 from qconvert import __version__
-from qconvert.errors import Bug, Interrupted, QConvertError, UsageError
+from qconvert.errors import Bug, Interrupted, OutputsError, Place, QConvertError, UsageError
 from qconvert.options import Sectioned, conversion_options, report_options
-from qconvert.reports import Run, json_text, put
+from qconvert.reports import Asked, Run, json_text, put
 
 if TYPE_CHECKING:
-    from qconvert.conversion import Result
     from qconvert.emit import Plan
+    from qconvert.request import Request
 
 BUG = "run again with -v for the traceback, and report it"
 ABOUT = ("quiet", "verbose")  # of the command, not of a conversion
@@ -87,32 +88,43 @@ def convert(
 
 
 def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | None) -> None:
-    from qconvert.conversion import convert as converted
-    from qconvert.conversion import request_of
+    from qconvert.conversion import Result, convert_all, request_of
+    from qconvert.manifest import apart
     from qconvert.printing import plan_text, report_text
     from qconvert.recipe import recipe_text
 
     quiet, verbose = [{options.pop(key) for options in runs}.pop() for key in ABOUT]
     set_up_log(quiet, verbose)
-    run.begin(*map(asked_for, runs), baseline=runs[0].get("baseline"))
+    requests = [request_of(**options) for options in runs]
+    run.begin(*map(asked_for, requests), baseline=requests[0].baseline)
     if save_config is not None:
-        save_config.write_text(recipe_text(tuple(request_of(**options) for options in runs)), encoding="utf-8")
-    for options in runs:
-        result: Result = converted(**options, progress=lambda plan: bar(plan, quiet))
-        dry_run = options["dry_run"]
-        if not run.prints:
-            click.echo(plan_text(result) if dry_run else "\n".join(map(str, result.outputs)))
-        if not quiet and not dry_run:
+        save_config.write_text(recipe_text(tuple(requests)), encoding="utf-8")
+    manifests = apart([r.manifest or path for r, path in zip(requests, run.manifests(), strict=True)])
+    requests = [replace(r, manifest=path) for r, path in zip(requests, manifests, strict=True)]
+    stopped, results = None, list[Result]()
+    try:
+        results += convert_all(requests, lambda plan: bar(plan, quiet))
+    except OutputsError as e:
+        stopped, results = e, cast("list[Result]", list(e.results))
+        if len(results) == 1 and results[0].error:
+            raise results[0].error from None
+    for request, result in zip(requests, results, strict=True):
+        if not run.prints and not result.error:
+            click.echo(plan_text(result) if request.dry_run else "\n".join(map(str, result.outputs)))
+        if (not quiet and not request.dry_run) or result.error:
             click.echo(report_text(result.report), err=True)
-        run.add(result.report.data())
+        run.add(result.report.data(), result.error)
     run.write()
+    if stopped:
+        raise stopped
 
 
-def asked_for(options: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of an output that was not begun."""
-    adapters = (str(getattr(each, "path", each)) for each in options["adapters"])
-    to = ":".join(filter(None, (options["to"], options["quant"])))
-    return {"provenance": {"model": "+".join([options["model"], *adapters])}, "quant": to}
+def asked_for(request: Request) -> Asked:
+    """What a report says of an output that is not begun."""
+    model = "+".join([request.model, *map(str, (a.path for a in request.adapters))])
+    file, _, line = request.places.get("to", "").rpartition(":")
+    known = {"provenance": {"model": model}, "quant": ":".join(filter(None, (request.to, request.quant)))}
+    return Asked(known, Place(file, int(line)) if line else None)
 
 
 @cli.command()
@@ -155,7 +167,7 @@ def verify(
     set_up_log(quiet, verbose)
     if against is None and adapters:
         raise click.UsageError("-a needs --against MODEL")
-    run.begin({"path": str(file)})
+    run.begin(Asked({"path": str(file)}))
     if against is None:
         found, report = diagnose(file), certificate_report(file, threads)
         said = "\n".join([diagnosis_text(found), *([report_text(report)] if report else [])])

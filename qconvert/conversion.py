@@ -22,7 +22,7 @@ from qconvert.budget import n_weights
 from qconvert.calibration import read_text
 from qconvert.certifying import attested, probes, with_room
 from qconvert.emit import Plan, Progress, staged
-from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError
+from qconvert.errors import OutputsError, QConvertError, ResourceError, UnsupportedError, UsageError, of_output
 from qconvert.formats.gguf_source import tokenizer_rows
 from qconvert.gates import Gates, demand
 from qconvert.graph import Graph
@@ -138,8 +138,9 @@ class Job(NamedTuple):
 
 def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     """All that can be known before a byte is written. Sources are read once for all outputs of them."""
-    for request in requests:
-        refuse_at_once(request)
+    for i, request in enumerate(requests):
+        with of_output(i):
+            refuse_at_once(request)
     if len({request.dry_run for request in requests}) > 1:
         raise UsageError("--dry-run: of some outputs and not of others", hint="say it for all of them")
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
@@ -149,18 +150,20 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     for i in built:
         if i not in ready:
             alike = [j for j in built if sources[j] is sources[i]]
-            found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
+            with of_output(*alike):
+                found = readied([requests[j] for j in alike], sources[i], [targets[j] for j in alike])
             ready |= zip(alike, found, strict=True)
     jobs = []
     for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
         if request.dump_ir is not None and len(requests) > 1:
             request = replace(request, dump_ir=request.dump_ir / f"{i}-{request.to}")
-        if i in ready:
-            jobs.append(of_source(request, sources[i], target, ready[i]))
-        else:
-            store = Store()
-            stack.callback(store.close)
-            jobs.append(rewriting(request, store, target))
+        with of_output(i):
+            if i in ready:
+                jobs.append(of_source(request, sources[i], target, ready[i]))
+            else:
+                store = Store()
+                stack.callback(store.close)
+                jobs.append(rewriting(request, store, target))
     refuse_same_place([job.plan for job in jobs])
     return jobs
 
@@ -225,13 +228,15 @@ class Proof(NamedTuple):
     probes: Mapping[str, Any] = {"skipped": "the model's graph is another's"}
 
 
-def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
+def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
     """Stream the plans into files, prove each, and give their names to those that are what was asked for; the reports get
     the rows of the proofs."""
     for entry in (entry for job in jobs for entry in job.plan.entries):
         log.debug("%-28s %-8s %s", entry.name, entry.dtype.rpartition(".")[2], "x".join(map(str, entry.shape)))
     gates = [Gates.of(job.request, job.report) for job in jobs]
-    jobs = [job._replace(report=g.before(job.report)) for g, job in zip(gates, jobs, strict=True)]
+    for i, g in enumerate(gates):
+        with of_output(i):
+            jobs[i] = jobs[i]._replace(report=g.before(jobs[i].report))
     if jobs[0].request.dry_run:
         return tuple(Result((), job.report, job.plan) for job in jobs)
     for job in jobs:
@@ -241,7 +246,7 @@ def write(jobs: Sequence[Job], progress: Callable[[Plan], Progress]) -> tuple[Re
     threads = max(job.request.threads or default_threads() for job in jobs)
     factors = {id(job.store): Factors() for job in jobs}
     with ExitStack() as stack:
-        sums = [stack.enter_context(hashing(job.request, job.store)) for job in jobs]
+        sums = stack.enter_context(hashing([(job.request, job.store) for job in jobs]))
         outputs = []
         for job in jobs:
             weights = Weights(job.graph, job.store, device=job.request.device, factors=factors[id(job.store)])

@@ -23,7 +23,7 @@ from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
 from qconvert.journal import Digests, Journal, journal_at, sync_all
 from qconvert.parallel import in_parallel
-from qconvert.planes import Plane, folded, ordered, side_by_side
+from qconvert.planes import Plane, Slot, folded, ordered, side_by_side
 from qconvert.scheme import Bytes
 from qconvert.weights import BLOCK_VALUES, Weights, rows_per_block
 
@@ -61,15 +61,6 @@ class FilePlan(NamedTuple):
     @property
     def known_nbytes(self) -> int:
         return len(self.header) + sum(len(data) for _, data in self.between)
-
-
-class Slot(NamedTuple):
-    """Room in a file for text that is known only when all weights are written. quoted: it lies inside a JSON string."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    quoted: bool
 
 
 class Plan(NamedTuple):

@@ -50,6 +50,7 @@ class QConvertError(Exception):
         self.message = message
         self.hint = hint
         self.place = place
+        self.output: int | None = None  # of several, the one that it is of
         self.report: object = None  # what was found until then, where there is a report
 
     def __str__(self) -> str:
@@ -132,6 +133,16 @@ def located(place: Place) -> Iterator[None]:
         yield
     except QConvertError as e:
         e.place = e.place or place
+        raise
+
+
+@contextmanager
+def of_output(*of: int) -> Iterator[None]:
+    """Errors from within are of these outputs: of the one that they name by its index in `of`, else of the first."""
+    try:
+        yield
+    except QConvertError as e:
+        e.output = of[e.output or 0]
         raise
 
 

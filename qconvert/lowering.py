@@ -23,7 +23,7 @@ from qconvert.build import build
 from qconvert.calibrated import all_calibrated, statistics_wanted
 from qconvert.certifying import with_room
 from qconvert.companions import tokenizer_of
-from qconvert.errors import Place, UnsupportedError, UsageError, located, uninterrupted
+from qconvert.errors import Place, UnsupportedError, UsageError, located, of_output, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
 from qconvert.graph import Graph
@@ -119,7 +119,10 @@ def readied(requests: Sequence[Request], source: Source, targets: Sequence[Forma
     """Merge once, look at what all formats are told, gather statistics of each text once."""
     stages, spec, done = transform(requests[0], source)
     merged = stages[-1].graph
-    options = [target.options(request, source, merged) for request, target in zip(requests, targets, strict=True)]
+    options = []
+    for i, (request, target) in enumerate(zip(requests, targets, strict=True)):
+        with of_output(i):
+            options.append(target.options(request, source, merged))
     found = all_calibrated([(request, statistics_wanted(request)) for request in requests], source, merged)
     return [Ready(stages, spec, done, *each) for each in zip(options, found, strict=True)]
 

@@ -109,16 +109,23 @@ def refuse_other_blob(path: Path, sha256: str) -> None:
 
 
 @contextmanager
-def hashing(request: Request, store: Store) -> Iterator[Hashing | None]:
-    """The inputs' sums in the making, where a manifest or a certificate is asked for."""
-    if not (request.manifest or request.certify):
-        yield None
-        return
-    found = Hashing(inputs_of(request, store))
+def hashing(asked: Sequence[tuple[Request, Store]]) -> Iterator[list[Hashing | None]]:
+    """For each output its inputs' sums in the making, where a manifest or a certificate is asked for; equal ones are one."""
+    begun: dict[tuple[tuple[str, Path], ...], Hashing] = {}
+    found = list[Hashing | None]()
     try:
+        for request, store in asked:
+            if not (request.manifest or request.certify):
+                found.append(None)
+                continue
+            key = tuple(inputs_of(request, store).items())
+            if key not in begun:
+                begun[key] = Hashing(dict(key))
+            found.append(begun[key])
         yield found
     finally:
-        found.close()
+        for each in begun.values():
+            each.close()
 
 
 # the manifest ---------------------------------------------------------------------------------------
@@ -169,6 +176,12 @@ def write_manifest(path: Path, manifest: Mapping[str, Any], outputs: Sequence[Ou
         sums.write_bytes("".join(f"{lines[name]}\n" for name in sorted(lines)).encode())
     except OSError as e:
         raise ResourceError(f"cannot write {path}: {e.strerror or e}", hint="--manifest FILE in another folder") from e
+
+
+def apart(paths: Sequence[Path | None]) -> list[Path | None]:
+    """Numbers in the names of those that several outputs would share."""
+    twice = {path for path in paths if path is not None and paths.count(path) > 1}
+    return [p.with_stem(f"{p.stem}-{i + 1}") if p is not None and p in twice else p for i, p in enumerate(paths)]
 
 
 def beside(path: Path, manifest: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,15 @@ class Plane(NamedTuple):
         if self.bits is None:
             return self.nbytes * (-(-n // self.rows) if self.rows else 1)
         return self.depth * (n * self.bits // 8 if self.word is None else -(-n * self.bits // self.word) * self.word // 8)
+
+
+class Slot(NamedTuple):
+    """Room in a file for text that is known only when all weights are written. quoted: it lies inside a JSON string."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    quoted: bool
 
 
 def ordered(plane: Plane, n: int) -> Indices:

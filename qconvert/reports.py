@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from qconvert.errors import MISSHAPEN, QConvertError, ResourceError, UsageError
+from qconvert.errors import MISSHAPEN, Place, QConvertError, ResourceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from qconvert.facts import Facts
@@ -41,12 +41,19 @@ FORMS = (
 )
 
 
+class Asked(NamedTuple):
+    """An output before it is begun. known: of its report. place: where a recipe says it."""
+
+    known: Data
+    place: Place | None = None
+
+
 class Run:
     """One command. args: as they were given, so that reports are written also where no command got to read them."""
 
     def __init__(self, args: Sequence[str]) -> None:
         self.found: list[Data] = []
-        self.asked: list[Data] = [{}]  # what is known of each output before it is begun
+        self.asked: list[Asked] = [Asked({})]
         self.targets = [(form, path) for form in FORMS if (path := value_of(form.flag, args))]
         self.baseline: Path | None = None  # the report of the last release
         self.folder = value_of(DIRECTORY, args)
@@ -58,7 +65,7 @@ class Run:
         """Whether standard output belongs to a report."""
         return any(path == "-" for _, path in self.targets)
 
-    def begin(self, *asked: Data, baseline: Path | None = None) -> None:
+    def begin(self, *asked: Asked, baseline: Path | None = None) -> None:
         """UsageError where a report could not be written at the end."""
         self.asked, self.baseline = list(asked), baseline
         if self.folder:
@@ -67,15 +74,32 @@ class Run:
             if path != "-" and not Path(path).parent.is_dir():
                 raise UsageError(f"{form.flag} {path}: there is no folder {Path(path).parent}")
 
-    def add(self, data: Data) -> None:
-        self.found.append(data)
+    def manifests(self) -> list[Path | None]:
+        """Of each output, in --reports DIR; one of an earlier run does not stay beside the reports of this."""
+        names = ["manifest.json"] if len(self.asked) == 1 else [f"manifest-{i + 1}.json" for i in range(len(self.asked))]
+        paths = [Path(self.folder) / name if self.folder else None for name in names]
+        for path in paths:
+            if path is not None:
+                path.unlink(missing_ok=True)
+        return paths
+
+    def add(self, data: Data, error: QConvertError | None = None) -> None:
+        """What an output came to."""
+        self.found.append(failure(error, data) if error else data)
 
     def fail(self, error: QConvertError) -> None:
-        """The output that was being made ended so; those behind it were not begun."""
-        failed, *waiting = self.asked[len(self.found) :] or [{}]
-        self.found.append(failure(error, failed))
-        skipped = {"exit": error.exit_code, "skipped": "an output before it failed"}
-        self.found += [{**nothing(), **each, **skipped} for each in waiting]
+        """An error that stopped all, where nothing is known of the outputs yet: it is of one, and the others were not made."""
+        if self.found:
+            return
+        failed = error.output or 0
+        skipped = {"exit": error.exit_code, "skipped": f"not made, since output {failed + 1} failed"}
+        for i, (known, place) in enumerate(self.asked):
+            if i != failed:
+                self.found.append({**nothing(), **known, **skipped})
+                continue
+            if isinstance(error, UsageError | UnsupportedError):  # of what was asked, so where that was asked
+                error.place = error.place or place
+            self.found.append(failure(error, {**nothing(), **known}))
 
     def write(self) -> None:
         """Every form that was asked for. ResourceError names the files that could not be written; the others are."""
@@ -121,11 +145,11 @@ def nothing() -> Data:
 
 
 def failure(error: QConvertError, known: Data) -> Data:
-    """What a report says of an output that ended so, in place of what was known of it before."""
+    """What a report says of an output that ended so."""
     found: Any = error.report
     place = error.place and error.place._asdict()
     what = {"exit": error.exit_code, "error": error.message, "hint": error.hint, "kind": type(error).__name__, "place": place}
-    return {**({**nothing(), **known} if found is None else found.data()), **what}
+    return {**(known if found is None else found.data()), **what}
 
 
 def json_page(facts: Sequence[Facts]) -> str:

@@ -200,6 +200,7 @@ def test_a_good_export_goes_through(host: Any, runner: Runner) -> None:
     report = json.loads((runner.work / "qconvert-reports" / "report.json").read_text())
     assert [g["verdict"] for g in report["gates"]] == ["pass"] * 4 and report["provenance"]["adapters"]
     assert (runner.work / "my model.gguf").stat().st_size == report["outputs"][0]["nbytes"]
+    assert "my model.gguf" in (runner.work / "qconvert-reports" / "SHA256SUMS").read_text()
     if host is github:
         assert ended.outputs == {
             "artifact": "my model.gguf", "reports": "qconvert-reports", "verdict": PROVEN, "exit-code": "0"
@@ -251,7 +252,8 @@ def test_an_input_is_an_argument_and_never_a_script(host: Any, value: str, runne
     assert ended.exit == 5, ended.said
     (called,) = runner.called("qconvert")
     lines = value.split("\n")
-    flags = [f"--reports={value}", f"--to={value}", f"--baseline={value}", f"--output={value}"]
+    reports = [f"--reports={value}", f"--manifest={value}/manifest.json"]
+    flags = [*reports, f"--to={value}", f"--baseline={value}", f"--output={value}"]
     assert called == ["convert", *flags, *(f"--adapter={x}" for x in lines), *lines, "--", value]
     assert [p.name for p in runner.work.iterdir()] == ["some file"]
     if host is github:

@@ -28,6 +28,7 @@ from qconvert.formats.gguf_mix import (
     tensor_type,
 )
 from qconvert.formats.gguf_mix_rules import FILE_TYPES
+from qconvert.scheme import SCHEMES
 
 gguf = pytest.importorskip("gguf")
 
@@ -159,8 +160,8 @@ def check(folder: Path, shape: Shape, names: list[str], options: Options | None 
         assert got(choose(shape.tensors, FILE_TYPES[name], shape.hyper, options)) == theirs, (name, shape)
 
 
-PLAIN, NOT_THERE = ("f32", "f16", "bf16"), ("Q2_K_S", "Q1_0", "Q2_0")  # without an imatrix; in that llama.cpp
-MIXES = [name for name, file in FILE_TYPES.items() if file.default not in PLAIN and name not in NOT_THERE]
+NOT_THERE = ("Q2_K_S", "Q1_0", "Q2_0")  # without an imatrix; in that llama.cpp
+MIXES = [name for name, file in FILE_TYPES.items() if file.default in SCHEMES and name not in NOT_THERE]  # others: *_imatrix.py
 SHAPES = {
     "one-layer": Shape(layers=1),
     "two-layers-tied": Shape(tied=True),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qconvert import convert
+from qconvert.errors import UnsupportedError
 from qconvert.formats.gguf_values import read_tensors
 from qconvert.formats.llama_cpp import LlamaCpp
 
@@ -14,11 +15,10 @@ TINY = Path(__file__).parents[1] / "golden" / "tiny"
 needs_llama = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=f"{LlamaCpp().missing()}")
 
 
-def converted(folder: Path, quant: str, types: dict[str, str]) -> dict[str, str]:
+def converted(folder: Path, quant: str, types: dict[str, str], **options: Path | int) -> dict[str, str]:
     """The types of the tensors of a file that ends verified."""
-    result = convert(
-        TINY, quant=quant, tensor_types=[f"{k}={v}" for k, v in types.items()], output=folder / "a.gguf", require_verified=True
-    )
+    chosen = [f"{k}={v}" for k, v in types.items()]
+    result = convert(TINY, quant=quant, tensor_types=chosen, output=folder / "a.gguf", require_verified=True, **options)
     assert [r for r in result.report.data()["checks"] if r["verdict"] == "fail"] == [] and result.verified
     return {name: tensor.type.name.lower() for name, tensor in read_tensors(result.outputs).items()}
 
@@ -33,3 +33,24 @@ def test_a_file_with_types_that_gguf_py_knows_is_proven(tmp_path: Path) -> None:
 def test_a_file_with_types_that_gguf_py_lacks_is_proven_by_ggml(tmp_path: Path) -> None:
     types = converted(tmp_path, "Q2_0", {"attn_q": "q1_0"})
     assert (types["blk.0.attn_q.weight"], types["blk.0.attn_k.weight"]) == ("q1_0", "q2_0")
+
+
+@needs_llama
+def test_a_file_with_codebooks_is_proven(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    chosen = {"attn_q": "iq1_s", "attn_k": "iq1_m", "attn_v": "iq2_xs", "attn_output": "iq3_xxs", "ffn_gate": "iq2_s"}
+    chosen["ffn_up"] = "iq3_s"
+    types = converted(tmp_path, "IQ2_XXS", chosen, calibrate=text, calibrate_tokens=256)
+    assert {k: types[f"blk.0.{k}.weight"] for k in chosen} == chosen and types["blk.1.ffn_down.weight"] == "iq2_xxs"
+
+
+def test_types_that_need_an_imatrix_are_refused_without_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="iq2_xxs needs an imatrix, and none was given") as e:
+        convert(TINY, quant="iq2_xxs", output=tmp_path / "a.gguf")
+    assert e.value.exit_code == 5 and "--calibrate" in str(e.value.hint) and not list(tmp_path.iterdir())
+
+
+def test_solvers_that_take_weights_one_by_one_refuse_codebooks() -> None:
+    with pytest.raises(UnsupportedError, match="gptq makes no iq3_s: its codes are entries of a codebook"):
+        convert(TINY, quant="IQ3_S", solver="gptq", calibrate=Path(__file__), dry_run=True)

@@ -14,7 +14,8 @@ from qconvert.formats.gguf_mix_rules import FILE_TYPES
 pytestmark = pytest.mark.peer
 GOLDEN = Path(__file__).parents[1] / "golden"
 ELSEWHERE = ("f32", "f16", "bf16", "q2_0")  # the last is newer than cyllama's llama.cpp; test_kernels.py has its bytes
-MIXES = [name for name, file in FILE_TYPES.items() if file.default not in ELSEWHERE and name != "Q2_K_S"]
+NEED_IMATRIX = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
+MIXES = [name for name, file in FILE_TYPES.items() if file.default not in ELSEWHERE and name not in NEED_IMATRIX]
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -21,7 +21,7 @@ from qconvert.html_report import html_page
 from qconvert.junit_report import junit_text
 from qconvert.markdown_report import markdown_text
 from qconvert.report import Report, Row
-from qconvert.reports import FORMS, Run, json_page
+from qconvert.reports import FORMS, Asked, Run, json_page
 from qconvert.sarif_report import RULES, sarif_text
 
 ROOT = Path(__file__).parents[1]
@@ -328,7 +328,7 @@ def test_a_baseline_is_matched_by_format_and_type(made: dict[str, Made], tmp_pat
     assert "\n- mean KL: 9 ->" in part and "Q8" not in part
     baseline.write_text(json.dumps([{**then[1], "quality": {"mean_kl": 9.0}}]))
     run = Run([])
-    run.begin({}, baseline=baseline)
+    run.begin(Asked({}), baseline=baseline)
     assert run.released(now.data) is None  # what somebody altered is not compared
 
 
@@ -353,4 +353,4 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     for flag, value in (("--reports", file / "x"), ("--junit", tmp_path / "none" / "j.xml")):
         run = Run([flag, str(value)])
         with pytest.raises(errors.UsageError, match=flag):
-            run.begin({})
+            run.begin(Asked({}))

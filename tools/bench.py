@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_calibrate
+import bench_curve
 import bench_export
 import bench_onnx
 import bench_pipeline
@@ -39,6 +40,7 @@ Result = dict[str, str | float | None]
 ROWS, COLUMNS = 128, 4096  # 2 MB of f32: a block of rows as the emitter hands it on
 ROUNDS = 15
 SCHEMES = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+BOOKS = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s")  # these are made with importance
 
 
 def cpu_seconds(work: Callable[[], object], least: float = 0.02) -> float:
@@ -102,8 +104,9 @@ CASES: dict[str, Callable[[], Iterator[Result]]] = {
     **bench_safetensors.CASES,
     **bench_quality.CASES,
     **bench_solvers.CASES,
+    **bench_curve.CASES,
     **{f"quantize {scheme}": partial(quantize, scheme) for scheme in SCHEMES},
-    **{f"quantize {scheme} imatrix": partial(quantize, scheme, True) for scheme in SCHEMES if scheme != "q8_0"},
+    **{f"quantize {scheme} imatrix": partial(quantize, scheme, True) for scheme in (*SCHEMES, *BOOKS) if scheme != "q8_0"},
     **{f"low rank {r}": partial(low_rank, r) for r in (16, 64)},
 }
 
@@ -132,7 +135,10 @@ def main() -> int:
     parser.add_argument("case", nargs="*", help="part of a case's name")
     parser.add_argument("--isa", choices=["host", "avx2"], default="host")
     parser.add_argument("--record", action="store_true", help=f"append to {RESULTS.name}")
+    parser.add_argument("--plot", help="an SVG for the case `curve`")
     args = parser.parse_args()
+    if args.plot:
+        os.environ["BENCH_PLOT"] = args.plot
     if args.isa == "avx2":
         return as_avx2()
     for name, case in CASES.items():

@@ -1,0 +1,135 @@
+"""The case `curve` of bench.py: KL by bytes, over our schemes and over llama.cpp's types with an imatrix of the same text.
+
+Embedding and head are f16 in every file, so that bytes differ by the linear weights alone. What llama.cpp reads is measured
+there; the others, which no runtime at hand reads, by our evaluator on the same text: `judge` says which. BENCH_PLOT names an
+SVG for the curves; CURVE names those to measure, as "IQ2_XXS,gptq Q2_K,quip"; without it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_onnx import DATA
+from bench_pipeline import work_folder
+from bench_quality import CHUNKS, DOMAINS, LENGTH, SEEN, Domain, Result, data_nbytes, halves, kl, qconvert
+
+THEIRS = (
+    "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M",
+    "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M",
+)  # fmt: skip
+OURS = (
+    *(f"gptq {mix}" for mix in ("Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS",
+                                "Q4_K_S", "Q4_K_M")),
+    *(f"search {mix}" for mix in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_S")),
+    *(f"budget {mix}" for mix in ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "IQ4_XS")),
+)  # fmt: skip
+ELSEWHERE = {"quip": ("quip", "ldlq")}  # by our evaluator: --to safetensors
+F16 = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
+
+
+def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
+    from qconvert.formats.llama_cpp import LlamaCpp
+
+    model = f"{DATA / 'models' / 'novels-13m'}+{DATA / 'adapters' / domain.adapter}"
+    chosen = [name for name in os.environ.get("CURVE", "").split(",") if name]
+    points: list[Result] = []
+    with work_folder() as folder:
+        seen, unseen = halves(folder, domain)
+        statistics = ["--calibrate", str(seen), "--calibrate-tokens", str(SEEN)]
+        imatrix = folder / "imatrix.gguf"
+        reference = qconvert(model, "F32", folder / "f32.gguf", *statistics, "--save-imatrix", str(imatrix))
+        with LlamaCpp().open(reference, LENGTH, 2) as opened:
+            ids = opened.tokenize(unseen.read_text("utf-8"), False, False)
+        sequences = [ids[i : i + LENGTH] for i in range(0, min(len(ids) - LENGTH + 1, CHUNKS * LENGTH), LENGTH)]
+        sizes: dict[str, int] = {}
+
+        def point(whose: str, name: str, nbytes: int, found: float, judge: str) -> Result:
+            case = f"curve {whose} {name}, novels-13m + {domain.adapter}"
+            bits = round(8 * nbytes / n_weights(reference), 3)
+            points.append({"case": case, "whose": whose, "what": name, "nbytes": nbytes, "bits": bits, "kl": round(found, 6),
+                           "judge": judge, "tokens": LENGTH * len(sequences)})  # fmt: skip
+            return points[-1]
+
+        for name in THEIRS if "LLAMA_CPP_BIN" in os.environ else ():
+            if not chosen or name in chosen:
+                file = llama_quantize(reference, folder / "theirs.gguf", name, imatrix)
+                sizes[name] = data_nbytes(file)
+                yield point("llama.cpp", name, sizes[name], kl(reference, file, sequences), "llama.cpp")
+        for name in OURS:
+            solver, mix = name.split()
+            if (chosen and name not in chosen) or (solver == "budget" and mix not in sizes):
+                continue
+            file = folder / "ours.gguf"
+            if solver == "budget":
+                words = ["--target-size", str(sizes[mix] + header_nbytes(reference)), "--solver", "gptq", "-o", str(file)]
+                words += ["--force", "--no-check", "-q", *F16, *statistics]
+                subprocess.run([sys.executable, "-m", "qconvert", model, *words], check=True, stdout=subprocess.DEVNULL)
+            else:
+                qconvert(model, mix, file, "--solver", solver, *F16, *statistics)
+            yield point("ours", name, data_nbytes(file), kl(reference, file, sequences), "llama.cpp")
+        for name, (quant, solver) in ELSEWHERE.items():
+            if not chosen or name in chosen:
+                tokens = str(LENGTH * len(sequences))
+                words = ["--to", "safetensors", "--quant", quant, "--solver", solver, *statistics, "--eval", str(unseen)]
+                words += ["--eval-tokens", tokens, "-o", str(folder / name), "--force", "--json"]
+                command = [sys.executable, "-m", "qconvert", model, *words]
+                said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                nbytes = sum(p.stat().st_size for p in (folder / name).glob("*.safetensors"))
+                yield point("ours", name, nbytes, said["quality"]["mean_kl"], "our evaluator")
+    if (where := os.environ.get("BENCH_PLOT")) and points:
+        Path(where).write_text(plot(points), "utf-8")
+
+
+def llama_quantize(reference: Path, out: Path, name: str, imatrix: Path) -> Path:
+    tool = f"{os.environ['LLAMA_CPP_BIN']}/llama-quantize"
+    words = ["--imatrix", str(imatrix), *F16, str(reference), str(out), name, "2"]
+    subprocess.run([tool, *words], check=True, capture_output=True)
+    return out
+
+
+def n_weights(reference: Path) -> int:
+    """Of an F32 file."""
+    return data_nbytes(reference) // 4
+
+
+def header_nbytes(reference: Path) -> int:
+    """What --target-size counts beside tensors; those of our files differ by a few words."""
+    return reference.stat().st_size - data_nbytes(reference)
+
+
+def below(points: Sequence[Result]) -> list[Result]:
+    """Those that no other has fewer bytes and a smaller KL than: the curve."""
+    best: list[Result] = []
+    for p in sorted(points, key=lambda p: (float(p["nbytes"] or 0), float(p["kl"] or 0))):
+        if not best or float(p["kl"] or 0) < float(best[-1]["kl"] or 0):
+            best.append(p)
+    return best
+
+
+def plot(points: Sequence[Result]) -> str:
+    from qconvert import plots
+    from qconvert.html_report import STYLE
+
+    values: list[dict[str, Any]] = [dict(p) for p in points]
+    x, y = plots.x_axis([p["bits"] for p in values]), plots.y_axis([p["kl"] for p in values], log=True)
+    body = [f"<style>{STYLE}</style>", *plots.axes(x, y, "bits per weight, embedding and head f16", "KL, nats")]
+    for colour, whose in enumerate(("ours", "llama.cpp")):
+        mine = [p for p in values if p["whose"] == whose]
+        line = " ".join(f"{x(p['bits']):.1f},{y(p['kl']):.1f}" for p in map(dict, below(mine)))
+        body.append(f'<polyline class="s{colour}" points="{line}"/>')
+        body.append(plots.dot(plots.WIDTH - 110, plots.TOP + 16 * colour, colour, whose))
+        body.append(plots.text(plots.WIDTH - 100, plots.TOP + 16 * colour + 4, whose, "start"))
+        for p in mine:
+            said = f"{p['what']}: {p['bits']} bits, KL {p['kl']:.3g}, {p['judge']}"
+            body.append(plots.dot(x(p["bits"]), y(p["kl"]), colour, said))
+            body.append(plots.text(x(p["bits"]) + 6, y(p["kl"]) - 5, p["what"], "start", "small"))
+    return plots.svg(body, "KL by bits: ours and llama.cpp's").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
+
+
+CASES: dict[str, Callable[[], Iterator[Result]]] = {"curve": curve}
