@@ -109,7 +109,8 @@ def _calibrated(
     if request.statistics is not None:
         path = request.statistics
         facts, model = read_facts(path)
-        refuse_other_model(path, model, graph, source.store)
+        if not request.rehearse:  # statistics of all layers are of another model than a few of them
+            refuse_other_model(path, model, graph, source.store)
         read_found(path, sites, wanted)
         return from_file(request, source, graph, path, facts, sites, wanted)
     if request.dry_run:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import EllipsisType
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +35,7 @@ from qconvert.parallel import default_threads
 from qconvert.pipeline import Function, Pass
 from qconvert.preflight import check_memory, preflight, refuse_full_disks, refuse_same_place
 from qconvert.qat_grids import grid_notes, recovered_rows
+from qconvert.rehearsal import refuse_rehearsing, rehearsing
 from qconvert.report import Fate, Report, Row, bpw_of, fate_of, size_of
 from qconvert.request import AdapterSpec, Request, adapters_of, parse_model, parse_target
 from qconvert.sources import Store
@@ -61,7 +63,14 @@ class Result:
 
     @property
     def verified(self) -> bool:
-        return self.report.verified
+        return self.report.verified and self.error is None
+
+    def data(self) -> dict[str, Any]:
+        """What --json writes of it."""
+        if self.error is None:
+            return self.report.data()
+        told = {"exit": self.error.exit_code, "error": self.error.message, "hint": self.error.hint}
+        return {**self.report.data(), "outputs": [], "verified": False, **told}
 
 
 def convert(
@@ -119,8 +128,18 @@ def request_of(
 
 
 def _converted(requests: Sequence[Request], progress: Callable[[Plan], Progress]) -> tuple[Result, ...]:
-    with ExitStack() as stack:
-        return write(planned(requests, stack), progress)
+    for flag in ("dry_run", "rehearse"):
+        if len({getattr(request, flag) for request in requests}) > 1:
+            raise UsageError(f"--{flag.replace('_', '-')}: of some outputs and not of others", hint="say it for all of them")
+    if not requests[0].rehearse:
+        with ExitStack() as stack:
+            return write(planned(requests, stack), progress)
+    for request in requests:
+        refuse_rehearsing(request)
+    with TemporaryDirectory(prefix="qconvert-") as folder, ExitStack() as stack:
+        small = [rehearsing(request, Path(folder) / str(i)) for i, request in enumerate(requests)]
+        results = write(planned(small, stack), progress)
+        return tuple(replace(r, outputs=(), report=replace(r.report, outputs=[])) for r in results)
 
 
 class Job(NamedTuple):
@@ -141,8 +160,6 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
     for i, request in enumerate(requests):
         with of_output(i):
             refuse_at_once(request)
-    if len({request.dry_run for request in requests}) > 1:
-        raise UsageError("--dry-run: of some outputs and not of others", hint="say it for all of them")
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
     built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
     sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))

@@ -47,6 +47,7 @@ METRICS = (
     Metric("lost_verification", "baseline", "<="),
 )
 BY_NAME = {m.name: m for m in METRICS}
+REHEARSED = "not judged in a rehearsal"  # which is of a model without most of its layers
 QUALITY = ("mean_kl", "p999_kl", "top1", "perplexity_ratio")
 
 
@@ -97,7 +98,7 @@ class Gates:
     def of(cls, request: Request, report: Report) -> Gates:
         """UsageError for a limit that nothing can keep; InputError for a baseline that this output cannot be held against."""
         baseline = None
-        if request.baseline is not None:
+        if request.baseline is not None and not request.rehearse:
             baseline = read_baseline(request.baseline, request.baseline_tolerance, report, request.eval)
         return cls(request, baseline, tuple(limits(request, report, baseline)))
 
@@ -107,6 +108,9 @@ class Gates:
         unmeasured = [*unproven, *(["--eval-tokens 0"] if self.request.eval_tokens == 0 else [])]
         gates = []
         for limit in self.limits:
+            if self.request.rehearse:
+                gates.append(gate(limit, None, "skip", REHEARSED))
+                continue
             never = unmeasured if limit.metric.name in QUALITY else unproven
             if limit.metric.planned:
                 gates.append(self.judged(limit, report))
@@ -127,6 +131,8 @@ class Gates:
 
     def after(self, report: Report) -> Report:
         """Judged by what was measured; demand() raises."""
+        if self.request.rehearse:
+            return report
         if self.baseline is not None:
             self.baseline.refuse_another_text(report.quality)
         return replace(report, gates=[self.judged(limit, report) for limit in self.limits])
@@ -189,6 +195,8 @@ def limits(request: Request, report: Report, baseline: Baseline | None) -> Itera
         for name, at in {**defaults._asdict(), "verified": 1.0}.items():
             if name != "bits" and name not in said:
                 yield Limit(BY_NAME[name], at, "default")
+    if request.rehearse and request.baseline is not None:
+        yield Limit(BY_NAME["lost_checks"], 0, "baseline", str(request.baseline))
     if baseline is not None:
         place = str(baseline.path)
         for name, at, reason in baseline.limits():

@@ -46,22 +46,22 @@ def regions(outputs: Sequence[tuple[Graph, Iterable[Weight[T]]]]) -> Iterator[li
         yield from together.values()
 
 
-Origin = tuple[str, int]  # a tensor, and the first row of a value that is made from it
+Origin = tuple[str, int]  # a tensor, and which row of a value its first one is
 
 
-def origins(graph: Graph, value: str) -> list[Origin]:
-    """What the rows of a weight come from: one tensor, by first inputs, or one for each expert of a stack."""
+def origins(graph: Graph, value: str, first: int = 0, times: int = 1) -> list[Origin]:
+    """What the rows of a weight come from: one tensor, by first inputs, or several where experts are stacked."""
     node = graph.nodes[value]
-    while node.inputs:
-        if node.op == "stack":
-            n = node.type.rows // len(node.inputs)
-            return [(_tensor(graph, name), i * n) for i, name in enumerate(node.inputs)]
-        value, node = node.inputs[0], graph.nodes[node.inputs[0]]
-    return [(_tensor(graph, value), 0)]
-
-
-def _tensor(graph: Graph, value: str) -> str:
-    return str(graph.root(value).attrs.get("tensor", value))
+    if node.op == "stack":
+        n = node.type.rows // len(node.inputs)
+        return [each for i, name in enumerate(node.inputs) for each in origins(graph, name, first + times * i * n, times)]
+    if node.op == "interleave":
+        return [each for name in node.inputs for each in origins(graph, name, first, 2 * times)]
+    if node.op == "expert":
+        first -= times * int(str(node.attrs["e"])) * node.type.rows
+    if node.inputs:
+        return origins(graph, node.inputs[0], first, times)
+    return [(str(node.attrs.get("tensor", value)), first)]
 
 
 def _groups(outputs: Sequence[Sequence[list[Origin]]]) -> list[list[tuple[int, int, int]]]:
@@ -76,7 +76,8 @@ def _groups(outputs: Sequence[Sequence[list[Origin]]]) -> list[list[tuple[int, i
             row_of.setdefault(tensor, row)
     for at, weights in enumerate(outputs):
         for i, each in enumerate(weights):
-            groups.setdefault(group_of[each[0][0]], []).append((at, i, row_of[each[0][0]]))
+            tensor, row = each[0]
+            groups.setdefault(group_of[tensor], []).append((at, i, row_of[tensor] - row))
     return list(groups.values())
 
 

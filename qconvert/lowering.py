@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from qconvert.companions import tokenizer_of
 from qconvert.errors import Place, UnsupportedError, UsageError, located, of_output, uninterrupted
 from qconvert.evaluation import Text, affordable, calibration_text, calibration_tokens, evaluation_text
 from qconvert.formats.gguf_source import read_gguf
-from qconvert.graph import Graph
+from qconvert.graph import Attr, Graph
 from qconvert.merge_base import choose_base, refuse_erasing
 from qconvert.parallel import default_threads
 from qconvert.passes.adapter_slots import AdapterSlots, alone
@@ -40,6 +40,7 @@ from qconvert.passes.split_metadata import SplitMetadata
 from qconvert.pipeline import Pass, Pipeline, flatten
 from qconvert.pooled_merges import refuse_rounding
 from qconvert.qat_grids import refuse_no_grid
+from qconvert.rehearsal import left_out, shortened, without_others
 from qconvert.request import Request
 from qconvert.scheme import scheme_of
 from qconvert.shape_checkpoint import shape_checkpoint, shapes_alone
@@ -52,7 +53,7 @@ log = logging.getLogger("qconvert")
 # what outputs must agree on to be made of one source; and where the base of an adapter was chosen by measurement
 SAME = (
     "model", "adapters", "adapters_as", "tokenizer", "passes", "trained_on", "merge_base", "pooling",
-    "allow_unused_adapter_keys", "dry_run",
+    "allow_unused_adapter_keys", "dry_run", "rehearse",
 )  # fmt: skip
 MEASURED = ("calibrate", "calibrate_tokens", "allow_lossy", "check")
 CANDIDATES = ("", "lsq", "gptq", "awq", "awq+gptq", "ldlq")  # of auto; "": the format's own
@@ -84,25 +85,29 @@ def read_source(request: Request, store: Store) -> Source:
     path = find_model(request.model)
     unread = request.dry_run and path.is_dir() and shapes_alone(path)
     reader = shape_checkpoint if unread else read_checkpoint if path.is_dir() else read_gguf
-    checkpoint = reader(path, store)
+    checkpoint, short, others = reader(path, store), None, list[str]()
+    if request.rehearse:
+        checkpoint, short, others = shortened(checkpoint)
     with located(Place(str(path / "config.json" if path.is_dir() else path))):
         base = build(checkpoint)
+    if others:
+        base = base.with_meta(dropped=cast(Attr, left_out(base.meta["dropped"], others)))
     adapters = []
     for i, spec in enumerate(request.adapters):
         alias = f"adapter{i}"
         folder, own = find_model(spec.path), request.trained_on == "model"
         with located(Place(str(folder))):
-            adapters.append(read_adapter(folder, store, alias, spec.weight, request.pooling, own))
+            adapter = read_adapter(folder, store, alias, spec.weight, request.pooling, own)
+        adapters.append(without_others(adapter, short) if short else adapter)
     attach = Pipeline(tuple(AttachAdapter(a, request.allow_unused_adapter_keys) for a in adapters))
     graph = attach.run(base, request.dump_ir, log.info)
     for adapter in adapters if not request.dry_run else ():  # a dry run reads headers alone
         check_delta(adapter, store, graph)
     chosen = choose_base(request, adapters, store, graph, path if path.is_dir() else path.parent)
     graph, swap = chosen.graph, request.adapters_as == "swap"
-    facts = {"merge_base": chosen.facts} if chosen.facts else {}
-    return Source(
-        request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, chosen.notes, facts
-    )  # fmt: skip
+    facts = {**({"merge_base": chosen.facts} if chosen.facts else {}), **(short.facts if short else {})}
+    notes = (*(short.notes if short else ()), *chosen.notes)
+    return Source(request.model, checkpoint, tuple(adapters), store, base, graph, swap, request.tokenizer, notes, facts)
 
 
 class Ready(NamedTuple):

@@ -31,8 +31,9 @@ INPUT: tuple[Decorator, ...] = (
     click.option("--allow-lossy", is_flag=True, help="Go on where rounding may undo an adapter, which is refused."),
 )  # fmt: skip
 TYPE: tuple[Decorator, ...] = (
-    click.option("--to", default="gguf", show_default=True, metavar="FORMAT[:TYPE]",
-                  help="gguf, onnx, safetensors, or gguf:Q4_K_M at once."),
+    click.option("--to", multiple=True, default=("gguf",), show_default=True, metavar="FORMAT[:TYPE]",
+                  help="gguf, onnx, safetensors, or gguf:Q4_K_M at once. Several (repeat it, or commas) share one reading, "
+                  "merge and calibration; each is judged by itself, and the exit code is that of the first that fails."),
     click.option("--quant", "--outtype", metavar="TYPE", help="Q4_K_M, F16 ... or int4, fp16 ...; see --list types."),
     click.option("--bits", type=int, help="8 6 5 4 3 2: Q8_0 Q6_K Q5_K_M Q4_K_M Q3_K_M Q2_K; ONNX 8 4 2: int8 ...; "
                   "safetensors 8 4 16: w8a16 w4a16 bf16. Default 4."),
@@ -99,6 +100,9 @@ OUTPUT: tuple[Decorator, ...] = (
     click.option("--manifest", type=click.Path(path_type=Path), metavar="FILE",
                   help="Write inputs, recipe, versions, checks and every weight's sha256 there, and SHA256SUMS beside it."),
     click.option("--dry-run", is_flag=True, help="Show every tensor, type and byte of the output; write nothing."),
+    click.option("--rehearse", is_flag=True,
+                  help="Run all of it, checks too, on the first two layers (more where kinds of layers alternate) and little "
+                  "text; keep nothing. Gates are not judged."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
     click.option("--split-max-size", metavar="SIZE", help="Shards of at most this size: 2G, 500M."),
     click.option("--card", is_flag=True, help="Write a model card for the Hub: README.md in the output's folder."),

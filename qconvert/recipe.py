@@ -7,13 +7,16 @@ text -> nodes with their lines -> checked against the options of a conversion ->
     to: [gguf:Q4_K_M, {format: onnx, quant: int4, output: onnx-folder}]
     tensor-types: {ffn_down: q6_k}
     gates: {max-kl: 0.05, max-size: 800M}       # or: gates: default
+
+Outputs share one reading, merge and calibration. All are planned before the first is written; each is then judged by
+itself: those that are what was asked for get their files, the exit code is that of the first which is not.
 """
 
 from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,6 +27,7 @@ from qconvert.errors import Place, UsageError
 from qconvert.request import GATES, AdapterSpec, Request, parse_adapter
 
 Options = dict[str, Any]
+Places = dict[str, str]
 Said = dict[str, "tuple[Any, Place]"]
 SHARED = ("model", "adapters", "tokenizer")  # what all outputs of a recipe have in common
 HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name != "places"}
@@ -31,19 +35,27 @@ HINTS = {name: hint for name, hint in get_type_hints(Request).items() if name !=
 
 @dataclass(frozen=True)
 class Recipe:
-    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there.
+    """outputs: the options of each, by the names of Request's fields; what the recipe does not say is not there. common: those
+    that are said for all. places: where each was said."""
 
-    places: where each of them was said.
-    """
-
-    outputs: tuple[Options, ...]
-    places: tuple[dict[str, str], ...] = ()
+    outputs: tuple[Options, ...] = ({},)
+    common: Options = field(default_factory=dict)
+    places: tuple[Places, ...] = ({},)
+    common_places: Places = field(default_factory=dict)
 
     def with_flags(self, flags: Mapping[str, Any]) -> tuple[Options, ...]:
-        """What the command line says wins. UsageError where it names one output file for several."""
-        if len(self.outputs) > 1 and "output" in flags:
-            raise UsageError(f"--output: the recipe has {len(self.outputs)} outputs", hint="say `output` beside each of them")
-        return tuple({**options, **flags} for options in self.outputs)
+        """What the command line says wins; outputs that it names, as a tuple, take the place of all others.
+
+        UsageError where it names one output file for several.
+        """
+        named, outputs, places = flags.get("to"), self.outputs, self.places
+        if isinstance(named, tuple):
+            outputs, places = tuple({**self.common, "to": to} for to in named), (self.common_places,) * len(named)
+            flags = {k: v for k, v in flags.items() if k != "to"}
+        if len(outputs) > 1 and "output" in flags:
+            raise UsageError(f"--output: there are {len(outputs)} outputs", hint="say `output` beside each, in a recipe")
+        said = ({key: place for key, place in of.items() if key not in flags} for of in places)
+        return tuple({**options, **flags, "places": of} for options, of in zip(outputs, said, strict=True))
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -67,8 +79,9 @@ def read_recipe(path: Path) -> Recipe:
         else:
             _say(common, key, node, place)
     merged = [{**common, **said} for said in outputs]
-    values = tuple({key: value for key, (value, _) in said.items()} for said in merged)
-    return Recipe(values, tuple({key: str(place) for key, (_, place) in said.items()} for said in merged))
+    places = tuple({key: str(place) for key, (_, place) in said.items()} for said in (common, *merged))
+    values = tuple({key: value for key, (value, _) in said.items()} for said in (common, *merged))
+    return Recipe(values[1:], values[0], places[1:], places[0])
 
 
 def mistake(place: Place, what: str, hint: str | None = None) -> UsageError:
@@ -185,12 +198,8 @@ def _fitting(hint: Any, value: object, place: Place, what: str) -> Any:
 
 def asked(path: Path | None, usual: Mapping[str, Any], said: Mapping[str, Any]) -> list[Options]:
     """The options of each conversion: what the command line said, else the recipe, else what is usual."""
-    flags, usual = _fields(said), _fields(usual)
-    if path is None:
-        return [{**usual, **flags}]
-    recipe = read_recipe(path)
-    places = ({key: place for key, place in of.items() if key not in flags} for of in recipe.places)
-    return [{**usual, **options, "places": of} for options, of in zip(recipe.with_flags(flags), places, strict=True)]
+    outputs = (Recipe() if path is None else read_recipe(path)).with_flags(_fields(said))
+    return [{**_fields(usual), "to": Request.to, **options} for options in outputs]
 
 
 def _fields(flags: Mapping[str, Any]) -> Options:
@@ -200,6 +209,8 @@ def _fields(flags: Mapping[str, Any]) -> Options:
     out = dict(flags)
     if "no_check" in out:
         out["check"] = not out.pop("no_check")
+    if "to" in out:
+        out["to"] = tuple(name for each in out["to"] for name in each.split(","))
     if "passes" in out:
         out["passes"] = tuple(... if p == "..." else p for p in split_passes(out["passes"]))
     return out
@@ -222,12 +233,12 @@ def recipe_text(requests: tuple[Request, ...]) -> str:
 
 def _told(request: Request) -> Options:
     out: Options = {}
-    for field in fields(Request):
-        value = getattr(request, field.name)
-        if (value == field.default and field.name != "to") or field.name == "places":
+    for each in fields(Request):
+        value = getattr(request, each.name)
+        if (value == each.default and each.name != "to") or each.name == "places":
             continue
-        key = field.name.replace("_", "-")
-        match field.name, value:
+        key = each.name.replace("_", "-")
+        match each.name, value:
             case "adapters", _:
                 out[key] = [a.path if a.weight == 1 else {"path": a.path, "weight": a.weight} for a in value]
             case "passes", _:

@@ -71,6 +71,7 @@ class Request:
     passes: tuple[Pass | Function | str | EllipsisType, ...] = (...,)
     inputs: Path | None = None  # .npz of an ONNX model's inputs
     dry_run: bool = False
+    rehearse: bool = False  # the first layers alone; nothing is kept
     check: bool = True
     require_verified: bool = False
     force: bool = False

@@ -19,7 +19,8 @@ from qconvert.graph import Graph
 from qconvert.scheme import Array, QTensor
 from qconvert.text import format_node
 
-KEPT = 8  # blocks of a thread: what the outputs of one weight read at a time, with heads that are turned whole
+KEPT_NBYTES = 1 << 24  # of a thread's blocks: what the outputs of one weight read at a time, with heads that are turned whole
+AT_ONCE = 4  # blocks; what asks for more of a weight asks for all of it, and only once
 Rows = Array | QTensor
 
 
@@ -28,6 +29,7 @@ class Blocks(threading.local):
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple[str, int], Rows] = OrderedDict()
+        self.nbytes = 0
 
     def of(self, key: tuple[str, int], make: Callable[[], Rows]) -> Rows:
         if key in self.kept:
@@ -35,8 +37,9 @@ class Blocks(threading.local):
             return self.kept[key]
         made = make()
         self.kept[key] = made
-        while len(self.kept) > KEPT:
-            self.kept.popitem(last=False)
+        self.nbytes += nbytes_of(made)
+        while self.nbytes > KEPT_NBYTES and len(self.kept) > AT_ONCE:
+            self.nbytes -= nbytes_of(self.kept.popitem(last=False)[1])
         return made
 
 
@@ -51,7 +54,7 @@ class Shared:
         """Rows of a value of n, which is shared: whole blocks of `step` are made, unless more is asked for than is kept."""
         begin, end = span
         numbers = range(begin // step, -(-end // step))
-        if not 0 < len(numbers) <= KEPT // 2:
+        if not 0 < len(numbers) <= AT_ONCE:
             return make(begin, end)
         identity, parts = self.identities[name], list[Rows]()
         for i in numbers:
@@ -59,6 +62,10 @@ class Shared:
             block = self.blocks.of((identity, i), partial(make, first, last))
             parts.append(_cut(block, max(begin, first) - first, min(end, last) - first))
         return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def nbytes_of(rows: Rows) -> int:
+    return sum(v.nbytes for v in (rows.codes, *rows.levels)) if isinstance(rows, QTensor) else rows.nbytes
 
 
 def _cut(rows: Rows, begin: int, end: int) -> Rows:
