@@ -98,6 +98,8 @@ class Facts:
         if outcome == "verified":
             also = f"; not checked: {', '.join(c.name for c in skipped)}" if skipped else ""
             return f"{outcome} in {self.data['runtime']['name']} {self.data['runtime']['version']}{also}"
+        if cut := self.data.get("accounting", {}).get("rehearsal"):
+            return f"{outcome}: a rehearsal, of {cut['layers']} of {cut['of']} layers"
         return f"{outcome}: {skipped[0].reason if skipped else 'no check ran'}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from test_layout_round_trips import NAMES, within
 
 from qconvert import adapter_config, gguf_reader, licenses, recipe, request, safetensors_header, text, tokenizer_json
 from qconvert.baseline import read_baseline
+from qconvert.byte_files import LocalFile
 from qconvert.certificate import FIELDS, Certificate, read_certificate, seal
 from qconvert.errors import InputError
 from qconvert.families import LLAMA
@@ -64,11 +64,11 @@ HEADER = st.dictionaries(TEXT | st.just("__metadata__"), ENTRY | json_value(TEXT
 @example(b"[" * 100_000, None, b"")
 def test_safetensors_header(place: Path, header: bytes, n: int | None, data: bytes) -> None:
     path = written(place, "x.safetensors", u64(len(header) if n is None else n) + header + data)
-    fd = os.open(path, os.O_RDONLY)
+    file = LocalFile(path)
     try:
-        found = ends(lambda: safetensors_header.read_header(fd, path))
+        found = ends(lambda: safetensors_header.read_header(file))
     finally:
-        os.close(fd)
+        file.close()
     for entry in (found or {}).values():
         assert entry.begin >= 8 and entry.begin + entry.nbytes <= path.stat().st_size
 

@@ -42,7 +42,7 @@ def test_mutated_inputs_end_in_a_named_error_or_the_right_file(name: str, tmp_pa
 
 def test_bounds_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What breaks a bound, or ends otherwise than in a named error, is seen to."""
-    monkeypatch.setattr("mutations.SECONDS", 1)
+    monkeypatch.setattr("mutations.SECONDS", 4)
 
     def endless() -> None:
         while True:
