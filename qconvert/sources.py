@@ -64,7 +64,7 @@ class Store:
 
     def found(self, text: str) -> Path:
         """As find_model does; of a URL, a folder that has what is small, whose weights are read from where they lie."""
-        path = local_path(text) if is_url(text) else None
+        path = local_path(text)
         if path is not None or not is_url(text):
             return find_model(str(path or text))
         if text.endswith(".gguf"):

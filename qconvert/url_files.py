@@ -39,9 +39,9 @@ def is_url(text: str) -> bool:
 
 
 def local_path(url: str) -> Path | None:
-    """The path that a file:// or local:// URL names."""
-    protocol, _, rest = url.partition("://")
-    return Path(rest) if protocol in ("file", "local") else None
+    """The path that a file:// or local:// URL names; None for all else."""
+    protocol, found, rest = url.partition("://")
+    return Path(rest) if found and protocol in ("file", "local") else None
 
 
 @cache

@@ -20,7 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qconvert import url_files
-from qconvert.conversion import convert
+from qconvert.conversion import convert, request_of
 from qconvert.errors import InputError, MissingDependency, NotVerifiedError, ResourceError, UnsupportedError, UsageError
 from qconvert.request import parse_model
 from qconvert.url_files import UrlFile, is_url
@@ -91,6 +91,12 @@ def test_file_urls_are_paths(tmp_path: Path, want: bytes) -> None:
     model = f"file://{GOLDEN / 'tiny'}+file://{GOLDEN / 'tiny-lora'}"
     made = convert(model, output=f"file://{tmp_path}/out.gguf", bits=4, check=False)
     assert made.outputs == (tmp_path / "out.gguf",) and (tmp_path / "out.gguf").read_bytes() == want
+
+
+@pytest.mark.parametrize("name", ["file", "local"])
+def test_an_output_with_the_name_of_a_scheme_is_a_path(name: str) -> None:
+    assert request_of("m", output=name).output == Path(name)
+    assert request_of("m", output=f"{name}:///a/b").output == Path("/a/b")
 
 
 def test_an_output_by_url_is_there_when_it_is_proven(tmp_path: Path, want: bytes) -> None:
