@@ -1,6 +1,6 @@
 """Stream a plan into files: one pass over the weights, row block by row block, whole or not at all.
 
-plan -> preflight (disk, permissions) -> workers: rows -> bytes -> pwrite at the offset -> fsync -> rename
+plan -> preflight (disk, permissions) -> workers (together): rows -> bytes -> pwrite at the offset -> fsync -> rename
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import numpy as np
 
 from qconvert.errors import ResourceError
 from qconvert.graph import n_rows
-from qconvert.journal import Digests, Journal, journal_at, sync_all, sync_folder
-from qconvert.parallel import in_parallel
+from qconvert.journal import Digests, Journal, journal_at, sync_folder
 from qconvert.planes import Plane, folded, ordered, side_by_side
 from qconvert.plans import Entry as Entry
 from qconvert.plans import FilePlan as FilePlan
@@ -63,17 +62,6 @@ class Executor(Protocol):
     """Who evaluates blocks, where threads of this process do not, and tells `todo.wrote` of each that is in its parts."""
 
     def __call__(self, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None: ...
-
-
-@contextmanager
-def written(
-    plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None, executor: Executor | None = None
-) -> Iterator[tuple[Path, ...]]:
-    """Write every file beside its final name and yield those paths, to be checked; then rename them all; see `staged`."""
-    with staged(plan) as output:
-        write_parts(output, weights, executor or partial(in_threads, threads), progress)
-        yield tuple(output.parts.paths.values())
-        output.publish()
 
 
 @contextmanager
@@ -144,32 +132,6 @@ class Parts(NamedTuple):
                 part.unlink(missing_ok=True)
         if self.staging:
             shutil.rmtree(self.staging, ignore_errors=True)
-
-
-def write_parts(output: Staged, weights: Weights, executor: Executor, progress: Progress) -> None:
-    """Every file of the plan, but for tensors of which the journal says that they are there."""
-    plan, parts, journal = output
-    try:
-        with opened(plan, parts, journal) as found:
-            todo = Todo(plan, weights, journal, partial(sync_all, found.fds.values()))
-            if todo.done_nbytes:
-                progress(todo.done_nbytes)
-            try:
-                executor(todo, weights, found, progress)
-            finally:
-                todo.flush()
-            for fd in found.fds.values():
-                os.fsync(fd)
-    except OSError as e:
-        raise ResourceError(f"cannot write {plan.files[0].path}: {e.strerror or e}", hint="-o on another disk") from e
-
-
-def in_threads(threads: int, todo: Todo, weights: Weights, opened: Opened, progress: Progress) -> None:
-    def work(block: Block) -> None:
-        progress(write_block(block, weights, opened.put))
-        todo.wrote(block)
-
-    in_parallel(todo.blocks(), work, threads)
 
 
 class Todo:

@@ -1,4 +1,4 @@
-"""Several outputs written side by side: rows that they are all made from are read and merged once.
+"""Outputs written side by side: rows that they are all made from are read and merged once.
 
 plans -> parts, each with its journal -> regions of rows (lockstep) -> blocks of each output, shared rows (shared_rows)
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from qconvert.emit import Block, Executor, Opened, Progress, Staged, Todo, opened, writing, written_nbytes
+from qconvert.emit import Block, Executor, Opened, Progress, Staged, Todo, opened, staged, writing, written_nbytes
 from qconvert.errors import QConvertError, ResourceError
 from qconvert.journal import sync_all
 from qconvert.lockstep import Span, Weight, in_step, regions
 from qconvert.parallel import in_parallel
-from qconvert.plans import Entry
+from qconvert.plans import Entry, Plan
 from qconvert.shared_rows import shared
 from qconvert.weights import Weights
 
@@ -30,6 +30,18 @@ class Making(NamedTuple):
     progress: Progress
 
 
+@contextmanager
+def written(
+    plan: Plan, weights: Weights, threads: int, progress: Progress = lambda _: None, executor: Executor | None = None
+) -> Iterator[tuple[Path, ...]]:
+    """Write every file beside its final name and yield those paths, to be checked; then rename them all; see `staged`."""
+    with staged(plan) as output:
+        for error in write_together([Making(output, weights, progress)], threads, executor).values():
+            raise error
+        yield tuple(output.parts.paths.values())
+        output.publish()
+
+
 def write_together(
     outputs: Sequence[Making], threads: int, executor: Executor | None = None
 ) -> Mapping[int, QConvertError]:
@@ -40,7 +52,6 @@ def write_together(
     asked = [(m.weights.graph, [e.value for e in m.output.plan.entries], m.weights.store) for m in outputs]
     for making, common in zip(outputs, shared(asked), strict=True):
         making.weights.shared = common
-    place = outputs[0].output.plan.place
     try:
         with ExitStack() as stack:
             lines = [Line(making, stack.enter_context(opened(*making.output))) for making in outputs]
@@ -57,7 +68,8 @@ def write_together(
             for fd in (fd for line in lines for fd in line.opened.fds.values()):
                 os.fsync(fd)
     except OSError as e:
-        raise ResourceError(f"cannot write into {place}: {e.strerror or e}", hint="-o on another disk") from e
+        made = ", ".join(str(m.output.plan.files[0].path) for m in outputs)
+        raise ResourceError(f"cannot write {made}: {e.strerror or e}", hint="-o on another disk") from e
     finally:
         for making in outputs:
             making.weights.shared = None

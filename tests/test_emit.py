@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, Plane, written
+from qconvert.emit import Entry, FilePlan, Plan, Plane
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.parallel import in_parallel
 from qconvert.preflight import preflight
 from qconvert.sources import Store
+from qconvert.together import written
 from qconvert.weights import Weights
 
 N, K = 40, 8

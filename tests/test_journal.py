@@ -16,10 +16,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from qconvert import journal
-from qconvert.emit import Entry, FilePlan, Plan, written
+from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.errors import ResourceError, UsageError
 from qconvert.graph import Graph, Node, Type
 from qconvert.sources import Store
+from qconvert.together import written
 from qconvert.weights import Weights
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from pathlib import Path
 import qconvert.journal, test_journal as t
-from qconvert.emit import written
+from qconvert.together import written
 qconvert.journal.SYNC_SECONDS = 0.0
 plan, weights = t.subject(Path(sys.argv[2]), Path(sys.argv[3]))
 print("ready", flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qconvert import emit
-from qconvert.emit import Entry, FilePlan, Plan, written
+from qconvert.emit import Entry, FilePlan, Plan
 from qconvert.formats.onnx_columns import LAYOUTS, PREFIX
 from qconvert.graph import Graph, Node, Type
 from qconvert.passes.pack import Pack
@@ -18,6 +18,7 @@ from qconvert.passes.quantize import Quantize
 from qconvert.planes import Plane, side_by_side
 from qconvert.scheme import QTensor, Scheme, scheme_of
 from qconvert.sources import Store
+from qconvert.together import written
 from qconvert.weights import Weights
 
 NAMES = [name.partition(".")[2] for name in LAYOUTS]

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from qconvert import convert, offloading, registry
 from qconvert.cli import cli
 from qconvert.conversion import Result
-from qconvert.emit import Plan, written
+from qconvert.emit import Plan
 from qconvert.errors import ResourceError, UnsupportedError, UsageError
 from qconvert.graph import Graph, n_rows
 from qconvert.layouts import layout_of
@@ -30,6 +30,7 @@ from qconvert.scheme import Bytes, QTensor
 from qconvert.sources import Store
 from qconvert.target import Format
 from qconvert.text import format, parse
+from qconvert.together import written
 from qconvert.weights import Weights
 
 ort = pytest.importorskip("onnxruntime")

@@ -14,13 +14,14 @@ import test_journal
 
 from qconvert import emit, registry, tasks
 from qconvert.conversion import request_of
-from qconvert.emit import Executor, Opened, Progress, Todo, written
+from qconvert.emit import Executor, Opened, Progress, Todo
 from qconvert.errors import InputError, UsageError
 from qconvert.lowering import lower, read_source
 from qconvert.sources import Store
 from qconvert.target import Format
 from qconvert.tasks import Done, Task, Tasks, perform
 from qconvert.text import parse
+from qconvert.together import written
 from qconvert.weights import Weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
