@@ -60,12 +60,11 @@ def entry_spans(entry: Entry, graph: Graph, own: str) -> Iterator[tuple[str, Spa
     """Each piece of a weight, and the name of the file that has it."""
     n, kinds = n_rows(entry.shape), entry_parts(entry, graph)
     pieces = [(plane.offset, plane.file_nbytes(n)) for plane in entry.pieces]
-    names = entry.files or (own,) * len(pieces)
     by_piece = [{kind: nbytes} for kind, nbytes in kinds]
     if [sum(p.values()) for p in by_piece] != [nbytes for _, nbytes in pieces]:  # several parts in one piece
         assert len(pieces) == 1, entry
         by_piece = [dict(kinds)]
-    for name, (offset, nbytes), parts in zip(names, pieces, by_piece, strict=True):
+    for name, (offset, nbytes), parts in zip(entry.files_of_pieces(own), pieces, by_piece, strict=True):
         yield name, Span(offset, offset + nbytes, parts)
 
 

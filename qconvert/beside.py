@@ -117,7 +117,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def card_mark(plan: Plan) -> str:
-    return f"<!-- card of {re.sub('[^ -~]|--|[<>]', '_', (plan.folder or plan.files[0].path).name)} -->"
+    return f"<!-- card of {re.sub('[^ -~]|--|[<>]', '_', plan.paths[0].name)} -->"
 
 
 def name_of(plan: Plan) -> str:
@@ -198,4 +198,4 @@ def published(request: Request, origins: Sequence[Origin], plan: Plan) -> Reques
     paths: dict[str, Any] = {name: Path(value.name) for name, value in vars(request).items() if isinstance(value, Path)}
     named = tuple(AdapterSpec(each, o.weight) for each, o in zip(known[1:], adapters, strict=True))
     request = replace(request, **paths, model=known[0], adapters=named, threads=None, force=False)
-    return replace(request, output=Path((plan.folder or plan.files[0].path).name), dump_ir=None)
+    return replace(request, output=Path(plan.paths[0].name), dump_ir=None)

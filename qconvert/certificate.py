@@ -129,7 +129,7 @@ def moved(file: FilePlan, header: bytes, by: Mapping[str, int]) -> FilePlan:
     """by: how far what lies in a file moves."""
     own, entries = by[file.path.name], []
     for entry in file.entries:
-        names = entry.files or (file.path.name,) * len(entry.pieces)
+        names = entry.files_of_pieces(file.path.name)
         planes = tuple(p._replace(offset=p.offset + by[n]) for p, n in zip(entry.planes, names, strict=bool(entry.planes)))
         entries.append(entry._replace(offset=entry.offset + by[names[0]], planes=planes))
     between = tuple((offset + own, data) for offset, data in file.between)

@@ -125,7 +125,7 @@ def as_planned(plan: Plan, parts: Sequence[Path], threads: int) -> Digests:
     where, tensors = {f.path.name: part for f, part in zip(plan.files, parts, strict=True)}, list[Located]()
     for file in plan.files:
         for e in file.entries:
-            names = e.files or (file.path.name,) * len(e.pieces)
+            names = e.files_of_pieces(file.path.name)
             nbytes = [plane.file_nbytes(n_rows(e.shape)) for plane in e.pieces]
             tensors += [Located(e.name if len(names) == 1 else f"{e.name}.{i}", where[name], plane.offset, n, e.dtype)
                         for i, (name, plane, n) in enumerate(zip(names, e.pieces, nbytes, strict=True))]  # fmt: skip

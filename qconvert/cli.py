@@ -198,7 +198,7 @@ def bar(plan: Plan, quiet: bool) -> Callable[[int], None]:
     from threading import Lock
 
     total = sum(e.nbytes for e in plan.entries)
-    name, start, lock = (plan.folder or plan.files[0].path).name, time.monotonic(), Lock()
+    name, start, lock = plan.paths[0].name, time.monotonic(), Lock()
     done = drawn = 0.0
     terminal = sys.stderr.isatty()
 

@@ -100,7 +100,7 @@ def convert_all(
         raise UsageError("no output was asked for")
     results = _converted(requests, progress)
     if failed := [r for r in results if r.error is not None]:
-        first, place = failed[0].error, failed[0].plan.folder or failed[0].plan.files[0].path
+        first, place = failed[0].error, failed[0].plan.paths[0]
         assert first is not None
         what = f"{len(failed)} of {len(results)} outputs failed, first {place}: {first.message}"
         raise OutputsError(what, first.exit_code, results)
@@ -286,14 +286,13 @@ def write(jobs: list[Job], progress: Callable[[Plan], Progress]) -> tuple[Result
             error, report, parts = errors.get(i), job.report, tuple(output.parts.paths.values())
             try:
                 if error is None:
-                    report, asked_again = proven(job, gates[i], weights, parts, threads, quality.get(i))
-                    manifests[i] = attested(job.request, job.plan, parts, report, asked_again, sums[i], threads)
+                    report, prompts = proven(job, gates[i], weights, parts, threads, quality.get(i))
+                    manifests[i] = attested(job.request, job.plan, parts, report, prompts, sums[i], threads)
             except ResourceError:
                 raise
             except QConvertError as e:
                 error, report = e, e.report if isinstance(e.report, Report) else report
-            made = (job.plan.folder,) if job.plan.folder else tuple(f.path for f in job.plan.files)
-            results.append(Result(() if error else made, report, job.plan, error))
+            results.append(Result(() if error else job.plan.paths, report, job.plan, error))
         for result, (output, _, _) in zip(results, outputs, strict=True):
             if result.error is None:
                 output.publish()

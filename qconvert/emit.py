@@ -112,7 +112,7 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan) -> Parts:
-        target = plan.folder or plan.files[0].path
+        target = plan.paths[0]
         name = f".{target.name}.part"
         if plan.folder is None:
             paths = {file.path: file.path.with_name(f".{file.path.name}.part") for file in plan.files}
@@ -156,8 +156,7 @@ class Todo:
             yield from ((file.path, entry) for entry in file.entries if (file.path, entry.name) not in self.done)
 
     def blocks_of(self, path: Path, entry: Entry) -> Iterator[Block]:
-        key, names = (path, entry.name), entry.files or (path.name,) * len(entry.pieces)
-        files = tuple(path.with_name(name) for name in names)
+        key, files = (path, entry.name), tuple(path.with_name(name) for name in entry.files_of_pieces(path.name))
         ranges = list(entry_ranges(entry, self.values))
         self._left[key] = len(ranges)
         for begin, end in ranges:

@@ -69,7 +69,7 @@ Places = dict[str, list[tuple[str, Plane]]]
 def places(plan: Plan) -> Places:
     """Value -> the name of the file of each plane, and the plane."""
     both = [(file.path.name, e) for file in plan.files for e in file.entries]
-    return {e.value: list(zip(e.files or (name,) * len(e.pieces), e.pieces, strict=True)) for name, e in both}
+    return {e.value: list(zip(e.files_of_pieces(name), e.pieces, strict=True)) for name, e in both}
 
 
 def mixed(placed: Placement, where: Places) -> str | None:

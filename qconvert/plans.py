@@ -29,6 +29,10 @@ class Entry(NamedTuple):
     def pieces(self) -> tuple[Plane, ...]:
         return self.planes or (Plane(self.offset, self.nbytes // n_rows(self.shape)),)
 
+    def files_of_pieces(self, own: str) -> tuple[str, ...]:
+        """The name of each piece's file; own: of the one that has the entry."""
+        return self.files or (own,) * len(self.pieces)
+
 
 class FilePlan(NamedTuple):
     path: Path
@@ -52,6 +56,11 @@ class Plan(NamedTuple):
     files: tuple[FilePlan, ...]
     folder: Path | None = None
     slot: Slot | None = None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """What is made: the folder, or the files."""
+        return (self.folder,) if self.folder else tuple(f.path for f in self.files)
 
     @property
     def place(self) -> Path:

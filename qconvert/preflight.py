@@ -58,7 +58,7 @@ def refuse_same_place(plans: Sequence[Plan]) -> None:
 
 
 def places(plan: Plan) -> set[Path]:
-    return {path.resolve() for path in ([plan.folder] if plan.folder else [f.path for f in plan.files])}
+    return {path.resolve() for path in plan.paths}
 
 
 def check_memory() -> None:
