@@ -94,7 +94,7 @@ def _low_attn_v(name: str) -> Rule:
 
 
 def _low_ffn_down(name: str) -> Rule:
-    return lambda p: _raised(name) if p.i < p.n // 8 else None
+    return lambda p: _raised(name) if p.first_eighth else None
 
 
 ATTN_V: Mapping[str, Rule] = {

@@ -22,6 +22,8 @@ class Certifier:
         """The protobuf with one more property behind all else."""
         from onnx import StringStringEntryProto
 
+        from qconvert.formats.onnx_foreign_tensors import varint
+
         body: bytes = StringStringEntryProto(key=key, value=value.decode()).SerializeToString()
         return file.header + varint(METADATA_PROPS << 3 | 2) + varint(len(body)) + body
 
@@ -79,11 +81,3 @@ class Certifier:
         finally:
             model.close()
         return [Answers(what, logits, about={"name": runtime.name, "version": runtime.version()})]
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])

@@ -88,7 +88,7 @@ def _stripped(path: Path, data: mmap.mmap, begin: int, end: int, kind: str, dept
         if inner is None or field.wire != 2 or field.end - field.payload < MIN_NBYTES:
             continue
         body = _stripped(path, data, field.payload, field.end, inner, depth + 1)
-        parts += [data[kept : field.begin], _varint(field.number << 3 | 2), _varint(len(body)), body]
+        parts += [data[kept : field.begin], varint(field.number << 3 | 2), varint(len(body)), body]
         kept = field.end
     return b"".join([*parts, data[kept:end]])
 
@@ -112,7 +112,7 @@ def _stripped_tensor(path: Path, data: mmap.mmap, begin: int, end: int) -> bytes
 
 def _pair(key: str, value: int) -> bytes:
     body: bytes = StringStringEntryProto(key=key, value=str(value)).SerializeToString()
-    return _varint(EXTERNAL_DATA << 3 | 2) + _varint(len(body)) + body
+    return varint(EXTERNAL_DATA << 3 | 2) + varint(len(body)) + body
 
 
 def _fields(path: Path, data: mmap.mmap, begin: int, end: int) -> Iterator[Field]:
@@ -148,7 +148,7 @@ def _read_varint(path: Path, data: mmap.mmap, at: int, end: int) -> tuple[int, i
     raise InputError(f"{path}: not a whole ONNX model: it ends within a number, at byte {at}", hint=DAMAGED)
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

@@ -18,7 +18,6 @@ from qconvert.graph import Graph
 from qconvert.parallel import default_threads
 from qconvert.request import Request
 from qconvert.sources import Store
-from qconvert.text import format
 from qconvert.tokenizer import Tokenizer
 from qconvert.weights import Weights
 
@@ -117,7 +116,7 @@ def ranges_of(graph: Graph, calibration: Calibration, outputs: bool) -> tuple[di
     """Linear -> round_input and, with `outputs`, round_output -> its range, bias left out; and a note: of which text."""
     texts = cut(calibration, graph, N_RANGE_TOKENS)
     find = partial(_ranges, graph, calibration, texts, outputs)
-    found = calibration.store.known(f"ranges {outputs}", f"{texts}{format(graph)}", find)
+    found = calibration.store.known(f"ranges {outputs}", (texts, graph), find)
     own = "" if calibration.name or calibration.tokenizer is None else "; --calibrate FILE takes them from yours"
     return found, f"ranges of activations are of {sum(map(len, texts))} {_tokens_of(calibration)}{own}"
 

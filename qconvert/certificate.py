@@ -24,7 +24,6 @@ from qconvert import __version__
 from qconvert.byte_files import ByteFile, LocalFile, fill
 from qconvert.emit import FilePlan, Plan, write_all
 from qconvert.errors import InputError, ResourceError
-from qconvert.graph import Graph
 from qconvert.parallel import in_parallel
 from qconvert.planes import Slot
 from qconvert.report import Row
@@ -155,10 +154,10 @@ def raw(text: str, quoted: bool) -> bytes:
 # digests --------------------------------------------------------------------------------------------
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file."""
+def digest(path: Path, begin: int = 0, end: int | None = None) -> str:
+    """sha256 of a file, or of its bytes begin..end."""
     h = hashlib.sha256()
-    for block in blocks(path, 0, path.stat().st_size):
+    for block in blocks(path, begin, path.stat().st_size if end is None else end):
         h.update(block)
     return h.hexdigest()
 
@@ -175,10 +174,7 @@ def blocks_of(file: ByteFile, begin: int, end: int) -> Iterator[memoryview]:
 
 
 def tensor_digest(t: Located) -> str:
-    h = hashlib.sha256()
-    for block in blocks(t.file, t.offset, t.offset + t.nbytes):
-        h.update(block)
-    return f"{h.hexdigest()} {t.kind}"
+    return f"{digest(t.file, t.offset, t.offset + t.nbytes)} {t.kind}"
 
 
 def rest_digest(path: Path, tensors: Sequence[Located], text: bytes = b"") -> str:
@@ -328,9 +324,3 @@ def is_like(value: object, kind: Any) -> bool:
         case {}:
             return isinstance(value, dict) and value.keys() == kind.keys() and all(is_like(value[k], kind[k]) for k in kind)
     return isinstance(value, kind)
-
-
-def gives_logits(graph: Graph) -> bool:
-    """One output, with a value for each token of the vocabulary."""
-    tables = [graph.nodes[n.inputs[1]].type.dims[0] for n in graph.nodes.values() if n.op == "embed"]
-    return len(graph.outputs) == 1 and tables[:1] == [graph.nodes[graph.outputs[0]].type.shape[-1]]

@@ -15,13 +15,13 @@ from qconvert import certificate as c
 from qconvert import probes as p
 from qconvert import registry
 from qconvert.certificate import Certificate, Certifier, Digests, Located
-from qconvert.companions import context_of, n_vocab, tokenizer_of
+from qconvert.companions import context_of, gives_logits, n_vocab, tokenizer_of
 from qconvert.emit import Plan
 from qconvert.errors import InputError, QConvertError, UnsupportedError, VerificationError, uninterrupted
 from qconvert.graph import Graph, n_rows
 from qconvert.manifest import Hashing, Output, manifest_digest, manifest_of
 from qconvert.parallel import default_threads, in_parallel
-from qconvert.report import Report, Row, judged
+from qconvert.report import Report, Row, judged, some
 from qconvert.request import Request
 from qconvert.target import Lowered, Source, reader_of
 from qconvert.tokenizer import hard_corpus
@@ -29,7 +29,6 @@ from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
 WEIGHTS, FILES, CERTIFICATE = "weights by certificate", "all else by certificate", "certificate"
-NAMED = 3  # tensors or files of a row's reason
 
 
 @runtime_checkable
@@ -58,13 +57,13 @@ def with_room(request: Request, plan: Plan, graph: Graph) -> Plan:
 
 
 def no_probes(request: Request, graph: Graph) -> str | None:
-    if request.model.endswith(".onnx"):
+    if request.keeps_graph:
         return "the model's graph is another's"
     if not request.check:
         return "--no-check"
     if request.adapters_as == "swap":
         return "adapters are swapped"
-    return None if c.gives_logits(graph) else "the model gives no logits"
+    return None if gives_logits(graph) else "the model gives no logits"
 
 
 def probes(
@@ -179,11 +178,11 @@ def digest_rows(certifier: Certifier, certificate: Certificate, first: Path, tex
     wrong = [f"{n} {'is missing' if n not in now.weights else difference(then[n], now.weights[n])}"
              for n in then if now.weights.get(n) != then[n]]  # fmt: skip
     wrong += [f"{n} was not there" for n in now.weights if n not in then]
-    rows = [judged(f"{WEIGHTS}: {len(then)} tensors", "differ", float(len(wrong)), 0.0, listed(wrong))]
+    rows = [judged(f"{WEIGHTS}: {len(then)} tensors", "differ", float(len(wrong)), 0.0, some(wrong))]
     other = [i for i, sha256 in enumerate(now.files) if certificate.files[i]["sha256"] != sha256]
-    reason = listed([files[i].name for i in other])
+    reason = some([files[i].name for i in other])
     if 0 in other and (keys := changed(certificate.facts, c.fact_digests(certifier.facts(first)))):
-        reason = f"{reason}: {listed(keys)}"
+        reason = f"{reason}: {some(keys)}"
     rows.append(judged(f"{FILES}: {len(files)} file{'s' * (len(files) > 1)}", "differ", float(len(other)), 0.0, reason))
     return [*rows[:-1], rows[-1]._replace(reason=f"{reason}; {c.AGAIN}")] if other else rows
 
@@ -195,11 +194,6 @@ def difference(then: str, now: str) -> str:
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def answer_rows(

@@ -5,11 +5,11 @@ Facts then, facts now -> lines of text, those that are worse before those that a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qconvert.facts import MEASURES, Facts
-from qconvert.report import nbytes_text, number
+from qconvert.report import nbytes_text, number, some
 
 MOST = 14  # lines, so that with a heading there are 15
 SAID = {"pass": "passed", "fail": "failed", "skip": "skipped", "info": "measured", "absent": "not there"}
@@ -108,7 +108,3 @@ def _inputs(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]
             yield Change(None, f"{name}: {was or 'none'} -> {is_now or 'none'}")
     new = [n for n in now.get("notes", ()) if n not in then.get("notes", ())]
     yield from (Change(None, f"note: {n}") for n in new)
-
-
-def some(names: Sequence[str], n: int = 3) -> str:
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")

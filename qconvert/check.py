@@ -24,7 +24,6 @@ from qconvert.report import Row, judged
 from qconvert.run import RoundInput, run
 from qconvert.sources import Store
 from qconvert.target import Stage
-from qconvert.text import format
 from qconvert.weights import Weights
 
 Tokens = list[list[int]]
@@ -134,7 +133,7 @@ def price_rows(d: Distance) -> list[Row]:
 
 def stage_rows(stages: Sequence[Stage], store: Store, prompts: Tokens) -> tuple[list[Row], LogProbs]:
     """A row for each step from what was trained to what will be quantized, and the last one's log-probabilities."""
-    question = f"{prompts}{[(s.name, s.exact, format(s.graph)) for s in stages]}"
+    question = prompts, [(s.name, s.exact, s.graph) for s in stages]
     rows, last = store.known("stages", question, lambda: _stage_rows(stages, store, prompts))
     return list(rows), last
 

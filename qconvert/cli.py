@@ -123,9 +123,8 @@ def run_convert(run: Run, runs: Sequence[dict[str, Any]], save_config: Path | No
 def asked_for(request: Request) -> Asked:
     """What a report says of an output that is not begun."""
     model = "+".join([request.model, *map(str, (a.path for a in request.adapters))])
-    file, _, line = request.places.get("to", "").rpartition(":")
     known = {"provenance": {"model": model}, "quant": ":".join(filter(None, (request.to, request.quant)))}
-    return Asked(known, Place(file, int(line)) if line else None)
+    return Asked(known, Place.parse(request.places.get("to", "")))
 
 
 @cli.command()

@@ -35,6 +35,11 @@ def n_vocab(graph: Graph) -> int:
     return next(graph.nodes[n.inputs[1]].type.dims[0] for n in graph.nodes.values() if n.op == "embed")
 
 
+def gives_logits(graph: Graph) -> bool:
+    """One output, with a value for each token of the vocabulary."""
+    return len(graph.outputs) == 1 and graph.nodes[graph.outputs[0]].type.shape[-1] == n_vocab(graph)
+
+
 def carried(source: Source) -> dict[str, bytes]:
     """The tokenizer's files and generation_config.json, as they are."""
     folder = tokenizer_folder(source)

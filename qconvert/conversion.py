@@ -49,7 +49,6 @@ from qconvert.url_files import is_url, local_path
 from qconvert.weights import Weights
 
 log = logging.getLogger("qconvert")
-REWRITTEN = ".onnx"  # a model whose graph is kept
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def planned(requests: Sequence[Request], stack: ExitStack) -> list[Job]:
         with of_output(i):
             refuse_at_once(request)
     targets = [cast(type[Format], registry.find("formats", request.to))() for request in requests]
-    built = [i for i, request in enumerate(requests) if not request.model.endswith(REWRITTEN)]
+    built = [i for i, request in enumerate(requests) if not request.keeps_graph]
     sources = dict(zip(built, read_sources([requests[i] for i in built], stack), strict=True))
     ready: dict[int, Ready] = {}
     for i in built:

@@ -18,7 +18,6 @@ from qconvert.report import Row, judged
 from qconvert.run import run
 from qconvert.sources import Store
 from qconvert.target import Stage
-from qconvert.text import format
 from qconvert.tokenizer import hard_corpus
 from qconvert.weights import Weights
 
@@ -89,7 +88,7 @@ def kept(outputs: Mapping[str, torch.Tensor], some: Texts) -> Answers:
 
 def stage_rows(stages: Sequence[Stage], store: Store, some: Texts) -> tuple[list[Row], Answers]:
     """A row for each step from what was trained to what will be quantized, and the last one's answers."""
-    question = f"{some.tokens.tolist()}{[(s.name, s.exact, format(s.graph)) for s in stages]}"
+    question = some.tokens.tolist(), [(s.name, s.exact, s.graph) for s in stages]
     rows, last = store.known("stages", question, lambda: _stage_rows(stages, store, some))
     return list(rows), last
 

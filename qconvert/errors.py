@@ -39,6 +39,12 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
+    @classmethod
+    def parse(cls, text: str) -> Place | None:
+        """Of FILE:LINE; None for all else."""
+        file, _, line = text.rpartition(":")
+        return cls(file, int(line)) if file and line.isdecimal() else None
+
 
 class QConvertError(Exception):
     """A failure to tell the user about: what was found and wanted, where, and (hint) what to do."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
+from qconvert.errors import Place
 from qconvert.findings import UNREAD
 from qconvert.report import number
 
@@ -107,13 +108,9 @@ def _gates(data: Mapping[str, Any]) -> Iterator[Case]:
     for gate in data.get("gates", ()):
         value, limit = _shown(gate["value"]), f"{gate['bound']} {_shown(gate['limit'])}"
         why = "; ".join(part for part in (gate["reason"], f"limit from {gate['origin']} {gate['place']}".strip()) if part)
-        yield Case("gates", gate["flag"], gate["metric"], value, limit, gate["verdict"], why, "gate", _said_at(gate["place"]))
-
-
-def _said_at(text: str) -> Mapping[str, Any] | None:
-    """The place that FILE:LINE is; a file alone, as a baseline is, is none."""
-    file, _, line = text.rpartition(":")
-    return {"file": file, "line": int(line)} if file and line.isdecimal() else None
+        said_at = Place.parse(gate["place"])  # a baseline is a file without a line: none
+        place = said_at and said_at._asdict()
+        yield Case("gates", gate["flag"], gate["metric"], value, limit, gate["verdict"], why, "gate", place)
 
 
 def _checks(data: Mapping[str, Any]) -> Iterator[Case]:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from qconvert.baseline import Baseline, read_baseline
 from qconvert.errors import GateError, NotVerifiedError, UsageError, VerificationError
-from qconvert.report import Gate, Report
+from qconvert.report import Gate, Report, some
 from qconvert.request import Request, parse_nbytes
 
 Origin = Literal["flag", "recipe", "default", "baseline"]
@@ -48,6 +48,7 @@ METRICS = (
 )
 BY_NAME = {m.name: m for m in METRICS}
 REHEARSED = "not judged in a rehearsal"  # which is of a model without most of its layers
+NAMED = 5  # weights or checks of a reason
 QUALITY = ("mean_kl", "p999_kl", "top1", "perplexity_ratio")
 
 
@@ -155,13 +156,13 @@ class Gates:
             case "new_fallbacks":
                 before = self.baseline.fallbacks if self.baseline else set()
                 new = [f for f in report.fallbacks if (f["tensor"], f["got"]) not in before]
-                return len(new), some(f"{f['tensor']} is {f['got']}" for f in new)
+                return len(new), some([f"{f['tensor']} is {f['got']}" for f in new], NAMED)
             case "verified" | "lost_verification":
                 skipped = next((r.reason for r in report.checks if r.verdict == "skip"), "no check ran")
                 return float(report.verified == (metric.name == "verified")), "" if report.verified else skipped
             case "lost_checks":
                 lost = self.baseline.lost(report.checks) if self.baseline else []
-                return len(lost), some(lost)
+                return len(lost), some(lost, NAMED)
             case name if name in quality:
                 return quality[name], ""
         return None, str(quality.get("skipped", "no check ran"))
@@ -170,11 +171,6 @@ class Gates:
 def gate(limit: Limit, value: float | None, verdict: Literal["pass", "fail", "skip"], reason: str) -> Gate:
     metric = limit.metric
     return Gate(metric.flag, metric.name, metric.bound, limit.at, value, verdict, limit.origin, limit.place, reason)
-
-
-def some(names: Iterator[str] | Sequence[str], n: int = 5) -> str:
-    listed = list(names)
-    return ", ".join(listed[:n]) + (f" and {len(listed) - n} more" if len(listed) > n else "")
 
 
 def limits(request: Request, report: Report, baseline: Baseline | None) -> Iterator[Limit]:

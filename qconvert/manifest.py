@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qconvert import __version__
-from qconvert.byte_files import ByteFile
+from qconvert.byte_files import ByteFile, LocalFile
 from qconvert.calibration import files_of
-from qconvert.certificate import blocks, blocks_of, canonical
+from qconvert.certificate import blocks_of, canonical
 from qconvert.companions import FILES
 from qconvert.errors import InputError, ResourceError, UsageError
 from qconvert.recipe import recipe_text
@@ -54,9 +54,9 @@ class Output(NamedTuple):
 def inputs_of(request: Request, store: Store) -> dict[str, Path]:
     """Every file that was or will be read, by ALIAS/NAME as tensors' refs have it; other files by the flag that names them."""
     found = store.files()
-    for alias, root in store.folders().items() if Path(request.model).suffix != ".onnx" else ():
+    for alias, root in store.folders().items() if not request.keeps_graph else ():
         found |= {f"{alias}/{name}": root / name for name in READ if (root / name).is_file()}
-    if Path(request.model).suffix == ".onnx":
+    if request.keeps_graph:
         found[f"base/{Path(request.model).name}"] = Path(request.model).expanduser()
     if request.tokenizer:
         found |= {f"tokenizer/{name}": request.tokenizer / name for name in FILES if (request.tokenizer / name).is_file()}
@@ -98,22 +98,22 @@ class Hashing:
     def _run(self) -> None:
         try:
             for name, path in self._files.items():
-                h, nbytes = hashlib.sha256(), path.stat().st_size
-                for block in blocks(path, 0, nbytes):
-                    if self._stop.is_set():
-                        return
-                    h.update(block)
-                self._found[name] = {"file": name, "nbytes": nbytes, "sha256": h.hexdigest()}
-                refuse_other_blob(path, h.hexdigest())
+                with closing(LocalFile(path)) as here:
+                    self._add(name, here)
+                if name in self._found:
+                    refuse_other_blob(path, self._found[name]["sha256"])
             for name, file in self._far.items():
-                h = hashlib.sha256()
-                for block in blocks_of(file, 0, file.nbytes):
-                    if self._stop.is_set():
-                        return
-                    h.update(block)
-                self._found[name] = {"file": name, "nbytes": file.nbytes, "sha256": h.hexdigest()}
+                self._add(name, file)
         except BaseException as e:
             self._error.append(e)
+
+    def _add(self, name: str, file: ByteFile) -> None:
+        h = hashlib.sha256()
+        for block in blocks_of(file, 0, file.nbytes):
+            if self._stop.is_set():
+                return
+            h.update(block)
+        self._found[name] = {"file": name, "nbytes": file.nbytes, "sha256": h.hexdigest()}
 
 
 def refuse_other_blob(path: Path, sha256: str) -> None:

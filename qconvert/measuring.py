@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qconvert.companions import n_vocab, tokenizer_of
+from qconvert.companions import gives_logits, tokenizer_of
 from qconvert.errors import QConvertError, uninterrupted
 from qconvert.evaluation import affordable, evaluation_text, overlap
 from qconvert.lowering import torch_threads_of
@@ -45,7 +45,7 @@ def measured(outputs: Mapping[int, Asked]) -> dict[int, Found]:
 
 def not_measured(output: Asked) -> str | None:
     reference, final = output.lowered.stages[0].graph, output.lowered.graph
-    if len(final.outputs) > 1 or final.nodes[final.outputs[0]].type.shape[-1] != n_vocab(final):
+    if not gives_logits(final):
         return "the model gives no logits"
     if tokenizer_of(output.source, reference) is None:
         return "the model has no tokenizer that could cut a text"

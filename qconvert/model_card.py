@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import yaml  # type: ignore[import-untyped]
 
 from qconvert.licenses import License
+from qconvert.markdown_report import table
 from qconvert.report import Report, nbytes_text
 from qconvert.usage import Command, Usage
 
@@ -196,11 +197,6 @@ def origin_text(report: Report, facts: Facts) -> str:
 def named(text: str) -> str:
     """A text's name without the folders that it lay in."""
     return plain(text.replace("\\", "/").rstrip("/").rpartition("/")[2])
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def plain(text: str) -> str:

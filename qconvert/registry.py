@@ -60,8 +60,8 @@ BUILTIN: Mapping[str, Mapping[str, str]] = {
         "onnxruntime": "qconvert.formats.onnx_runtime:OnnxRuntime",
     },
     "solvers": {
-        **{name: f"qconvert.own_solvers:{name.upper()}" for name in ("search", "mse", "absmax", "mlx", "absmean")},
-        **{name: f"qconvert.own_solvers:{name.upper()}" for name in ("nearest", "ldlq")},
+        **{name: f"qconvert.own_solvers:{name.upper()}" for name in
+           ("search", "mse", "absmax", "mlx", "absmean", "nearest", "ldlq")},
         **{name: f"qconvert.solving:{name.capitalize()}" for name in ("rtn", "lsq", "gptq", "hqq", "recover")},
     },
     "schemes": {},  # qconvert's own are tables and a grammar: scheme.scheme_of

@@ -53,7 +53,7 @@ class Rehearsal:
 def refuse_rehearsing(request: Request) -> None:
     if request.dry_run:
         raise UsageError("--rehearse and --dry-run: a rehearsal reads weights", hint="drop one of them")
-    if request.model.endswith(".onnx"):
+    if request.keeps_graph:
         raise UnsupportedError("--rehearse: an ONNX model's layers are not known apart", hint="--dry-run, or the checkpoint")
 
 

@@ -232,6 +232,11 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     return "\n".join((indent + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip() for row in rows)
 
 
+def some(names: Sequence[str], n: int = 3) -> str:
+    """The first n names, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
 def check_table(rows: Sequence[Row]) -> str:
     cells = [("", "check", "metric", "value", "limit")]
     for r in rows:

@@ -76,8 +76,9 @@ class Run:
 
     def manifests(self) -> list[Path | None]:
         """Of each output, in --reports DIR; one of an earlier run does not stay beside the reports of this."""
-        names = ["manifest.json"] if len(self.asked) == 1 else [f"manifest-{i + 1}.json" for i in range(len(self.asked))]
-        paths = [Path(self.folder) / name if self.folder else None for name in names]
+        from qconvert.manifest import apart
+
+        paths = apart([Path(self.folder) / "manifest.json" if self.folder else None] * len(self.asked))
         for path in paths:
             if path is not None:
                 path.unlink(missing_ok=True)

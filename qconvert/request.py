@@ -106,6 +106,11 @@ class Request:
     places: Mapping[str, str] = field(default_factory=dict, compare=False)  # option -> recipe.yaml:7, where a recipe said it
 
     @property
+    def keeps_graph(self) -> bool:
+        """Whether the model is a file of a runtime's graph, of which the weights alone change."""
+        return self.model.endswith(".onnx")
+
+    @property
     def chooses_types(self) -> bool:
         """Whether each weight's type is chosen by what it costs."""
         by_kl = self.max_kl is not None and self.quant is None and self.bits is None

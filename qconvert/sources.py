@@ -49,7 +49,7 @@ class Store:
         self._tensors: dict[str, dict[str, TensorInfo]] = {}
         self._scratch: TemporaryDirectory[str] | None = None
         self._lock = threading.RLock()
-        self.answers: dict[str, tuple[str, object]] | None = None  # kind -> the last question and its answer, if they are kept
+        self.answers: dict[str, tuple[object, object]] | None = None  # kind -> last question, its answer
 
     def add(self, alias: str, folder: Path) -> None:
         """Make a folder (or one file of tensors) known as `alias`; nothing is read yet."""
@@ -158,11 +158,11 @@ class Store:
                 self._scratch.cleanup()
                 self._scratch = None
 
-    def known(self, kind: str, question: str, find: Callable[[], T]) -> T:
+    def known(self, kind: str, question: object, find: Callable[[], T]) -> T:
         """What `find` gives; of each kind the last answer is kept where several outputs ask."""
         if self.answers is None:
             return find()
-        if self.answers.get(kind, ("",))[0] != question:
+        if self.answers.get(kind, (None,))[0] != question:
             self.answers.pop(kind, None)
             self.answers[kind] = question, find()
         return cast(T, self.answers[kind][1])

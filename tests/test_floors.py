@@ -22,10 +22,11 @@ FLOORS: dict[float, str] = {
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
     "solver_spec qat_grids on_device sensitivity budget plots findings baseline gates facts changes licenses usage "
-    "model_card certificate probes preflight together tasks ray_executor plans rehearsal",
+    "certificate probes preflight together tasks ray_executor plans rehearsal",
     3.5: "passes passes.* formats formats.*",
     4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base "
-    "adapter_refit markdown_report junit_report sarif_report beside manifest certifying measuring elsewhere",
+    "adapter_refit markdown_report junit_report sarif_report beside manifest certifying measuring elsewhere "
+    "model_card",
     5: "cli options __main__ reports",
 }
 # a runtime belongs to its format; else a format is its file's name up to the first _

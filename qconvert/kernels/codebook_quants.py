@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.across import mask_bits, mean_squares, transpose, weigh
-from qconvert.kernels.codebook_search import FAR, octets, quartets
-from qconvert.kernels.half import nearest_int, put_half
+from qconvert.kernels.codebook_search import FAR, greatest_of, octets, quartets, step_of
+from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     any_lane,
     count,
@@ -189,14 +189,12 @@ def _super_blocks(  # type: ignore[no-untyped-def]
 @njit(forceinline=True)
 def _put_scales(row, out, o, scales, at, per, fudge, L):  # type: ignore[no-untyped-def]
     """The f16 of a super-block to out[o : o + 2]; its sub-blocks' steps of 0..15 to L. Whether any has a scale."""
-    greatest = F(0)
-    for j in range(at, at + per):
-        greatest = greatest if greatest > scales[j] else scales[j]
+    greatest = greatest_of(scales, at, per)
     d = greatest / F(31)
     put_half(row, out, o, d * fudge if greatest != F(0) else F(0))
     inverse = F(1) / d
     for j in range(per):
-        L[j] = min(max(nearest_int(F(0.5) * (inverse * scales[at + j] - F(1))), 0), 15) if greatest != F(0) else 0
+        L[j] = step_of(scales[at + j], inverse, 15) if greatest != F(0) else 0
     return greatest != F(0)
 
 

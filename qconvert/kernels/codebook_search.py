@@ -11,12 +11,28 @@ from numba import njit
 
 from qconvert.kernels.across import first_bit, lowest, mask_bits, pick4, pick8
 from qconvert.kernels.codebook_cells import LENGTH
+from qconvert.kernels.half import nearest_int
 from qconvert.kernels.lanes import count, load, maximum, minimum, nearest_any, select, splat, spread, store, to_int, widened
 
 F = np.float32
 U = np.uint64
 FAR = 1 << 16  # set in a word that was searched for: the cell has no entry of its own
 MASK = (1 << LENGTH) - 1
+
+
+@njit(forceinline=True)
+def greatest_of(scales, at, per):  # type: ignore[no-untyped-def]
+    """Of the sub-blocks of a super-block; 0 where none is positive."""
+    greatest = F(0)
+    for j in range(at, at + per):
+        greatest = greatest if greatest > scales[j] else scales[j]
+    return greatest
+
+
+@njit(forceinline=True)
+def step_of(scale, inverse, top):  # type: ignore[no-untyped-def]
+    """The nearest 2 step + 1 that stands for a scale, as a step of 0..top."""
+    return min(max(nearest_int(F(0.5) * (inverse * scale - F(1))), 0), top)
 
 
 @njit(forceinline=True)

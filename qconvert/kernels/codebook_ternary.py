@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.across import mask_bits, mean_squares, transpose, weigh
-from qconvert.kernels.codebook_search import FAR, settle_octets
-from qconvert.kernels.half import nearest_int, put_half
+from qconvert.kernels.codebook_search import FAR, greatest_of, settle_octets, step_of
+from qconvert.kernels.half import put_half
 from qconvert.kernels.lanes import (
     absolute,
     any_lane,
@@ -241,22 +241,8 @@ def _super_blocks(lanes, row, x, k, importance, out, cells, size, tiny, finish, 
 
 
 @njit(forceinline=True)
-def _step(scales, at, per):  # type: ignore[no-untyped-def]
-    """A fifteenth of the greatest scale of a super-block."""
-    greatest = F(0)
-    for j in range(at, at + per):
-        greatest = greatest if greatest > scales[j] else scales[j]
-    return greatest / F(15)
-
-
-@njit(forceinline=True)
-def _of_eight(scale, inverse):  # type: ignore[no-untyped-def]
-    return min(max(nearest_int(F(0.5) * (inverse * scale - F(1))), 0), 7)
-
-
-@njit(forceinline=True)
 def _finish_iq1_s(lanes, row, x, block, W, out, o, scales, at, entry_of, words, moves, stride):  # type: ignore[no-untyped-def]
-    d = _step(scales, at, 8)
+    d = greatest_of(scales, at, 8) / F(15)
     put_half(row, out, o, d * F(1.125))
     inverse = F(1) / d
     for j in range(8):
@@ -266,19 +252,19 @@ def _finish_iq1_s(lanes, row, x, block, W, out, o, scales, at, entry_of, words, 
             out[o + 2 + 4 * j + octet] = U8(entry & 255)
             high |= entry >> 8 << 3 * octet
         if d != F(0):
-            high |= (_of_eight(scales[at + j], inverse) | moves[at + j] << 3) << 12
+            high |= (step_of(scales[at + j], inverse, 7) | moves[at + j] << 3) << 12
         out[o + 34 + 2 * j], out[o + 35 + 2 * j] = U8(high & 255), U8(high >> 8)
 
 
 @njit(forceinline=True)
 def _finish_iq1_m(lanes, row, x, block, W, out, o, scales, at, entry_of, words, moves, stride):  # type: ignore[no-untyped-def]
     """The one f16 is fitted to all weights once the steps are known; its four parts stand above those of 4 sub-blocks each."""
-    n, d = count(lanes), _step(scales, at, 16)
+    n, d = count(lanes), greatest_of(scales, at, 16) / F(15)
     inverse, sum_qx, sum_q2 = F(1) / d, F(0), F(0)
     for i in range(4):
         packed = 0
         for j in range(4 * i, 4 * i + 4):
-            step = _of_eight(scales[at + j], inverse) if d != F(0) else 0
+            step = step_of(scales[at + j], inverse, 7) if d != F(0) else 0
             packed |= step << 3 * (j - 4 * i)
             high = 0
             for octet in range(2):
