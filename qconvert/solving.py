@@ -19,6 +19,7 @@ import numpy as np
 from qconvert import float_weights, kernels, recover
 from qconvert.grids import finest, grid_of, kept, lowest, steps_of
 from qconvert.hessians import Factor
+from qconvert.kernels.codebook_feedback import SUPER, book, metrics, with_entries
 from qconvert.kernels.feedback import INTEGERS, PANEL, Grid, feed, nearest, tiled, untiled, with_feedback
 from qconvert.kernels.fit_quants import fit_lines, fit_scales, fit_zero_points
 from qconvert.kernels.hqq_quants import hqq_codes, hqq_zero_points
@@ -64,7 +65,7 @@ def refused(scheme: Scheme) -> str | None:
     if scheme.name in LATTICES:
         return OF_LATTICES
     if scheme.name in CODEBOOKS:
-        return "its codes are entries of a codebook, several weights to one (--solver search)"
+        return "its codes are entries of a codebook, several weights to one (--solver search, gptq)"
     if grid_of(scheme) is None:
         return "its levels are another library's, of the greatest magnitude of a row (--solver absmax)"
     if any(level.adds for level in scheme.levels) and scheme.name not in SCHEMES:
@@ -165,13 +166,18 @@ class Gptq:
     static: bool = False
 
     def refuses(self, scheme: Scheme) -> str | None:
+        if scheme.name in CODEBOOKS:
+            return "the weights of an entry stand together (without ordered)" if self.ordered else None
         if (why := refused(scheme)) is not None:
             return why
         return "its groups are not of a multiple of 8 columns" if any((v.group or 8) % 8 for v in scheme.levels) else None
 
     def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
         assert given.factor is not None
-        factor, (n, k), grid = given.factor(self.damp, self.ordered), x.shape, cast(Grid, grid_of(scheme))
+        factor, (n, k) = given.factor(self.damp, self.ordered), x.shape
+        if scheme.name in CODEBOOKS:
+            return entries_fed(scheme, x, factor)
+        grid = cast(Grid, grid_of(scheme))
         columns = np.arange(k) if factor.order is None else factor.order
         group = finest(scheme, k)
         at_once = -(-AT_ONCE // scheme.block) * scheme.block
@@ -215,6 +221,23 @@ class Recover:
         else:
             q = Lsq().solve(scheme, x, given)
         return recover.with_recovered(q, x) if recover.recoverable(scheme) else q
+
+
+def entries_fed(scheme: Scheme, x: F32, factor: Factor) -> QTensor:
+    """Scales are ggml's search's of each super-block, once the errors of those before it were fed; entries are chosen anew."""
+    (n, k), w, layout = x.shape, tiled(x), layout_of(f"gguf.{scheme.name}")
+    factors = factor.panels, factor.cost, metrics(factor.panels, factor.cost, book(scheme.name).width)
+    errors, codes, found = np.zeros_like(w), np.zeros(w.shape, np.uint8), []
+    for begin in range(0, k, SUPER):
+        end = begin + SUPER
+        feed(w, errors, factor.panels, (0, begin), begin, end)
+        importance = np.ascontiguousarray(factor.cost[begin:end])
+        q = layout.unpack(kernels.search(scheme.name, untiled(w[:, begin:end], n, SUPER), importance=importance))
+        d, fine = (tiled(level, 1) for level in q.levels)
+        with_entries(scheme.name, w, errors, factors, d, fine, begin, codes)
+        found.append((q.levels[0], untiled(fine, n, fine.shape[1])))
+    levels = tuple(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    return QTensor(scheme, untiled(codes, n, k).view(np.int8), levels)
 
 
 def nearest_codes(scheme: Scheme, x: F32, levels: tuple[F32, ...], grid: Grid, w: F32 | None = None) -> QTensor:

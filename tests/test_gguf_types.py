@@ -15,7 +15,7 @@ TINY = Path(__file__).parents[1] / "golden" / "tiny"
 needs_llama = pytest.mark.skipif(LlamaCpp().missing() is not None, reason=f"{LlamaCpp().missing()}")
 
 
-def converted(folder: Path, quant: str, types: dict[str, str], **options: Path | int) -> dict[str, str]:
+def converted(folder: Path, quant: str, types: dict[str, str], **options: Path | int | str) -> dict[str, str]:
     """The types of the tensors of a file that ends verified."""
     chosen = [f"{k}={v}" for k, v in types.items()]
     result = convert(TINY, quant=quant, tensor_types=chosen, output=folder / "a.gguf", require_verified=True, **options)
@@ -36,12 +36,13 @@ def test_a_file_with_types_that_gguf_py_lacks_is_proven_by_ggml(tmp_path: Path) 
 
 
 @needs_llama
-def test_a_file_with_codebooks_is_proven(tmp_path: Path) -> None:
+@pytest.mark.parametrize("solver", ["search", "gptq"])
+def test_a_file_with_codebooks_is_proven(solver: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)
     chosen = {"attn_q": "iq1_s", "attn_k": "iq1_m", "attn_v": "iq2_xs", "attn_output": "iq3_xxs", "ffn_gate": "iq2_s"}
     chosen["ffn_up"] = "iq3_s"
-    types = converted(tmp_path, "IQ2_XXS", chosen, calibrate=text, calibrate_tokens=256)
+    types = converted(tmp_path, "IQ2_XXS", chosen, calibrate=text, calibrate_tokens=256, solver=solver)
     assert {k: types[f"blk.0.{k}.weight"] for k in chosen} == chosen and types["blk.1.ffn_down.weight"] == "iq2_xxs"
 
 
@@ -51,6 +52,7 @@ def test_types_that_need_an_imatrix_are_refused_without_before_anything_is_read(
     assert e.value.exit_code == 5 and "--calibrate" in str(e.value.hint) and not list(tmp_path.iterdir())
 
 
-def test_solvers_that_take_weights_one_by_one_refuse_codebooks() -> None:
-    with pytest.raises(UnsupportedError, match="gptq makes no iq3_s: its codes are entries of a codebook"):
-        convert(TINY, quant="IQ3_S", solver="gptq", calibrate=Path(__file__), dry_run=True)
+@pytest.mark.parametrize(("solver", "why"), [("lsq", "entries of a codebook"), ("gptq{ordered=true}", "stand together")])
+def test_solvers_that_take_weights_one_by_one_refuse_codebooks(solver: str, why: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"makes no iq3_s: .*{why}"):
+        convert(TINY, quant="IQ3_S", solver=solver, calibrate=Path(__file__), dry_run=True)

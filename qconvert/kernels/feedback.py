@@ -141,7 +141,7 @@ def _nearest(lanes, W, S, Z, groups, k, g, kind, low, high, levels, middles, tab
 
 
 @njit(forceinline=True)
-def _fed(lanes, W, E, P, base, at, errors_at, begin, end):  # type: ignore[no-untyped-def]
+def fed(lanes, W, E, P, base, at, errors_at, begin, end):  # type: ignore[no-untyped-def]
     """Four columns of W at `at` less the errors of columns begin..end."""
     w0, w1, w2, w3 = (load(lanes, W, at), load(lanes, W, at + ROWS), load(lanes, W, at + 2 * ROWS),
                       load(lanes, W, at + 3 * ROWS))  # fmt: skip
@@ -165,7 +165,7 @@ def _panels_fed(lanes, W, E, P, k, first, last, begin, end):  # type: ignore[no-
                 for c in range(begin, end, 4):
                     p = c // PANEL
                     base, at = 32 * p * (p + 1) + c - p * PANEL, (t * k + c) * ROWS + lane
-                    _fed(lanes, W, E, P, base, at, t * k * ROWS + lane, some, some_end)
+                    fed(lanes, W, E, P, base, at, t * k * ROWS + lane, some, some_end)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -186,7 +186,7 @@ def _with_feedback(lanes, W, E, P, S, Z, groups, k, g, kind, low, high, levels, 
                     at, level_at = (t * k + c) * ROWS + lane, (t * g + groups[c]) * ROWS + lane
                     if c % PANEL == 0:
                         for half in range(0, PANEL, 4):
-                            _fed(lanes, W, E, P, base + half, at + half * ROWS, t * k * ROWS + lane, first, c)
+                            fed(lanes, W, E, P, base + half, at + half * ROWS, t * k * ROWS + lane, first, c)
                     w, scale, offset = load(lanes, W, at), load(lanes, S, level_at), load(lanes, Z, level_at)
                     code, value = _coded(lanes, w, scale, offset, kind, low, high, levels, middles, table)
                     store(codes, at, code)
