@@ -90,7 +90,8 @@ class Rtn:
         roles = {level.role for level in scheme.levels}
         if roles <= {"scale", "divisor"}:
             reach = (grid.high - grid.low) / 2 if grid.kind == INTEGERS else float(np.abs(grid.levels).max())
-            return nearest_codes(scheme, w, kept(scheme, np.maximum(-low, high) / F(reach), np.zeros_like(low)))
+            peaks: F32 = np.maximum(-low, high)
+            return nearest_codes(scheme, w, kept(scheme, peaks / F(reach), np.zeros_like(low)))
         if "min" in roles or scheme.zero_point == "int":
             low, high = np.minimum(low, 0), np.maximum(high, 0)
         return nearest_codes(scheme, w, kept(scheme, (high - low) / F((1 << scheme.bits) - 1), low))
@@ -256,8 +257,8 @@ def fitted(scheme: Scheme, w: Columns, importance: F32, columns: tuple[int, int]
 def levels_apart(scheme: Scheme) -> str | None:
     """Why the levels of least error come from the CPU wherever its codes are chosen; None where kernels.columns has them."""
     if scheme.name in MINIFLOATS:
-        return "scales that are small floats"
+        return "they are small floats"
     if scheme.name == "q2_k":
-        return "a search with importance"
+        return "a search with importance chooses them"
     line = scheme.bits == 1 and scheme.zero_point != "int" and {level.role for level in scheme.levels} != {"scale"}
-    return "weights that are sorted" if line and not scheme.table else None
+    return "weights are sorted for them" if line and not scheme.table else None

@@ -21,7 +21,7 @@ Places = npt.NDArray[np.int64]
 
 
 class Columns(Protocol):
-    """importance f32[K]; levels f32[N,G], of G groups from group `first` on. Columns count in the order that they are taken in."""
+    """Columns count as they are taken. importance f32[K]; levels f32[N,G], of G groups from group `first` on."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -74,7 +74,7 @@ class CpuColumns:
         return self._entries(self.w[:, begin:end])
 
     def extremes(self, group: int) -> tuple[F32, F32]:
-        n, k = self.shape
+        k = self.shape[1]
         tiles = self.w[:, :k].reshape(len(self.w), k // group, group, -1)
         return self._entries(tiles.min(2) + F(0)), self._entries(tiles.max(2) + F(0))
 

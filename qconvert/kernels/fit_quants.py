@@ -54,6 +54,17 @@ def fit_zero_points(w: F32, group: int, bits: int, importance: F32, first: int, 
 
 def fit_scales(w: F32, group: int, grid: Grid, importance: F32, first: int, n_groups: int) -> F32:
     """Without offsets: scales f32[T,n_groups,32], below 0 where the grid has no mirror and that is better."""
+    scales = np.empty((len(w), n_groups, ROWS), F)
+    middles = (grid.levels[1:] + grid.levels[:-1]) * F(0.5)
+    _scales(
+        choose(8, 32), w.reshape(-1), w.shape[1], group, importance, first, n_groups, starts_of(grid), grid.kind,
+        F(grid.low), F(grid.high), grid.levels, middles, grid.codes, scales.reshape(-1),
+    )  # fmt: skip
+    return scales
+
+
+def starts_of(grid: Grid) -> F32:
+    """Where a grid has the peak of a group, for a start."""
     if grid.kind == INTEGERS:
         least, greatest = grid.low, grid.high
         fine = 8.0 / max(greatest - least, 8.0)  # the more codes, the less a grid's end should stay away from the peak
@@ -64,13 +75,7 @@ def fit_scales(w: F32, group: int, grid: Grid, importance: F32, first: int, n_gr
     starts = [end * greatest for end in ends]
     if least != -greatest:  # for positive peaks the one end, for others the other
         starts += [end * least for end in ends]
-    scales = np.empty((len(w), n_groups, ROWS), F)
-    middles = (grid.levels[1:] + grid.levels[:-1]) * F(0.5)
-    _scales(
-        choose(8, 32), w.reshape(-1), w.shape[1], group, importance, first, n_groups, np.array(starts, F), grid.kind,
-        F(grid.low), F(grid.high), grid.levels, middles, grid.codes, scales.reshape(-1),
-    )  # fmt: skip
-    return scales
+    return np.array(starts, F)
 
 
 @njit(forceinline=True)
