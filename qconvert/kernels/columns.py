@@ -13,10 +13,9 @@ import numpy.typing as npt
 
 from qconvert.kernels import feedback
 from qconvert.kernels.feedback import PANEL, Grid, tiled, untiled
-from qconvert.kernels.fit_quants import fit_lines, fit_scales, fit_zero_points
+from qconvert.kernels.fit_quants import extremes, fit_lines, fit_scales, fit_zero_points
 from qconvert.scheme import F32, Bytes
 
-F = np.float32
 Places = npt.NDArray[np.int64]
 
 
@@ -74,9 +73,8 @@ class CpuColumns:
         return self._entries(self.w[:, begin:end])
 
     def extremes(self, group: int) -> tuple[F32, F32]:
-        k = self.shape[1]
-        tiles = self.w[:, :k].reshape(len(self.w), k // group, group, -1)
-        return self._entries(tiles.min(2) + F(0)), self._entries(tiles.max(2) + F(0))
+        low, high = extremes(self.w, group, self.shape[1] // group)
+        return self._entries(low), self._entries(high)
 
     def fit_scales(self, group: int, grid: Grid, importance: F32, first: int, n_groups: int) -> F32:
         return self._entries(fit_scales(self.w, group, grid, importance, first, n_groups))
