@@ -42,20 +42,20 @@ def gives_codes(node: Node) -> bool:
 
 def on_gpu(node: Node) -> bool:
     """Whether a GPU chooses its codes. Of lsq it also makes the levels: without them there is too little to do."""
-    from qconvert.solving import levels_apart
-
     name, scheme = node.attrs.get("solver"), scheme_of(node.type.dtype)
     if name not in GPU_SOLVERS or scheme is None or not gives_codes(node):
         return False
+    from qconvert.solving import levels_apart
+
     return made(node).refuses(scheme) is None and (name != "lsq" or levels_apart(scheme) is None)
 
 
 def left_to_cpu(node: Node) -> tuple[str, ...]:
     """What of a node that a GPU solves is made on the CPU all the same, and why."""
-    from qconvert.solving import levels_apart
-
     if node.attrs.get("solver") != "gptq":
         return ()
+    from qconvert.solving import levels_apart
+
     why = levels_apart(cast(Scheme, scheme_of(node.type.dtype)))
     return "gptq's Cholesky factors, in f64", *((f"levels of {node.type.dtype}, for want of a kernel: {why}",) if why else ())
 

@@ -43,9 +43,10 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def unlike(solver: Solver, name: str, x: F32) -> list[int]:
     """How many codes, and bytes of each level, the two make otherwise."""
     h = problem()[1][: x.shape[1], : x.shape[1]]
-    some = given(x, h)
+    some, before = given(x, h), x.copy()
     with np.errstate(all="ignore"):
         here, there = (solver.solve(of(name), x, g) for g in (some, some._replace(columns=GpuColumns)))
+    assert np.array_equal(x, before, equal_nan=True)
     pairs = zip((here.codes, *here.levels), (there.codes, *there.levels), strict=True)
     return [int((a.view(np.uint8) != b.view(np.uint8)).sum()) for a, b in pairs]
 

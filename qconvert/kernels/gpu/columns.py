@@ -56,7 +56,7 @@ class GpuColumns:
             turned = STAGE.up(np.asarray(x, F)).T
             if order is not None:
                 turned = turned.index_select(0, STAGE.up(order))
-            self.w = turned.contiguous()
+            self.w = turned.clone(memory_format=require("torch", "--device cuda").contiguous_format)  # never x's own memory
             if panels is not None:
                 self.panels = PANELS.on_device(panels)
                 self.errors, self.chosen = self.found(1, self.shape[1])[0], self.no_codes()
