@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qconvert.kernels.feedback import E4M3, INTEGERS, TABLE, Grid, tiled
+from qconvert.kernels.feedback import E4M3, INTEGERS, TABLE, Grid
 from qconvert.scheme import E4M3_TABLE, F32, SCHEMES, Level, Scheme
 from qconvert.solvers import rounded_to
 
@@ -23,9 +23,6 @@ class Steps(NamedTuple):
     group: int
     scales: F32
     offsets: F32
-
-    def tiles(self) -> tuple[F32, F32]:
-        return tiled(self.scales, 1), tiled(self.offsets, 1)
 
 
 def grid_of(scheme: Scheme) -> Grid | None:

@@ -9,11 +9,12 @@ from typing import cast, get_args
 import numpy as np
 
 from qconvert.errors import UsageError
-from qconvert.graph import Graph
+from qconvert.graph import Graph, Node
 from qconvert.kernels.gpu import quantize
 from qconvert.report import Row, judged
 from qconvert.request import Request
 from qconvert.scheme import Device, QTensor
+from qconvert.solved_weights import GPU_SOLVERS, left_to_cpu, on_gpu
 from qconvert.weights import Weights, rows_per_block
 
 COMPARED = 1 << 16  # weights of each kind that the CPU quantizes again
@@ -27,18 +28,30 @@ def demand(request: Request) -> None:
         quantize.device()
 
 
+def has(node: Node) -> bool:
+    """Whether a GPU quantizes it."""
+    return quantize.has(node) or on_gpu(node)
+
+
 def notes(request: Request, graph: Graph) -> list[str]:
-    """How many weights are quantized on the GPU, and what is left to the CPU."""
+    """How many weights are quantized on the GPU, what of them is not made there, and what is left to the CPU."""
     if request.device == "cpu":
         return []
     nodes = {name: node for name, node in graph.nodes.items() if node.op == "quantize"}
-    left = {name: f"{node.type.dtype} by {node.attrs.get('solver')}" for name, node in nodes.items() if not quantize.has(node)}
+    left = [(f"{node.type.dtype} by {node.attrs.get('solver')}", name) for name, node in nodes.items() if not has(node)]
+    apart = [(what, name) for name, node in nodes.items() if on_gpu(node) for what in left_to_cpu(node)]
     said = f"--device cuda: {len(nodes) - len(left)} of {len(nodes)} weights are quantized on the GPU"
+    if apart:
+        said += f"; of them the CPU makes {counted(apart)}"
     if left:
-        first = {kind: name.partition("~")[0] for name, kind in reversed(left.items())}
-        kinds = ", ".join(f"{kind} ({n}, first {first[kind]})" for kind, n in Counter(left.values()).items())
-        said += f"; on the CPU, for want of a kernel: {kinds}"
+        said += f"; on the CPU, for want of a kernel: {counted(left)}"
     return [said]
+
+
+def counted(kinds: list[tuple[str, str]]) -> str:
+    """Each kind, of how many weights it is, and the first of them."""
+    first = {kind: name.partition("~")[0] for kind, name in reversed(kinds)}
+    return ", ".join(f"{kind} ({n}, first {first[kind]})" for kind, n in Counter(kind for kind, _ in kinds).items())
 
 
 def rows(weights: Weights) -> list[Row]:
@@ -46,14 +59,16 @@ def rows(weights: Weights) -> list[Row]:
     if weights.device == "cpu":
         return []
     there, here = weights, replace(weights, device="cpu")
-    nodes = {name: node for name, node in weights.graph.nodes.items() if node.op == "quantize" and quantize.has(node)}
+    nodes = {name: node for name, node in weights.graph.nodes.items() if node.op == "quantize" and has(node)}
+    kinds = {(node.type.dtype, str(node.attrs["solver"])): name for name, node in nodes.items()}
     found = []
-    for dtype, name in {node.type.dtype: name for name, node in nodes.items()}.items():
+    for (dtype, solver), name in kinds.items():
         kind = weights.graph.nodes[name].type
         n = min(kind.rows, rows_per_block(kind.dims[-1], COMPARED))
         both = zip(*(parts(cast(QTensor, w.rows(name, 0, n))) for w in (there, here)), strict=True)
         wrong = sum(int((a != b).sum()) for a, b in both)
-        found.append(judged(f"device {weights.device} {dtype}", "codes and scales unlike the CPU's", wrong, 0))
+        what = f"device {weights.device} {dtype}" + (f" by {solver}" if solver in GPU_SOLVERS else "")
+        found.append(judged(what, "codes and scales unlike the CPU's", wrong, 0))
     return found
 
 

@@ -15,7 +15,9 @@ from qconvert.float_weights import has_rtn, whole_blocks
 from qconvert.graph import Graph, Node
 from qconvert.hessians import Factor, Factors, factored
 from qconvert.own_solvers import Own
-from qconvert.scheme import F32, Array, QTensor, Scheme, scheme_of
+from qconvert.scheme import CODEBOOKS, F32, Array, Device, QTensor, Scheme, scheme_of
+
+GPU_SOLVERS = ("rtn", "lsq", "gptq")  # those that take weights by columns
 
 
 class Values(Protocol):
@@ -24,6 +26,7 @@ class Values(Protocol):
     graph: Graph
     factors: Factors
     dtype: type[np.floating[Any]]
+    device: Device
 
     def real(self, name: str, begin: int = 0, end: int | None = None) -> Array: ...
 
@@ -35,6 +38,26 @@ def gives_codes(node: Node) -> bool:
         return False
     solver = registry.find("solvers", name)
     return not (isinstance(solver, Own) and solver.packed)
+
+
+def on_gpu(node: Node) -> bool:
+    """Whether a GPU chooses its codes. Of lsq it also makes the levels: without them there is too little to do."""
+    name, scheme = node.attrs.get("solver"), scheme_of(node.type.dtype)
+    if name not in GPU_SOLVERS or scheme is None or scheme.name in CODEBOOKS or not gives_codes(node):
+        return False
+    from qconvert.solving import levels_apart
+
+    return made(node).refuses(scheme) is None and (name != "lsq" or levels_apart(scheme) is None)
+
+
+def left_to_cpu(node: Node) -> tuple[str, ...]:
+    """What of a node that a GPU solves is made on the CPU all the same, and why."""
+    if node.attrs.get("solver") != "gptq":
+        return ()
+    from qconvert.solving import levels_apart
+
+    why = levels_apart(cast(Scheme, scheme_of(node.type.dtype)))
+    return "gptq's Cholesky factors, in f64", *((f"levels of {node.type.dtype}, for want of a kernel: {why}",) if why else ())
 
 
 def made(node: Node) -> Any:
@@ -96,4 +119,8 @@ def given(w: Values, name: str, node: Node, solver: Any, expert: int) -> Any:
 
         return w.factors.number((id(w.graph), name, expert), lambda: f(blocks()))  # factors may be shared with other graphs
 
+    if w.device == "cuda" and on_gpu(node):
+        from qconvert.kernels.gpu.columns import GpuColumns
+
+        return Given(whole, moments, factor, over_all, GpuColumns)
     return Given(whole, moments, factor, over_all)

@@ -20,8 +20,8 @@ from qconvert import float_weights, kernels, recover
 from qconvert.grids import finest, grid_of, kept, lowest, steps_of
 from qconvert.hessians import Factor
 from qconvert.kernels.codebook_feedback import SUPER, book, metrics, with_entries
-from qconvert.kernels.feedback import INTEGERS, PANEL, Grid, feed, nearest, tiled, untiled, with_feedback
-from qconvert.kernels.fit_quants import fit_lines, fit_scales, fit_zero_points
+from qconvert.kernels.columns import Columns, CpuColumns, Places
+from qconvert.kernels.feedback import INTEGERS, Grid, feed, tiled, untiled
 from qconvert.kernels.hqq_quants import hqq_codes, hqq_zero_points
 from qconvert.layouts import layout_of
 from qconvert.own_solvers import OF_LATTICES
@@ -37,13 +37,15 @@ class Given(NamedTuple):
     """What a solver may ask for beside the rows.
 
     whole: of all rows of the weight, the greatest or the mean magnitude, as the scheme has it. moments f32[K]. factor(damp,
-    ordered): of the Hessian. over_all(f): f of all rows of the weight, a block at a time; once for all that ask.
+    ordered): of the Hessian. over_all(f): f of all rows of the weight, a block at a time; once for all that ask. columns(rows,
+    panels, order): where kernels take them.
     """
 
     whole: float | None = None
     moments: F32 | None = None
     factor: Callable[[float, bool], Factor] | None = None
     over_all: Callable[[Callable[[Iterable[F32]], int]], int] | None = None
+    columns: Callable[[F32, F32 | None, Places | None], Columns] = CpuColumns
 
 
 class Solver(Protocol):
@@ -82,19 +84,18 @@ class Rtn:
         return refused(scheme)
 
     def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
-        grid, k = cast(Grid, grid_of(scheme)), x.shape[1]
+        grid, w = cast(Grid, grid_of(scheme)), given.columns(x, None, None)
         if scheme.name in MINIFLOATS:
-            return nearest_codes(scheme, x, float_weights.codes_of(scheme, x, given.whole, False)[1], grid)
-        groups = x.reshape(len(x), -1, finest(scheme, k))
+            return nearest_codes(scheme, w, float_weights.codes_of(scheme, x, given.whole, False)[1])
+        low, high = w.extremes(finest(scheme, x.shape[1]))
         roles = {level.role for level in scheme.levels}
         if roles <= {"scale", "divisor"}:
             reach = (grid.high - grid.low) / 2 if grid.kind == INTEGERS else float(np.abs(grid.levels).max())
-            levels = kept(scheme, np.abs(groups).max(2) / F(reach), np.zeros(groups.shape[:2], F))
-            return nearest_codes(scheme, x, levels, grid)
-        low, high = groups.min(2), groups.max(2)
+            peaks: F32 = np.maximum(-low, high)
+            return nearest_codes(scheme, w, kept(scheme, peaks / F(reach), np.zeros_like(low)))
         if "min" in roles or scheme.zero_point == "int":
             low, high = np.minimum(low, 0), np.maximum(high, 0)
-        return nearest_codes(scheme, x, kept(scheme, (high - low) / F((1 << scheme.bits) - 1), low), grid)
+        return nearest_codes(scheme, w, kept(scheme, (high - low) / F((1 << scheme.bits) - 1), low))
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,9 @@ class Lsq:
         return refused(scheme)
 
     def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
-        w, k = tiled(x), x.shape[1]
+        w, k = given.columns(x, None, None), x.shape[1]
         importance = np.ones(k, F) if given.moments is None else importance_of(given.moments)
-        levels = fitted(scheme, w, len(x), k, importance, (0, k), given)
-        return nearest_codes(scheme, x, levels, cast(Grid, grid_of(scheme)), w)
+        return nearest_codes(scheme, w, fitted(scheme, w, importance, (0, k), given))
 
 
 @dataclass(frozen=True)
@@ -174,35 +174,29 @@ class Gptq:
 
     def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
         assert given.factor is not None
-        factor, (n, k) = given.factor(self.damp, self.ordered), x.shape
+        factor, k = given.factor(self.damp, self.ordered), x.shape[1]
         if scheme.name in CODEBOOKS:
             return entries_fed(scheme, x, factor)
         grid = cast(Grid, grid_of(scheme))
-        columns = np.arange(k) if factor.order is None else factor.order
+        order = np.arange(k) if factor.order is None else factor.order
         group = finest(scheme, k)
         at_once = -(-AT_ONCE // scheme.block) * scheme.block
         if self.ordered or self.static or any(level.group is None and level.rows == 1 for level in scheme.levels):
             at_once = k
         cost = np.empty(k, F)
-        cost[columns] = factor.cost
-        w = tiled(x if factor.order is None else x[:, columns])
-        errors, codes, found = np.zeros_like(w), np.zeros(w.shape, np.uint8), []
+        cost[order] = factor.cost
+        w, found = given.columns(x, factor.panels, factor.order), []
+        changed = given.columns(x, None, None) if self.ordered else w
         for begin in range(0, k, at_once):
             end = min(k, begin + at_once)
-            last = -(-end // PANEL) * PANEL
-            feed(w, errors, factor.panels, (0, begin), begin, last)
-            changed = tiled(x) if self.ordered else w
-            found.append(fitted(scheme, changed, n, k, cost, (begin, end), given))
+            w.reach(begin, end)
+            found.append(fitted(scheme, changed, cost, (begin, end), given))
             steps = steps_of(scheme, found[-1], end - begin)
-            groups = np.zeros(k, np.int64)
-            groups[begin:end] = (columns[begin:end] if self.ordered else np.arange(end - begin)) // group
-            with_feedback(w, errors, factor.panels, *steps.tiles(), groups, grid, begin, last, codes)
-        taken = untiled(codes, n, k)
-        if factor.order is not None:
-            taken[:, factor.order] = taken.copy()
+            groups = (order[begin:end] if self.ordered else np.arange(end - begin)) // group
+            w.sweep(steps.scales, steps.offsets, groups, grid, begin, end)
         both = zip(scheme.levels, zip(*found, strict=True), strict=True)
         levels = tuple(np.concatenate(parts, axis=1) if level.group else parts[0] for level, parts in both)
-        return QTensor(scheme, as_codes(scheme, taken), levels)
+        return QTensor(scheme, as_codes(scheme, w.codes()), levels)
 
 
 @dataclass(frozen=True)
@@ -240,11 +234,10 @@ def entries_fed(scheme: Scheme, x: F32, factor: Factor) -> QTensor:
     return QTensor(scheme, untiled(codes, n, k).view(np.int8), levels)
 
 
-def nearest_codes(scheme: Scheme, x: F32, levels: tuple[F32, ...], grid: Grid, w: F32 | None = None) -> QTensor:
-    k = x.shape[1]
+def nearest_codes(scheme: Scheme, w: Columns, levels: tuple[F32, ...]) -> QTensor:
+    k, grid = w.shape[1], cast(Grid, grid_of(scheme))
     steps = steps_of(scheme, levels, k)
-    codes = nearest(tiled(x) if w is None else w, *steps.tiles(), np.arange(k) // steps.group, grid)
-    return QTensor(scheme, as_codes(scheme, untiled(codes, len(x), k)), levels)
+    return QTensor(scheme, as_codes(scheme, w.nearest(steps.scales, steps.offsets, np.arange(k) // steps.group, grid)), levels)
 
 
 def as_codes(scheme: Scheme, codes: Array) -> Array:
@@ -257,29 +250,38 @@ def importance_of(moments: F32) -> F32:
     return np.maximum(moments / F(mean), F(1e-4)).astype(F) if mean > 0 else np.ones_like(moments)
 
 
-def fitted(
-    scheme: Scheme, w: F32, n: int, k: int, importance: F32, columns: tuple[int, int], given: Given
-) -> tuple[F32, ...]:
-    """Levels, as kept, of least error weighted by importance f32[K], of columns begin..end of tiles w."""
+def fitted(scheme: Scheme, w: Columns, importance: F32, columns: tuple[int, int], given: Given) -> tuple[F32, ...]:
+    """Levels, as kept, of least error weighted by importance f32[K], of columns begin..end of w."""
     (begin, end), group = columns, finest(scheme, columns[1] - columns[0])
     if scheme.name in TERNARY:
-        return (np.full((n, 1), given.whole, F),)
+        return (np.full((w.shape[0], 1), given.whole, F),)
     if scheme.name in MINIFLOATS:
-        return float_weights.codes_of(scheme, untiled(w[:, begin:end], n, end - begin), given.whole, True)[1]
+        return float_weights.codes_of(scheme, w.rows(begin, end), given.whole, True)[1]
     if scheme.name == "q2_k":  # scales of 4 bits: rounding them afterwards costs more (KL 0.0043, by ggml's search 0.0026)
-        x, layout = untiled(w[:, begin:end], n, end - begin), layout_of(f"gguf.{scheme.name}")
-        return layout.unpack(kernels.search(scheme.name, x, importance=np.ascontiguousarray(importance[begin:end]))).levels
+        layout = layout_of(f"gguf.{scheme.name}")
+        some = np.ascontiguousarray(importance[begin:end])
+        return layout.unpack(kernels.search(scheme.name, w.rows(begin, end), importance=some)).levels
     where = importance, begin // group, (end - begin) // group
     roles = {level.role for level in scheme.levels}
     if roles == {"scale"}:
-        scales = fit_scales(w, group, cast(Grid, grid_of(scheme)), *where)
+        scales = w.fit_scales(group, cast(Grid, grid_of(scheme)), *where)
         offsets = np.zeros_like(scales)
     elif scheme.zero_point == "int":
-        scales, zeros = fit_zero_points(w, group, scheme.bits, *where)
+        scales, zeros = w.fit_zero_points(group, scheme.bits, *where)
         offsets = -scales * zeros
     else:
-        scales, offsets = fit_lines(w, group, scheme.bits, *where)
+        scales, offsets = w.fit_lines(group, scheme.bits, *where)
     if "min" in roles and (offsets > 0).any():  # such an offset is not kept, so the scale must do without
-        alone = fit_scales(w, group, cast(Grid, grid_of(scheme)), *where)
+        alone = w.fit_scales(group, cast(Grid, grid_of(scheme)), *where)
         scales, offsets = np.where(offsets > 0, np.maximum(alone, 0), scales), np.minimum(offsets, 0)
-    return kept(scheme, *(untiled(v, n, v.shape[1]) for v in (scales, offsets)))
+    return kept(scheme, scales, offsets)
+
+
+def levels_apart(scheme: Scheme) -> str | None:
+    """Why the levels of least error come from the CPU wherever its codes are chosen; None where kernels.columns has them."""
+    if scheme.name in MINIFLOATS:
+        return "they are small floats"
+    if scheme.name == "q2_k":
+        return "a search with importance chooses them"
+    line = scheme.bits == 1 and scheme.zero_point != "int" and {level.role for level in scheme.levels} != {"scale"}
+    return "weights are sorted for them" if line and not scheme.table else None

@@ -138,3 +138,11 @@ def test_a_fold_and_the_choice_of_solvers_read_a_text_too() -> None:
     assert [s for s in (None, "mse", "rtn", "lsq", "gptq", "awq", "smoothquant+rtn", "auto") if reads_statistics(s)] == [
         "lsq", "gptq", "awq", "smoothquant+rtn", "auto"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["uint4o_g32", "q4_1", "q4_k", "uint4_g32"])
+def test_the_sign_of_a_zero_changes_no_byte_of_rounding(name: str) -> None:
+    x = np.zeros((3, 256), np.float32)
+    x[1, ::2], x[2] = 1, np.random.default_rng(0).random(256) * (np.arange(256) % 3 > 0)
+    plain, other = (Rtn().solve(of(name), v, Given()) for v in (x, np.where(x == 0, np.float32(-0.0), x)))
+    assert [v.tobytes() for v in (plain.codes, *plain.levels)] == [v.tobytes() for v in (other.codes, *other.levels)]

@@ -1,8 +1,9 @@
-"""Measure the fused products of packed weights on a GPU beside cuBLAS and the memory itself, and quantizing on it beside the
-CPU: one JSON line per case.
+"""Measure the fused products of packed weights on a GPU beside cuBLAS and the memory itself, and quantizing and solvers on it
+beside the CPU: one JSON line per case.
 
     python tools/bench_gpu.py                     every case
     python tools/bench_gpu.py gemv "4096 x 4096"  cases whose names contain one of these
+    python tools/bench_gpu.py "solve gptq"        GPTQ of a layer
     python tools/bench_gpu.py --record            append the lines to bench_results.jsonl
 
 Weights are W4A16, groups of 128 with f16 scales; x is bf16, and so is cuBLAS's weight. GB/s count the packed weight, x and y
@@ -11,6 +12,9 @@ as many copies of a weight as no cache holds.
 
 quantize: bf16 weights that lie in GPU memory to blocks there, against kernels.search on f32 rows with all cores (goal 20x);
 with_copies: f32 rows from and bytes to the CPU's memory too, by as many threads, as --device cuda does. wrong_bytes: of both.
+
+solve: a layer by GPTQ or rounding, rows from and codes to the CPU's memory, against the CPU's solver with all cores. factor_s:
+of the Hessian's Cholesky factor, which both take from the CPU, once for all weights that read the same inputs.
 """
 
 from __future__ import annotations
@@ -26,24 +30,35 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_solvers import layer
 
 from qconvert import kernels
+from qconvert.hessians import factored
+from qconvert.kernels.columns import CpuColumns
 from qconvert.kernels.gpu import quantize, reference
 from qconvert.kernels.gpu.check import relative
+from qconvert.kernels.gpu.columns import GpuColumns
 from qconvert.kernels.gpu.launch import multiply
 from qconvert.kernels.gpu.operand import Codes, Metadata, Operand, Part
 from qconvert.kernels.gpu.records import place
 from qconvert.kernels.gpu.tuning import fastest, n_copies, seconds
 from qconvert.parallel import default_threads, in_parallel
+from qconvert.scheme import QTensor, scheme_of
+from qconvert.solving import Given, Gptq, Rtn, Solver
 from qconvert.weights import BLOCK_VALUES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench_results.jsonl"
-Result = dict[str, str | float]
+Result = dict[str, str | float | None]
 SHAPES = ((4096, 4096), (11008, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (8192, 28672))  # N, K
 ROWS = {"gemv": 1, "gemm": 128}
 GROUP = 128
 QUANTIZED = (4096, 14336)  # N, K
+SOLVED = (4096, 4096)  # N, K
+SOLVERS: tuple[tuple[Solver, str], ...] = (
+    (Rtn(), "int4_g128"), (Gptq(), "int4_g128"), (Gptq(static=True), "int4_g128"), (Gptq(ordered=True), "int4_g128"),
+    (Gptq(), "uint4_g64"), (Gptq(), "q4_0"), (Gptq(), "q4_k"),
+)  # fmt: skip
 ROUNDS = 7
 
 
@@ -123,10 +138,54 @@ def measure_quantize(scheme: str) -> Result:
     }
 
 
+def solver_case(solver: Solver, scheme: str) -> str:
+    options = "".join(f" {name}" for name in ("static", "ordered") if getattr(solver, name, False))
+    return f"solve {solver.name}{options} {scheme}"
+
+
+def measure_solver(solver: Solver, scheme: str, n: int, k: int) -> Result:
+    threads, made = default_threads(), scheme_of(scheme)
+    assert made is not None
+    x, h = layer(n, k)
+    begin = time.perf_counter()
+    factor = factored(h, 0.01, getattr(solver, "ordered", False), scheme)
+    factor_s = time.perf_counter() - begin
+
+    def solved(columns: type[CpuColumns] | type[GpuColumns], values: int) -> list[QTensor]:
+        step, found = max(1, values // k), dict[int, QTensor]()
+        given = Given(factor=lambda damp, ordered: factor, columns=columns)
+
+        def block(i: int) -> None:
+            found[i] = solver.solve(made, x[i : i + step], given)
+
+        in_parallel(range(0, n, step), block, threads)
+        return [found[i] for i in range(0, n, step)]
+
+    ways: tuple[tuple[type[CpuColumns] | type[GpuColumns], int], ...]
+    ways = (CpuColumns, BLOCK_VALUES["cpu"]), (GpuColumns, BLOCK_VALUES["cuda"])
+    cpu, there = (wall_seconds(partial(solved, *way)) for way in ways)
+    here, other = (solved(*way) for way in ways)
+    codes = [np.concatenate([q.codes for q in found]) for found in (here, other)]
+    levels = [np.concatenate([np.concatenate(q.levels, axis=1) for q in found]).view(np.uint32) for found in (here, other)]
+    return {
+        "case": f"{solver_case(solver, scheme)} {n} x {k}",
+        "s": round(there, 4),
+        "cpu_s": round(cpu, 3),
+        "ratio": round(cpu / there, 1),
+        "m_weights_per_s": round(x.size / there / 1e6),
+        "factor_s": round(factor_s, 2) if solver.needs else None,
+        "threads": threads,
+        "wrong_codes_and_levels": int((codes[0] != codes[1]).sum() + (levels[0] != levels[1]).sum()),
+    }
+
+
 def cases(wanted: list[str]) -> Iterator[Result]:
     for scheme in quantize.SEARCHES:
         if not wanted or any(word in f"quantize {scheme}" for word in wanted):
             yield measure_quantize(scheme)
+    for solver, scheme in SOLVERS:
+        if not wanted or any(word in "{} {} x {}".format(solver_case(solver, scheme), *SOLVED) for word in wanted):
+            yield measure_solver(solver, scheme, *SOLVED)
     products = [(kind, n, k) for kind in ROWS for n, k in SHAPES]
     products = [p for p in products if not wanted or any(word in "{} {} x {}".format(*p) for word in wanted)]
     bandwidth = copy_bandwidth() if products else 0.0

@@ -54,6 +54,24 @@ def fit_zero_points(w: F32, group: int, bits: int, importance: F32, first: int, 
 
 def fit_scales(w: F32, group: int, grid: Grid, importance: F32, first: int, n_groups: int) -> F32:
     """Without offsets: scales f32[T,n_groups,32], below 0 where the grid has no mirror and that is better."""
+    scales = np.empty((len(w), n_groups, ROWS), F)
+    middles = (grid.levels[1:] + grid.levels[:-1]) * F(0.5)
+    _scales(
+        choose(8, 32), w.reshape(-1), w.shape[1], group, importance, first, n_groups, starts_of(grid), grid.kind,
+        F(grid.low), F(grid.high), grid.levels, middles, grid.codes, scales.reshape(-1),
+    )  # fmt: skip
+    return scales
+
+
+def extremes(w: F32, group: int, n_groups: int) -> tuple[F32, F32]:
+    """The least and the greatest of each group, f32[T,n_groups,32]; a zero is +0."""
+    least, greatest = (np.empty((len(w), n_groups, ROWS), F) for _ in range(2))
+    _extremes(choose(8, 32), w.reshape(-1), w.shape[1], group, n_groups, least.reshape(-1), greatest.reshape(-1))
+    return least, greatest
+
+
+def starts_of(grid: Grid) -> F32:
+    """Where a grid has the peak of a group, for a start."""
     if grid.kind == INTEGERS:
         least, greatest = grid.low, grid.high
         fine = 8.0 / max(greatest - least, 8.0)  # the more codes, the less a grid's end should stay away from the peak
@@ -64,13 +82,7 @@ def fit_scales(w: F32, group: int, grid: Grid, importance: F32, first: int, n_gr
     starts = [end * greatest for end in ends]
     if least != -greatest:  # for positive peaks the one end, for others the other
         starts += [end * least for end in ends]
-    scales = np.empty((len(w), n_groups, ROWS), F)
-    middles = (grid.levels[1:] + grid.levels[:-1]) * F(0.5)
-    _scales(
-        choose(8, 32), w.reshape(-1), w.shape[1], group, importance, first, n_groups, np.array(starts, F), grid.kind,
-        F(grid.low), F(grid.high), grid.levels, middles, grid.codes, scales.reshape(-1),
-    )  # fmt: skip
-    return scales
+    return np.array(starts, F)
 
 
 @njit(forceinline=True)
@@ -80,6 +92,17 @@ def extent_of(lanes, W, at, group):  # type: ignore[no-untyped-def]
         v = load(lanes, W, at + i * ROWS)
         least, greatest = minimum(v, least), maximum(v, greatest)
     return least, greatest
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _extremes(lanes, W, k, group, n_groups, lows, highs):  # type: ignore[no-untyped-def]
+    for t in range(W.size // (k * ROWS)):
+        for g in range(n_groups):
+            for lane in range(0, ROWS, count(lanes)):
+                least, greatest = extent_of(lanes, W, (t * k + g * group) * ROWS + lane, group)
+                at = (t * n_groups + g) * ROWS + lane
+                store(lows, at, least + F(0))
+                store(highs, at, greatest + F(0))
 
 
 @njit(forceinline=True)

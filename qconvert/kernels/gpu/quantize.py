@@ -1,6 +1,8 @@
 """Quantizing on a GPU, or by Triton's interpreter where TRITON_INTERPRET=1 asks for it: the bytes that the CPU makes.
 
-search(scheme, x f32[N,K]) -> u8[N, row nbytes]      as kernels.search; solve.py has what finds affine codes
+search(scheme, x f32[N,K]) -> u8[N, row nbytes]      as kernels.search
+
+solve.py has what finds affine codes, columns.py what solvers take column by column.
 
 Row blocks go to the GPU and bytes come back, from any thread, each on a stream of its own.
 """
