@@ -1,8 +1,8 @@
-"""The case `curve` of bench.py: KL by bytes, over our schemes and over llama.cpp's types with an imatrix of the same text.
+"""The case `curve` of bench.py: KL by bits, over our schemes and over llama.cpp's types with an imatrix of the same text.
 
-Embedding and head are f16 in every file, so that bytes differ by the linear weights alone. What llama.cpp reads is measured
-there; the others, which no runtime at hand reads, by our evaluator on the same text: `judge` says which. BENCH_PLOT names an
-SVG for the curves; CURVE names those to measure, as "IQ2_XXS,gptq Q2_K,quip"; without it all.
+Embedding and head are f16 in every file and not counted, nor are norms: bits are those of linear weights. What llama.cpp
+reads is measured there; the others, which no runtime at hand reads, by our evaluator on the same text: `judge` says which.
+BENCH_PLOT names an SVG for the curves; CURVE names those to measure, as "IQ2_XXS,gptq Q2_K,quip"; without it all.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ THEIRS = (
     "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M",
 )  # fmt: skip
 OURS = (
-    *(f"gptq {mix}" for mix in ("Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS",
-                                "Q4_K_S", "Q4_K_M")),
-    *(f"search {mix}" for mix in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_S")),
-    *(f"budget {mix}" for mix in ("IQ2_XXS", "IQ2_M", "IQ3_XXS", "IQ4_XS")),
+    *(f"gptq {mix}" for mix in ("IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_0", "Q2_K_S", "Q2_K", "IQ3_XXS",
+                                "IQ3_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_K_S", "Q4_K_M")),
+    *(f"budget {mix}" for mix in ("IQ1_M", "IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ4_XS")),
 )  # fmt: skip
 ELSEWHERE = {"quip": ("quip", "ldlq")}  # by our evaluator: --to safetensors
 F16 = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
@@ -41,17 +40,20 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
     points: list[Result] = []
     with work_folder() as folder:
         seen, unseen = halves(folder, domain)
-        statistics = ["--calibrate", str(seen), "--calibrate-tokens", str(SEEN)]
-        imatrix = folder / "imatrix.gguf"
-        reference = qconvert(model, "F32", folder / "f32.gguf", *statistics, "--save-imatrix", str(imatrix))
+        text = ["--calibrate", str(seen), "--calibrate-tokens", str(SEEN)]
+        imatrix, kept = folder / "imatrix.gguf", folder / "statistics.safetensors"
+        reference = qconvert(model, "F32", folder / "f32.gguf", *text, "--save-imatrix", str(imatrix))
+        qconvert(model, "Q4_K_M", folder / "ours.gguf", *text, "--solver", "gptq", "--save-statistics", str(kept))
+        statistics = ["--statistics", str(kept)]
         with LlamaCpp().open(reference, LENGTH, 2) as opened:
             ids = opened.tokenize(unseen.read_text("utf-8"), False, False)
         sequences = [ids[i : i + LENGTH] for i in range(0, min(len(ids) - LENGTH + 1, CHUNKS * LENGTH), LENGTH)]
+        n, dense = linears(reference)
         sizes: dict[str, int] = {}
 
         def point(whose: str, name: str, nbytes: int, found: float, judge: str) -> Result:
             case = f"curve {whose} {name}, novels-13m + {domain.adapter}"
-            bits = round(8 * nbytes / n_weights(reference), 3)
+            bits = round(8 * (nbytes - dense) / n, 3)
             points.append({"case": case, "whose": whose, "what": name, "nbytes": nbytes, "bits": bits, "kl": round(found, 6),
                            "judge": judge, "tokens": LENGTH * len(sequences)})  # fmt: skip
             return points[-1]
@@ -68,7 +70,7 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
             file = folder / "ours.gguf"
             if solver == "budget":
                 words = ["--target-size", str(sizes[mix] + header_nbytes(reference)), "--solver", "gptq", "-o", str(file)]
-                words += ["--force", "--no-check", "-q", *F16, *statistics]
+                words += ["--force", "--no-check", "-q", *F16, *text]
                 subprocess.run([sys.executable, "-m", "qconvert", model, *words], check=True, stdout=subprocess.DEVNULL)
             else:
                 qconvert(model, mix, file, "--solver", solver, *F16, *statistics)
@@ -76,7 +78,7 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
         for name, (quant, solver) in ELSEWHERE.items():
             if not chosen or name in chosen:
                 tokens = str(LENGTH * len(sequences))
-                words = ["--to", "safetensors", "--quant", quant, "--solver", solver, *statistics, "--eval", str(unseen)]
+                words = ["--to", "safetensors", "--quant", quant, "--solver", solver, *text, "--eval", str(unseen)]
                 words += ["--eval-tokens", tokens, "-o", str(folder / name), "--force", "-q"]
                 words += ["--json", str(folder / "quip.json")]
                 subprocess.run([sys.executable, "-m", "qconvert", model, *words], check=True, stdout=subprocess.DEVNULL)
@@ -94,9 +96,14 @@ def llama_quantize(reference: Path, out: Path, name: str, imatrix: Path) -> Path
     return out
 
 
-def n_weights(reference: Path) -> int:
-    """Of an F32 file."""
-    return data_nbytes(reference) // 4
+def linears(reference: Path) -> tuple[int, int]:
+    """Of an F32 file: linear weights, and the bytes of all else where embedding and head are f16."""
+    from qconvert.gguf_reader import read_header
+
+    sizes = {t.name: t.nbytes // 4 for t in read_header(reference).tensors}
+    wide = {name: n for name, n in sizes.items() if name in ("token_embd.weight", "output.weight")}
+    n = sum(n for name, n in sizes.items() if name.startswith("blk.") and "norm" not in name)
+    return n, 2 * sum(wide.values()) + 4 * (sum(sizes.values()) - sum(wide.values()) - n)
 
 
 def header_nbytes(reference: Path) -> int:
@@ -119,7 +126,7 @@ def plot(points: Sequence[Result]) -> str:
 
     values: list[dict[str, Any]] = [dict(p) for p in points]
     x, y = plots.x_axis([p["bits"] for p in values]), plots.y_axis([p["kl"] for p in values], log=True)
-    body = [f"<style>{STYLE}</style>", *plots.axes(x, y, "bits per weight, embedding and head f16", "KL, nats")]
+    body = [f"<style>{STYLE}</style>", *plots.axes(x, y, "bits per linear weight", "KL, nats")]
     for colour, whose in enumerate(("ours", "llama.cpp")):
         mine = [p for p in values if p["whose"] == whose]
         line = " ".join(f"{x(p['bits']):.1f},{y(p['kl']):.1f}" for p in map(dict, below(mine)))
