@@ -53,7 +53,9 @@ class Mixture:
     def read(self, name: str, dtype: str | None, begin: int, end: int | None) -> Array:
         if dtype is not None:
             return self.graphs[dtype].real(name, begin, end)
-        weights = next(iter(self.graphs.values()))
+        weights, node = next(iter(self.graphs.values())), self.graph.nodes[name]
+        if node.attrs.get("apart"):  # matrices of experts, each of which is quantized by itself
+            return np.concatenate([self.read(part, None, 0, None) for part in node.inputs])[begin:end]
         before = next((n for n in (f"{name}~real", f"{name}~stored") if n in weights.graph.nodes), name)
         return weights.real(before, begin, end)
 
