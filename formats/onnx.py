@@ -69,6 +69,9 @@ class ONNX:
         for flag, value in placing(request):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: a model that is ONNX already keeps its layout")
+        for flag, size in (("--target-size", request.target_size), ("--target-bpw", request.target_bpw)):
+            if size is not None:
+                raise UnsupportedError(f"{flag} {size}: an ONNX model gets one type for all weights", hint="--bits 4")
         quant, group = chosen(request)
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
@@ -90,6 +93,9 @@ class ONNX:
         for field, flag in FLAGS_OF_GGUF.items():
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
+        if request.chooses_types and request.layout == "transformersjs":
+            why = "--layout transformersjs: it has no name for a mix of types, which a size or --max-kl chooses"
+            raise UnsupportedError(why, hint="--layout genai, or a type: --bits 4")
         form, (quant, group) = form_of(request), chosen(request)
         level, kept = accuracy_level(request, form, quant), storage(request, quant)
         from qconvert.companions import tokenizer_of

@@ -49,8 +49,9 @@ def wish_of(request: Request, graph: Graph) -> Wish | None:
         return None
     if len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} both say the size", hint="say it once")
+    pins = "; --tensor-type pins one" if request.to == "gguf" else ""
     if given and typed:
-        raise UsageError(f"{given[0]} and {typed}: types are chosen by the size", hint=f"drop {typed}; --tensor-type pins one")
+        raise UsageError(f"{given[0]} and {typed}: types are chosen by the size", hint=f"drop {typed}{pins}")
     for flag in ("pure", "split_max_size", "dry_run"):
         if getattr(request, flag):
             why = "weights must be read to know what they cost" if flag == "dry_run" else "each weight gets a type, in one file"
@@ -248,7 +249,7 @@ def choose(
     errors = {w: {t: relative_error(bench, w, t) for t in of} for w, of in menu.sizes.items()}
     units, others = files.units, {p: names[0] for p in mixture.graph.parameters() if p not in menu.sizes}
     sizes = {u: undominated(files.sizes[u], summed(errors, ws, files.sizes[u])) for u, ws in units.items()}
-    found = costs(bench, {w: list(sizes[u]) for u, ws in units.items() for w in ws}, errors)
+    found = costs(bench, {w: list(sizes[u]) for u, ws in units.items() for w in ws}, errors, list(units.values()))
     front = frontier(sizes, {u: summed(found.cost, ws, sizes[u]) for u, ws in units.items()}, files.fixed)
 
     def kl(of: Bench, types: Types) -> float:
@@ -298,7 +299,10 @@ def within(
 ) -> dict[str, str]:
     """The best that fits, by measurement: from the best prediction, or a usual mix that beats it, swap by swap."""
     assert wish.nbytes is not None
-    starts = [fitting(front, files, wish.nbytes), *(p["types"] for p in stock if on_menu(front, p["types"]))]
+    starts = [fitting(front, files, wish.nbytes)]
+    for p in (p for p in stock if on_menu(front, p["types"])):
+        fuller = front.filled(dict(p["types"]), front.nbytes(p["types"]) + wish.nbytes - p["nbytes"])
+        starts += [t for t in (p["types"], fuller) if files.nbytes(t) <= wish.nbytes]
     best, types = min(((kl(t), t) for t in starts), key=lambda pair: pair[0])
     for _ in range(ROUNDS):
         room = front.nbytes(types) + wish.nbytes - files.nbytes(types)

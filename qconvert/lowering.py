@@ -234,7 +234,8 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        written = Pipeline(offload(request)).run(graph)
+        moved = any("." in graph.nodes[name].type.dtype for name in graph.apart())  # else there is nothing to move
+        written = Pipeline(offload(request) if moved else ()).run(graph)
         return Weights(graph, source.store), with_room(request, target.plan(written, mixed, legal, path), written).nbytes
 
     with torch_threads_of(request):

@@ -138,9 +138,15 @@ class Costs(NamedTuple):
     units: Mapping[str, tuple[str, ...]]
 
 
-def costs(bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[str, Mapping[str, float]]) -> Costs:
-    """choices: weight -> its types, from the fewest bytes to the most; errors: of each, see relative_error."""
-    units, n_types = planned(bench, choices)
+def costs(
+    bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[str, Mapping[str, float]],
+    together: Sequence[Sequence[str]],
+) -> Costs:  # fmt: skip
+    """choices: weight -> its types, from the fewest bytes to the most; errors: of each, see relative_error.
+
+    together: weights that always have one type, and are measured at once.
+    """
+    units, n_types = planned(bench, choices, together)
     measured: dict[str, dict[str, float]] = {}
     todo = [(unit, members, t) for unit, members in units.items() for t in spread(choices[members[0]], n_types)]
     for unit, members, t in todo:
@@ -154,16 +160,18 @@ def costs(bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[st
     return Costs(cost, len(todo), sum(map(len, choices.values())), units)
 
 
-def planned(bench: Bench, choices: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[str, ...]], int]:
+def planned(
+    bench: Bench, choices: Mapping[str, Sequence[str]], together: Sequence[Sequence[str]]
+) -> tuple[dict[str, tuple[str, ...]], int]:
     """What is measured together, and at how many types each: as much as OPERATIONS allow."""
     graph, most = bench.mixture.graph, max(map(len, choices.values()))
-    n_layers = len(bench.layers)
+    n_layers, first = len(bench.layers), {w: members[0] for members in together for w in members}
     for segment, n_types in ((1, most), (1, 3), *((s, 2) for s in range(1, n_layers + 1))):
         units: dict[str, list[str]] = {}
         for w, types in choices.items():
-            attrs = graph.root(w).attrs
+            attrs = graph.root(first[w]).attrs
             layer = attrs.get("layer")
-            place = f"{attrs.get('role')}, {types[0]}" if isinstance(layer, int) else w
+            place = f"{attrs.get('role')}, {types[0]}" if isinstance(layer, int) else first[w]
             units.setdefault(f"{place} {layer // segment}" if isinstance(layer, int) else place, []).append(w)
         price = sum(bench.operations(ws[0]) * min(n_types, len(choices[ws[0]])) for ws in units.values())
         if price <= OPERATIONS:
