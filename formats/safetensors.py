@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ from qconvert.formats.safetensors_dialects import (
 )
 from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices, expert_scheme, refuse_mixture
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
-from qconvert.formats.safetensors_menu import MIXED, menu, with_types
+from qconvert.formats.safetensors_menu import MIXED, menu, of_matrices
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
 from qconvert.formats.safetensors_split import split_plans
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
@@ -138,10 +138,10 @@ class Safetensors:
 
     def menu(self, graph: Graph, options: Options) -> Menu:
         """Groups of 4 and 8 bits, or plain, for every linear map; see safetensors_menu."""
-        return menu(graph, options)
+        return menu(graph, options.dialect, options.wanted)
 
     def with_types(self, graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
-        return with_types(graph, options, types)
+        return replace(options, types=of_matrices(graph, types))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.dialect.name]))

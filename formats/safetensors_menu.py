@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from qconvert.dtypes import DTYPES
 from qconvert.formats.safetensors_ct import GROUPS, PackQuantized
@@ -22,28 +20,25 @@ from qconvert.scheme import affine_name, scheme_of
 from qconvert.target import Menu
 from qconvert.transcoded import stored_dtype
 
-if TYPE_CHECKING:
-    from qconvert.formats.safetensors import Options
-
 MIXED = PackQuantized("mixed", "int4", 4)
 KINDS = {"int4": 4, "int8": 8}
 STOCK = {"w4a16": ("int4", 128), "w4a16, groups of 32": ("int4", 32), "w8a16": ("int8", 128)}
 SMALLER = "4 bits are the least here, and embeddings stay as they are; --to onnx has 2 bits, --to gguf less"
 
 
-def menu(graph: Graph, options: Options) -> Menu:
+def menu(graph: Graph, dialect: Dialect, wanted: Wanted) -> Menu:
     """Of linear maps; all else is plain. Experts are there as the stack of all of a layer, and are never plain beside others:
     transformers loads none."""
-    wanted, graph = options.wanted, SplitExperts()(graph)
+    graph = SplitExperts()(graph)
     matrices, experts = linears(graph), expert_matrices(graph)
     stacks = {n: node.inputs for n, node in graph.nodes.items() if experts & set(node.inputs) and node.attrs.get("apart")}
-    shared = [types_of(graph, name, options.dialect, wanted) for name in sorted(experts)]
+    shared = [types_of(graph, name, dialect, wanted) for name in sorted(experts)]
     sizes: dict[str, dict[str, int]] = {}
     for name in graph.parameters():
         if name in stacks:
             types = [t for t in (shared[0] if shared else ()) if all(t in others for others in shared)]
         elif name in matrices:
-            types = [*types_of(graph, name, options.dialect, wanted), wanted.dtype]
+            types = [*types_of(graph, name, dialect, wanted), wanted.dtype]
         else:
             continue
         members = stacks.get(name, (name,))
@@ -89,8 +84,7 @@ def alike(sizes: Mapping[str, Mapping[str, int]], wanted: str, plain: str) -> di
     return types if wanted in types.values() and all(t in sizes[w] for w, t in types.items()) else None
 
 
-def with_types(graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
-    """Stacks of experts give their types to their matrices."""
+def of_matrices(graph: Graph, types: Mapping[str, str]) -> dict[str, str]:
+    """The same, but for stacks of experts, which give their types to their matrices."""
     nodes = SplitExperts()(graph).nodes
-    each = {m: t for w, t in types.items() for m in (nodes[w].inputs if nodes[w].attrs.get("apart") else (w,))}
-    return replace(options, types=each)
+    return {m: t for w, t in types.items() for m in (nodes[w].inputs if nodes[w].attrs.get("apart") else (w,))}

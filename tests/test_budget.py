@@ -150,7 +150,7 @@ def test_a_size_below_the_smallest_file_names_that(tmp_path: Path) -> None:
         ({"target_bpw": 40.0}, UsageError, "bits per weight"),
         ({"max_kl": 0.1, "dry_run": True}, UsageError, "--dry-run with --max-kl"),
         ({"target_size": "1m", "to": "safetensors:gptq"}, UnsupportedError, "gptq has one scheme for all weights"),
-        ({"target_bpw": 4.0, "to": "safetensors:mlx"}, UnsupportedError, "mlx has one scheme for all weights"),
+        ({"target_bpw": 4.0, "to": "safetensors:awq"}, UnsupportedError, "awq has one scheme for all weights"),
         ({"target_size": "1m", "to": "safetensors:w4a16"}, UsageError, "types are chosen by the size"),
         ({"max_kl": 0.1, "to": "safetensors", "zero_point": "int"}, UnsupportedError, "zero points of one group size only"),
         ({"target_size": "1m", "to": "onnx", "layout": "transformersjs"}, UnsupportedError, "no name for a mix"),
