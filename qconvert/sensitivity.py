@@ -164,9 +164,8 @@ def planned(
     bench: Bench, choices: Mapping[str, Sequence[str]], together: Sequence[Sequence[str]]
 ) -> tuple[dict[str, tuple[str, ...]], int]:
     """What is measured together, and at how many types each: as much as OPERATIONS allow."""
-    graph, most = bench.mixture.graph, max(map(len, choices.values()))
-    n_layers, first = len(bench.layers), {w: members[0] for members in together for w in members}
-    for segment, n_types in ((1, most), (1, 3), *((s, 2) for s in range(1, n_layers + 1))):
+    graph, n_layers, first = bench.mixture.graph, len(bench.layers), {w: ws[0] for ws in together for w in ws}
+    for segment, n_types in ((1, 6), (1, 3), *((s, 2) for s in range(1, n_layers + 1))):
         units: dict[str, list[str]] = {}
         for w, types in choices.items():
             attrs = graph.root(first[w]).attrs
