@@ -322,6 +322,8 @@ def below(wish: Wish, front: Frontier, files: Files, kl: Callable[[Types], float
     """The smallest mixture of the frontier whose KL is within the limit, by bisection."""
     assert wish.max_kl is not None
     low, high = front.least, front.most
+    if kl(smallest := front.mixture(low)) <= wish.max_kl:
+        return smallest
     best = front.mixture(high)
     if (nearest := kl(best)) > wish.max_kl:
         size = nbytes_text(files.nbytes(best))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qconvert.graph import Graph, Node
-from qconvert.quality import CUT, layer_outputs
+from qconvert.quality import CUT, before_rounding, layer_outputs
 from qconvert.run import run
 from qconvert.scheme import Array
 from qconvert.weights import Weights, rows_per_block
@@ -56,8 +56,7 @@ class Mixture:
         weights, node = next(iter(self.graphs.values())), self.graph.nodes[name]
         if node.attrs.get("apart"):  # matrices of experts, each of which is quantized by itself
             return np.concatenate([self.read(part, None, 0, None) for part in node.inputs])[begin:end]
-        before = next((n for n in (f"{name}~real", f"{name}~stored") if n in weights.graph.nodes), name)
-        return weights.real(before, begin, end)
+        return weights.real(before_rounding(weights.graph, name) or name, begin, end)
 
     def of(self, types: Types) -> Mixture:
         self.types = types

@@ -19,7 +19,9 @@ from qconvert.build import build
 from qconvert.conversion import Result
 from qconvert.errors import GateError, UnsupportedError
 from qconvert.evaluation import evaluation_text
+from qconvert.facts import Facts
 from qconvert.formats.onnx_runtime import OnnxRuntime
+from qconvert.html_report import html_page
 from qconvert.scheme import scheme_of
 from qconvert.sources import Store, read_checkpoint
 from qconvert.target import Menu
@@ -134,6 +136,8 @@ def test_the_curve_has_usual_types_beside_it(made: Made) -> None:
     assert ("w4a16" if made.to == "safetensors" else "int4_g32") in stock
     near = [p for p in stock.values() if p["nbytes"] <= made.budget["nbytes"]]
     assert near and all(made.budget["measured"] < p["measured"] for p in near)
+    page = html_page([Facts(made.result.report.data())])
+    assert "KL by bytes" in page and all(name in page for name in stock)
 
 
 @pytest.mark.peer
@@ -233,18 +237,32 @@ def test_a_model_that_is_onnx_already_has_no_budget(tmp_path: Path) -> None:
         convert(tmp_path / "model.onnx", to="onnx", output=tmp_path / "out", target_size="1m")
 
 
+def small_model(folder: Path, case: str) -> Path:
+    """A random model with the tokenizer of golden/tiny."""
+    kind, options = CASES[case]
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1024, "max_position_embeddings": 256}
+    save_random(folder, kind, options | sizes)
+    for path in TINY.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("to", SIZES)
 def test_experts_get_one_type_and_run(to: str, tmp_path: Path) -> None:
-    kind, options = CASES["mixtral"]
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1024, "max_position_embeddings": 256}
-    model = save_random(tmp_path / "model", kind, options | sizes)
-    for path in TINY.glob("*token*"):
-        shutil.copy(path, model)
     bits = 24.0 if to == "safetensors" else 12.0
+    model = small_model(tmp_path / "model", "mixtral")
     result = convert(model, to=to, output=tmp_path / "out", target_bpw=bits, eval_tokens=N_TOKENS)
     types = result.report.budget["types"]
     experts = {t for w, t in types.items() if ".experts." in w}
     assert len(experts) == 1 and scheme_of(experts.pop()) is not None
     assert len(set(types.values())) > 1
     assert result.verified and not [row for row in result.report.checks if row.verdict in ("fail", "skip")]
+
+
+def test_loss_is_measured_against_norms_as_the_model_has_them(tmp_path: Path) -> None:
+    """Gemma's checkpoints store them less one."""
+    model = small_model(tmp_path / "model", "gemma3")
+    result = convert(model, to="onnx", output=tmp_path / "out", target_bpw=16.0, eval_tokens=N_TOKENS, check=False)
+    curve = result.report.budget["curve"]
+    assert curve[-1]["measured"] < 1e-9 < 0.01 < curve[0]["measured"]  # the last is f32, all of it
