@@ -96,9 +96,7 @@ class GGUF:
         arch = gguf_arch.describe(graph)
         names = {gguf_name(graph, p): p for p in graph.parameters()}
         shapes = [gguf_mix.TensorShape(n, graph.nodes[p].type.dims) for n, p in names.items()]
-        with_data = frozenset(n for n, p in names.items() if f"{p}~moments" in graph.nodes)
-        choice = replace(options.choice, imatrix=with_data if "statistics" in graph.meta else None)
-        choices = gguf_mix.choose(shapes, options.mix, arch.hyper, choice)
+        choices = gguf_mix.choose(shapes, options.mix, arch.hyper, weighted(graph, options.choice))
         types = {names[c.name]: c.got for c in choices}
         passes: list[Pass | Function] = [PermuteRope()] if arch.permuted else []
         passes += [RopeFactors(arch.rope_factors)] if arch.rope_factors else []
@@ -108,9 +106,9 @@ class GGUF:
         return Legal(tuple(passes), options.mix.name, fallbacks, told, (*arch.kvs, *imatrix_kvs(graph)))
 
     def menu(self, graph: Graph, options: Options) -> Menu:
-        """Every type that a row divides into, for every weight."""
+        """Every type that a row divides into, for every weight; those of codebooks where its importance is known."""
         tensors = {p: gguf_mix.TensorShape(gguf_name(graph, p), graph.nodes[p].type.dims) for p in graph.parameters()}
-        return gguf_menu.menu(tensors, options.mix, gguf_arch.describe(graph).hyper, options.choice)
+        return gguf_menu.menu(tensors, options.mix, gguf_arch.describe(graph).hyper, weighted(graph, options.choice))
 
     def with_types(self, graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
         mix, choice = gguf_menu.with_types({p: gguf_name(graph, p) for p in types}, options.mix, options.choice, types)
@@ -181,6 +179,14 @@ class GGUF:
             KV("qconvert.version", "str", __version__),
             *options.vocabulary.kvs,
         ]
+
+
+def weighted(graph: Graph, choice: gguf_mix.Options) -> gguf_mix.Options:
+    """The options with the tensors of whose inputs statistics lie in the graph."""
+    if "statistics" not in graph.meta:
+        return choice
+    names = frozenset(gguf_name(graph, p) for p in graph.parameters() if f"{p}~moments" in graph.nodes)
+    return replace(choice, imatrix=names)
 
 
 def imatrix_kvs(graph: Graph) -> list[KV]:

@@ -13,27 +13,29 @@ from qconvert.formats import gguf_mix
 from qconvert.formats.gguf_mix import PLAIN, Hyper, TensorShape
 from qconvert.formats.gguf_mix_rules import FILE_TYPES, FileType
 from qconvert.gguf_reader import ALIGNMENT, row_nbytes
-from qconvert.scheme import SCHEMES
+from qconvert.scheme import GGML_SCHEMES, SCHEMES
 from qconvert.target import Menu
 
 MIXED = "mixed"
 
 
 def menu(tensors: Mapping[str, TensorShape], file: FileType, hyper: Hyper, options: gguf_mix.Options) -> Menu:
-    """tensors: by parameter. What the user typed by name has that type alone."""
+    """tensors: by parameter. What the user typed by name has that type alone; types of codebooks are for tensors of which
+    options.imatrix says something."""
     mix = gguf_mix.Mix(file, hyper, options, list(tensors.values()))
     sizes: dict[str, dict[str, int]] = {}
     for parameter, tensor in tensors.items():
         if gguf_mix.quantizable(tensor):
             pinned = options.leave_output_tensor and tensor.name == "output.weight" and options.unquantized
             said = pinned or mix.explicit(tensor.name)
-            types = [gguf_mix.fitting(tensor, said).got] if said else types_of(tensor)
+            types = [gguf_mix.fitting(tensor, said).got] if said else types_of(tensor, tensor.name in (options.imatrix or ()))
             sizes[parameter] = dict(sorted(((t, padded(t, tensor.shape)) for t in types), key=lambda each: each[1]))
     return Menu(sizes, stock(tensors, sizes, hyper, options))
 
 
-def types_of(tensor: TensorShape) -> list[str]:
-    return [*(name for name, scheme in SCHEMES.items() if tensor.shape[-1] % scheme.block == 0), "f16"]
+def types_of(tensor: TensorShape, weighted: bool) -> list[str]:
+    schemes = GGML_SCHEMES if weighted else SCHEMES
+    return [*(name for name, scheme in schemes.items() if tensor.shape[-1] % scheme.block == 0), "f16"]
 
 
 def padded(dtype: str, shape: tuple[int, ...]) -> int:

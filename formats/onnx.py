@@ -5,9 +5,7 @@ legalize (types of the weights) -> passes -> plan (protobuf, places in the data 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -19,71 +17,42 @@ from qconvert.formats.onnx_arch import FORMS, Form, check_supported, context_len
 from qconvert.formats.onnx_certificate import Certifier
 from qconvert.formats.onnx_cliffs import slow_paths
 from qconvert.formats.onnx_columns import LAYOUTS as COLUMNS
-from qconvert.formats.onnx_columns import PREFIX as COLUMNS_PREFIX
 from qconvert.formats.onnx_int8_plan import QUANTS as INTEGER_QUANTS
-from qconvert.formats.onnx_int8_plan import Integer, integer_of, passes_of, refuse_group
+from qconvert.formats.onnx_int8_plan import integer_of, passes_of, refuse_group
 from qconvert.formats.onnx_int8_plan import types_of as integer_types_of
 from qconvert.formats.onnx_layouts import LAYOUTS
-from qconvert.formats.onnx_mixtures import mixture_notes, mixture_passes, oldest_runtime, pairs, routers, running_in, why_pair
-from qconvert.formats.onnx_moves import kept, ordering, quant_of
-from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
-from qconvert.formats.onnx_storage import Storage, placing, storage
+from qconvert.formats.onnx_menu import menu, with_types
+from qconvert.formats.onnx_mixtures import mixture_notes, oldest_runtime, running_in
+from qconvert.formats.onnx_schemes import accuracy_level, integers_only, not_portable, with_zero_point
+from qconvert.formats.onnx_storage import placing, storage
 from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
-from qconvert.graph import Graph, Type, n_rows
+from qconvert.formats.onnx_types import PLAIN, Options, first_passes, row_planes, types_of
+from qconvert.graph import Graph, n_rows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
-from qconvert.passes.untie_head import UntieHead, embedding_of, is_tied
 from qconvert.pipeline import Pass
 from qconvert.placement import placement_of
 from qconvert.planes import Plane
 from qconvert.provenance import names_of, provenance
 from qconvert.report import Report, Row
-from qconvert.request import Fallback, Request
+from qconvert.request import Request
 from qconvert.scheme import GROUPS
 from qconvert.sources import Store
-from qconvert.target import Contents, Legal, Lowered, Source
-from qconvert.tokenizer import Tokenizer
+from qconvert.target import Contents, Legal, Lowered, Menu, Source
 from qconvert.transcoded import notes
 from qconvert.weights import Weights
 
 if TYPE_CHECKING:
     from qconvert.formats.onnx_foreign_job import Rewritten
 
-PLAIN = {"fp32": "f32", "fp16": "f16"}
 QUANTS = (*PLAIN, "int2", "int4", "int8", "uint2", "uint4", "uint8", "nf4", "fp4", *INTEGER_QUANTS)
 BITS = {2: "int2", 4: "int4", 8: "int8"}
 GROUP = 32
-DTYPE_NBYTES = {"f32": 4, "f16": 2, "i64": 8}
 FLAGS_OF_GGUF = {
     "tensor_types": "--tensor-type", "output_tensor_type": "--output-tensor-type", "pure": "--pure",
     "token_embedding_type": "--token-embedding-type", "leave_output_tensor": "--leave-output-tensor",
     "pre_tokenizer": "--pre-tokenizer",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Options:
-    """quant: a name of QUANTS, or uint4f with float zero points; group: weights along a row that share a scale.
-
-    group is None for plain types. checked: the installed onnxruntime is asked whether it has the kernels.
-    """
-
-    form: Form
-    quant: str
-    group: int | None
-    accuracy_level: int
-    checked: bool
-    fallback: Fallback
-    name: str  # of the model and its adapters
-    tokenizer: Tokenizer | None
-    files: Mapping[str, bytes]  # what lies beside the model
-    storage: Storage
-    config: Mapping[str, object]  # config.json of the model
-    metadata: Mapping[str, str]
-    integer: Integer | None = None
-    notes: tuple[str, ...] = ()
-    any_quant: bool = True  # --quant was not given: codes that a source has are kept with zero points too
-    any_group: bool = True
 
 
 class ONNX:
@@ -100,6 +69,9 @@ class ONNX:
         for flag, value in placing(request):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: a model that is ONNX already keeps its layout")
+        for flag, size in (("--target-size", request.target_size), ("--target-bpw", request.target_bpw)):
+            if size is not None:
+                raise UnsupportedError(f"{flag} {size}: an ONNX model gets one type for all weights", hint="--bits 4")
         quant, group = chosen(request)
         if group is None:
             raise UnsupportedError(f"--quant {quant}: an ONNX model is only quantized here", hint="--bits 4")
@@ -121,6 +93,9 @@ class ONNX:
         for field, flag in FLAGS_OF_GGUF.items():
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: ONNX output has no such choice", hint="--to gguf has it")
+        if request.chooses_types and request.layout == "transformersjs":
+            why = "--layout transformersjs: it has no name for a mix of types, which a size or --max-kl chooses"
+            raise UnsupportedError(why, hint="--layout genai, or a type: --bits 4")
         form, (quant, group) = form_of(request), chosen(request)
         level, kept = accuracy_level(request, form, quant), storage(request, quant)
         from qconvert.companions import tokenizer_of
@@ -135,7 +110,8 @@ class ONNX:
             files = onnx_transformersjs.companions(source, tokenizer)
         else:
             files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
-        name, facts = " + ".join(names_of(source, graph)), provenance(source, graph, quant)
+        name = " + ".join(names_of(source, graph))
+        facts = provenance(source, graph, "mixed" if request.chooses_types else quant)
         integer, config = integer_of(request, quant, source.store, tokenizer), onnx_transformersjs.config_of(source, graph)
         checked, told = request.check and not request.dry_run, other_tokenizers(source)
         return Options(
@@ -146,10 +122,7 @@ class ONNX:
     def legalize(self, graph: Graph, options: Options) -> Legal:
         """Types from shapes alone. UnsupportedError where rows do not divide into groups and --fallback error asked for it."""
         check_supported(graph, options.form)
-        order = ordering(graph, options.quant, options.group, options.any_quant, options.any_group)
-        first: tuple[Pass, ...] = (
-            *order, *mixture_passes(graph, options.form, options.quant), *portable_head(graph, options)
-        )  # fmt: skip
+        first = first_passes(graph, options)
         for each in first:
             graph = each(graph)
         types, columns, fallbacks = integer_types_of(graph) if options.integer else types_of(graph, options)
@@ -165,11 +138,18 @@ class ONNX:
         if options.integer:
             integers, more = passes_of(graph, options.quant, options.integer, types, columns)
             passes, told = (*first, *integers), (*told, *more)
-        label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
+        label = options.label if options.group is None or options.types else f"{options.quant}_g{options.group}"
         return Legal(passes, label, tuple(shown), (*told, *options.notes, *notes_of(graph)))
 
+    def menu(self, graph: Graph, options: Options) -> Menu:
+        """Groups of 2, 4 and 8 bits, or plain, for every weight that is multiplied or gathered; see onnx_menu."""
+        return menu(graph, options)
+
+    def with_types(self, graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
+        return with_types(graph, options, types)
+
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
-        return Path("-".join([*names_of(source, graph), options.quant, *(["swap"] if source.swap else []), "onnx"]))
+        return Path("-".join([*names_of(source, graph), options.label, *(["swap"] if source.swap else []), "onnx"]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """The protobuf, and a place in a file for every weight."""
@@ -281,69 +261,6 @@ def chosen(request: Request) -> tuple[str, int | None]:
     return quant, group
 
 
-def portable_head(graph: Graph, options: Options) -> tuple[UntieHead, ...]:
-    """Standard nodes gather rows and multiply columns, so no bytes serve both an embedding and a quantized head."""
-    apart = options.form.contrib or options.group is None or not is_tied(graph)
-    return () if apart else (UntieHead(),)
-
-
-def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], dict[str, str], list[dict[str, str]]]:
-    """Weight -> dtype or scheme; weight -> layouts, where it lies [K,N]; and what did not get the scheme that was asked for."""
-    types, columns, fallbacks = {}, {}, []
-    matrices, embedding, alike = quantizable(graph), embedding_of(graph), pairs(graph)
-    for name in graph.parameters():
-        dims = graph.nodes[name].type.dims
-        if graph.nodes[name].type.dtype == "i64":
-            continue
-        if name in alike:
-            dims = (*dims[:-1], math.gcd(*alike[name]))
-        if options.group is None or name not in matrices:
-            types[name] = PLAIN.get(options.quant, "f32") if len(dims) > 1 else "f32"
-            continue
-        quant = quant_of(graph, name, options.quant, options.any_quant)
-        held = gathered(options.quant) if name == embedding else options.quant
-        keeps = kept(graph, name, held, options.group, options.any_quant, options.any_group)
-        if name in alike and len({graph.nodes[n].type.dtype for n in alike}) > 1:
-            keeps = None  # both weights of an expert get the same groups
-        if keeps and (options.form.contrib or name == embedding or COLUMNS[f"{COLUMNS_PREFIX}.{keeps}"].fits(dims[0])):
-            wanted = types[name] = keeps
-        else:
-            wanted, types[name] = f"{quant}_g{options.group}", fitting(replace(options, quant=quant), dims, name == embedding)
-        if types[name] != "f32" and not options.form.contrib and name != embedding:
-            columns[name] = COLUMNS_PREFIX
-        if types[name] != wanted:
-            reason = why_other(options, dims, name == embedding)
-            if name in alike:
-                reason = why_pair(*alike[name], options.group)
-            fallbacks.append({"tensor": name, "wanted": wanted, "got": types[name], "reason": reason})
-    return types, columns, fallbacks
-
-
-def fitting(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
-    """The scheme for a weight [N,K]: of the largest group that divides rows, of 8 bits where less cannot lie [K,N]."""
-    group = next((g for g in GROUPS[::-1] if options.group and g <= options.group and dims[-1] % g == 0), None)
-    if group is None:
-        return "f32"
-    wanted = f"{gathered(options.quant) if embeds else options.quant}_g{group}"
-    whole = options.form.contrib or embeds or COLUMNS[f"{COLUMNS_PREFIX}.{wanted}"].fits(dims[0])
-    return wanted if whole else f"int8_g{group}"
-
-
-def why_other(options: Options, dims: tuple[int, ...], embeds: bool) -> str:
-    if options.group and dims[-1] % options.group:
-        return f"rows of {dims[-1]} do not divide into groups of {options.group}"
-    if embeds:
-        return f"onnxruntime gathers no rows of {options.quant}"
-    return f"{dims[0]} outputs do not fill bytes side by side"
-
-
-def quantizable(graph: Graph) -> set[str]:
-    """Weights of linears and experts, and the embedding of tokens."""
-    tokens = {n for n, node in graph.nodes.items() if node.op == "input" and "default" not in node.attrs}
-    linears = {n.inputs[1] for n in graph.nodes.values() if n.op == "linear"} - routers(graph) | pairs(graph).keys()
-    return linears | {n.inputs[1] for n in graph.nodes.values() if n.op == "embed" and n.inputs[0] in tokens}
-
-
 # the weights --------------------------------------------------------------------------------------
 
 
@@ -359,16 +276,6 @@ def places(graph: Graph) -> list[Entry]:
         total = sum(plane.file_nbytes(kind.rows) for plane in planes)
         entries.append(Entry(name, name, kind.dtype, kind.dims, total, planes[0].offset, tuple(planes)))
     return entries
-
-
-def row_planes(kind: Type) -> list[tuple[int, int | None]]:
-    """nbytes of each piece of one row, and bits of a value where rows become columns."""
-    if kind.dtype in LAYOUTS:
-        return [(nbytes, None) for nbytes in LAYOUTS[kind.dtype].planes(kind.dims[-1])]
-    if kind.dtype in COLUMNS:
-        layout = COLUMNS[kind.dtype]
-        return list(zip(layout.planes(kind.dims[1]), layout.bits, strict=True))
-    return [(math.prod(kind.dims) // kind.rows * DTYPE_NBYTES[kind.dtype], None)]
 
 
 def add_weight(model: object, graph: Graph, entry: Entry) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +32,7 @@ from qconvert.formats.safetensors_dialects import (
 )
 from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices, expert_scheme, refuse_mixture
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
+from qconvert.formats.safetensors_menu import MIXED, menu, of_matrices
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
 from qconvert.formats.safetensors_split import split_plans
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
@@ -47,7 +48,7 @@ from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
 from qconvert.solver_spec import reads_statistics
-from qconvert.target import Contents, Legal, Lowered, Source
+from qconvert.target import Contents, Legal, Lowered, Menu, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
 from qconvert.weights import Weights
@@ -78,6 +79,7 @@ class Options:
     config: Mapping[str, object]
     metadata: Mapping[str, str]
     calibration: Calibration | None = None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    types: Mapping[str, str] = field(default_factory=dict)  # of weights for which one was chosen each
 
 
 class Safetensors:
@@ -85,20 +87,21 @@ class Safetensors:
 
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types that do not exist."""
-        for field, flag in NOT_HERE.items():
-            if getattr(request, field):
+        for name, flag in NOT_HERE.items():
+            if getattr(request, name):
                 raise UnsupportedError(f"{flag}: --to safetensors has no such choice")
         if source.swap:
             raise UnsupportedError("--adapters swap: safetensors are written merged", hint="--to onnx, or PEFT loads adapters")
         refuse_own_folder(request, source)
-        dialect = chosen(request)
+        dialect = mixed(request) if request.chooses_types else chosen(request)
         dtype = PLAIN.get(dialect.name) or plain_dtype(graph)
         if dialect.name in PLAIN and request.group is not None:
             raise UsageError(f"--group {request.group}: {dialect.name} has no groups")
         limit = parse_nbytes(request.split_max_size) if request.split_max_size else MAX_NBYTES
         form = dialect.metadata if isinstance(dialect, OwnConfig) else "pt"
         metadata = {"format": form, **provenance(source, graph, dialect.name)}
-        wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant, request.bits)
+        any_kind = request.zero_point is None and not request.quant and dialect is not MIXED
+        wanted = Wanted(request.group, dtype, any_kind, request.bits)
         tokenizer, calibration = tokenizer_of(source, graph), None
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
@@ -123,7 +126,7 @@ class Safetensors:
             first_left = fallbacks[0]
             raise UnsupportedError(f"{first_left['tensor']}: {first_left['reason']}", hint="--fallback warn takes what fits")
         name = options.dialect.name
-        if options.dialect.layouts and not any(map(scheme_of, types.values())):
+        if options.dialect.layouts and not options.types and not any(map(scheme_of, types.values())):
             why = f"first {fallbacks[0]['tensor']}: {fallbacks[0]['reason']}" if fallbacks else "there are no linear maps"
             raise UnsupportedError(f"{name}: no weight can be quantized so; {why}", hint="--quant bf16, or --to gguf or onnx")
         own = passes_of(options.dialect, types, options.wanted, together(graph, types))
@@ -133,18 +136,26 @@ class Safetensors:
         told = (*told, *(() if has_head(graph) else (NO_POOLER,)))
         return Legal(passes, name, tuple(shown), (*notes(graph, types), *told))
 
+    def menu(self, graph: Graph, options: Options) -> Menu:
+        """Groups of 4 and 8 bits, or plain, for every linear map; see safetensors_menu."""
+        return menu(graph, options.dialect, options.wanted)
+
+    def with_types(self, graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
+        return replace(options, types=of_matrices(graph, types))
+
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.dialect.name]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """config.json, shards with their index, and what lies beside them."""
-        config = {**options.config, **options.dialect.config(written(graph, options.wanted))}
+        said = written(graph, options.wanted)
+        config = {**options.config, **(options.dialect.config(said) if said.quantized or not options.types else {})}
         config = options.dialect.restated(config) if isinstance(options.dialect, OwnConfig) else config
         files = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), **options.files}
         placed, every, metadata = placement_of(graph), all_stored(graph), dict(options.metadata)
         if isinstance(options.dialect, Describing):
             shapes = {s.entry.name: s.entry.shape for s in every}
-            metadata |= options.dialect.described(shapes, written(graph, options.wanted))
+            metadata |= options.dialect.described(shapes, said)
         if placed.away:
             plans, files[INDEX] = split_plans(path, every, placed, options.max_nbytes, metadata)
         else:
@@ -218,6 +229,18 @@ def chosen(request: Request) -> Dialect:
     return dialect
 
 
+def mixed(request: Request) -> Dialect:
+    """The dialect in which each weight has a type of its own. UnsupportedError for words that no such mix keeps."""
+    flag = next((f"--{f.replace('_', '-')}" for f in ("target_size", "target_bpw") if getattr(request, f)), "--max-kl")
+    if request.quant and dialect_of(request.quant).name not in ("w4a16", "w8a16", *PLAIN):
+        why = f"{flag}: {request.quant} has one scheme for all weights of a folder"
+        raise UnsupportedError(why, hint="without --quant each weight gets w4a16, w8a16 or none; --to gguf and onnx mix too")
+    if request.zero_point not in (None, "none"):
+        why = f"{flag} with --zero-point {request.zero_point}: transformers loads zero points of one group size only"
+        raise UnsupportedError(why, hint="leave it out, or --to onnx")
+    return MIXED
+
+
 def plain_dtype(graph: Graph) -> str:
     """What most matrices came in; a GGUF's quantized ones count by their scales, and its vectors are always f32."""
     counts: dict[str, int] = {}
@@ -237,8 +260,8 @@ def types_of(graph: Graph, options: Options) -> tuple[dict[str, str], list[dict[
     experts, one = expert_matrices(graph), expert_scheme(graph, options.dialect, options.wanted)
     for name in [n for n in graph.apart() if n not in norms]:
         kind = graph.nodes[name].type
-        types[name] = options.wanted.dtype
-        if name not in matrices:
+        types[name] = options.types.get(name, options.wanted.dtype)
+        if name not in matrices or name in options.types:
             continue
         if name in turned and options.dialect.layouts:
             why = f"stored as [in, out] (Conv1D), which {options.dialect.name} has no name for"

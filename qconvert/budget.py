@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +49,9 @@ def wish_of(request: Request, graph: Graph) -> Wish | None:
         return None
     if len(given) > 1:
         raise UsageError(f"{given[0]} and {given[1]} both say the size", hint="say it once")
+    pins = "; --tensor-type pins one" if request.to == "gguf" else ""
     if given and typed:
-        raise UsageError(f"{given[0]} and {typed}: types are chosen by the size", hint=f"drop {typed}; --tensor-type pins one")
+        raise UsageError(f"{given[0]} and {typed}: types are chosen by the size", hint=f"drop {typed}{pins}")
     for flag in ("pure", "split_max_size", "dry_run"):
         if getattr(request, flag):
             why = "weights must be read to know what they cost" if flag == "dry_run" else "each weight gets a type, in one file"
@@ -167,6 +169,57 @@ def swaps(front: Frontier, types: Types, nbytes: int, n: int) -> list[dict[str, 
     return [{**types, **dict(change)} for _, change in sorted(found)[:n]]
 
 
+# bytes --------------------------------------------------------------------------------------------
+
+
+class Files:
+    """Bytes of the files that mixtures make. units: a weight -> all that have its type, of which it is the first.
+
+    A mixture says the type of each unit; lowered: types of all weights -> the graph that they make, and the bytes of its files.
+    """
+
+    def __init__(self, menu: Menu, lowered: Callable[[Types], tuple[Weights, int]]) -> None:
+        self.menu, self.lowered, self.known = menu, lowered, dict[tuple[str, ...], int]()
+        rest = [w for w in menu.sizes if not any(w in members for members in menu.together)]
+        self.units = {members[0]: tuple(members) for members in (*menu.together, *((w,) for w in rest))}
+        self.units = {w: self.units[w] for w in menu.sizes if w in self.units}
+        self.sizes = {u: {t: sum(menu.sizes[w][t] for w in ws) for t in menu.sizes[u]} for u, ws in self.units.items()}
+        self.smallest = {u: min(of, key=of.__getitem__) for u, of in self.sizes.items()}
+        self.fixed = lowered(self.types(self.smallest))[1] - self.summed(self.smallest)
+
+    def types(self, mixture: Types) -> dict[str, str]:
+        """Of every weight on the menu."""
+        return {w: mixture[u] for u, ws in self.units.items() for w in ws}
+
+    def mixture(self, types: Types) -> dict[str, str] | None:
+        """None where weights of a unit differ."""
+        alike = all(types[w] == types[u] for u, ws in self.units.items() for w in ws)
+        return {u: types[u] for u in self.units} if alike else None
+
+    def summed(self, mixture: Types) -> int:
+        return sum(self.sizes[u][t] for u, t in mixture.items())
+
+    def nbytes(self, mixture: Types) -> int:
+        if self.menu.exact:
+            return self.fixed + self.summed(mixture)
+        key = tuple(mixture[u] for u in self.units)
+        if key not in self.known:
+            self.known[key] = self.lowered(self.types(mixture))[1]
+        return self.known[key]
+
+
+def fitting(front: Frontier, files: Files, nbytes: int) -> dict[str, str]:
+    """The best prediction whose files have at most nbytes: where headers are longer than thought, less is asked for."""
+    types = front.mixture(max(front.least, nbytes))
+    ask = nbytes - (files.nbytes(types) - front.nbytes(types))
+    while True:
+        types = front.mixture(max(front.least, ask))
+        over = files.nbytes(types) - nbytes
+        if over <= 0 or ask <= front.least:
+            return types if over <= 0 else files.smallest
+        ask -= over
+
+
 # the choice ---------------------------------------------------------------------------------------
 
 
@@ -187,61 +240,74 @@ def choose(
     """
     with uninterrupted():
         from qconvert.sensitivity import Bench, Mixture, costs, relative_error  # load torch
-    start, fixed = time.perf_counter(), fixed_nbytes(menu, lowered)
-    refuse_too_small(wish, fixed + sum(min(of.values()) for of in menu.sizes.values()))
+    start, files = time.perf_counter(), Files(menu, lowered)
+    refuse_too_small(wish, files)
     names = list(dict.fromkeys(t for of in menu.sizes.values() for t in of))
     graphs = {t: lowered({w: t if t in of else next(iter(of)) for w, of in menu.sizes.items()})[0] for t in names}
     mixture = Mixture(graphs)
     bench, judge = Bench(mixture, calibration.sequences), Bench(mixture, evaluation.part(JUDGED))
     errors = {w: {t: relative_error(bench, w, t) for t in of} for w, of in menu.sizes.items()}
-    sizes = {w: undominated(of, errors[w]) for w, of in menu.sizes.items()}
-    found = costs(bench, {w: list(of) for w, of in sizes.items()}, errors)
-    front = frontier(sizes, found.cost, fixed)
-    stock = stock_points(menu, front, fixed, judge.kl)
+    units, others = files.units, {p: names[0] for p in mixture.graph.parameters() if p not in menu.sizes}
+    sizes = {u: undominated(files.sizes[u], summed(errors, ws, files.sizes[u])) for u, ws in units.items()}
+    found = costs(bench, {w: list(sizes[u]) for u, ws in units.items() for w in ws}, errors, list(units.values()))
+    front = frontier(sizes, {u: summed(found.cost, ws, sizes[u]) for u, ws in units.items()}, files.fixed)
+
+    def kl(of: Bench, types: Types) -> float:
+        return of.kl({**files.types(types), **others})  # what no type is chosen for is as it is written too
+
+    stock = stock_points(files, front, partial(kl, judge))
     if wish.nbytes is not None:
-        types = within(wish, front, bench.kl, [s for s in stock if s["nbytes"] <= wish.nbytes])
+        types = within(wish, front, files, partial(kl, bench), [s for s in stock if s["nbytes"] <= wish.nbytes])
     else:
-        types = below(wish, front, Bench(mixture, evaluation.sequences).kl)
-    nbytes = fixed + sum(menu.sizes[w][t] for w, t in types.items())
+        types = below(wish, front, files, partial(kl, Bench(mixture, evaluation.sequences)))
+    nbytes = files.nbytes(types)
     log.info("choose types      %6.1f s   %d measured, %s", time.perf_counter() - start, found.n_measured, nbytes_text(nbytes))
     facts = {
-        "wish": wish.said, "nbytes": nbytes, "types": types, "measured": judge.kl(types), "calibration": calibration.name,
-        "calibration_tokens": calibration.n_tokens, "evaluation": evaluation.name, "evaluation_tokens": judge.tokens.numel(),
-        "n_measured": found.n_measured, "overlap": overlap(calibration.sequences, evaluation.sequences),
-        "curve": curve(front, judge.kl), "stock": [{k: v for k, v in s.items() if k != "types"} for s in stock],
+        "wish": wish.said, "nbytes": nbytes, "types": files.types(types), "measured": kl(judge, types),
+        "calibration": calibration.name, "calibration_tokens": calibration.n_tokens, "evaluation": evaluation.name,
+        "evaluation_tokens": judge.tokens.numel(), "n_measured": found.n_measured,
+        "overlap": overlap(calibration.sequences, evaluation.sequences), "curve": curve(front, files, partial(kl, judge)),
+        "stock": [{k: v for k, v in s.items() if k != "types"} for s in stock],
         "costs": {w: dict(of) for w, of in found.cost.items()},
     }  # fmt: skip
-    return Choice(types, nbytes, facts)
+    return Choice(files.types(types), nbytes, facts)
 
 
-def refuse_too_small(wish: Wish, least: int) -> None:
+def summed(of: Mapping[str, Mapping[str, float]], weights: Sequence[str], types: Iterable[str]) -> dict[str, float]:
+    return {t: sum(of[w][t] for w in weights) for t in types}
+
+
+def refuse_too_small(wish: Wish, files: Files) -> None:
+    least = files.nbytes(files.smallest)
     if wish.nbytes is not None and wish.nbytes < least:
         why = f"{wish.said}: the smallest file is {least} bytes, {nbytes_text(least)}"
-        raise GateError(why, hint=f"--target-size {least}")
+        raise GateError(why, hint="; ".join(filter(None, (f"--target-size {least}", files.menu.smaller))))
 
 
-def fixed_nbytes(menu: Menu, lowered: Callable[[Types], tuple[Weights, int]]) -> int:
-    first = {w: next(iter(of)) for w, of in menu.sizes.items()}
-    return lowered(first)[1] - sum(menu.sizes[w][t] for w, t in first.items())
-
-
-def stock_points(menu: Menu, front: Frontier, fixed: int, kl: Callable[[Types], float]) -> list[dict[str, Any]]:
+def stock_points(files: Files, front: Frontier, kl: Callable[[Types], float]) -> list[dict[str, Any]]:
     """The format's usual mixes: name, bytes and measured KL."""
     found = []
-    for name, types in menu.stock.items():
-        nbytes = fixed + sum(menu.sizes[w][t] for w, t in types.items())
-        if front.least <= nbytes <= front.most:
-            found.append({"name": name, "nbytes": nbytes, "measured": kl(types), "types": dict(types)})
+    for name, of in files.menu.stock.items():
+        types = files.mixture(of)
+        if types and front.least <= files.fixed + files.summed(types) <= front.most:
+            found.append({"name": name, "nbytes": files.nbytes(types), "measured": kl(types), "types": types})
     return sorted(found, key=lambda p: p["nbytes"])
 
 
-def within(wish: Wish, front: Frontier, kl: Callable[[Types], float], stock: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def within(
+    wish: Wish, front: Frontier, files: Files, kl: Callable[[Types], float], stock: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
     """The best that fits, by measurement: from the best prediction, or a usual mix that beats it, swap by swap."""
     assert wish.nbytes is not None
-    starts = [front.mixture(wish.nbytes), *(p["types"] for p in stock if on_menu(front, p["types"]))]
+    starts = [fitting(front, files, wish.nbytes)]
+    for p in (p for p in stock if on_menu(front, p["types"])):
+        fuller = front.filled(dict(p["types"]), front.nbytes(p["types"]) + wish.nbytes - p["nbytes"])
+        starts += [t for t in (p["types"], fuller) if files.nbytes(t) <= wish.nbytes]
     best, types = min(((kl(t), t) for t in starts), key=lambda pair: pair[0])
     for _ in range(ROUNDS):
-        tried = [(kl(t), i, t) for i, t in enumerate(swaps(front, types, wish.nbytes, CANDIDATES))]
+        room = front.nbytes(types) + wish.nbytes - files.nbytes(types)
+        near = [t for t in swaps(front, types, room, CANDIDATES) if files.nbytes(t) <= wish.nbytes]
+        tried = [(kl(t), i, t) for i, t in enumerate(near)]
         if not tried or min(tried)[0] >= best:
             break
         best, _, types = min(tried, key=lambda each: each[:2])
@@ -252,13 +318,15 @@ def on_menu(front: Frontier, types: Types) -> bool:
     return all(types[w] in of for w, of in front.sizes.items())
 
 
-def below(wish: Wish, front: Frontier, kl: Callable[[Types], float], rounds: int = 9) -> dict[str, str]:
+def below(wish: Wish, front: Frontier, files: Files, kl: Callable[[Types], float], rounds: int = 9) -> dict[str, str]:
     """The smallest mixture of the frontier whose KL is within the limit, by bisection."""
     assert wish.max_kl is not None
     low, high = front.least, front.most
+    if kl(smallest := front.mixture(low)) <= wish.max_kl:
+        return smallest
     best = front.mixture(high)
     if (nearest := kl(best)) > wish.max_kl:
-        size = nbytes_text(front.nbytes(best))
+        size = nbytes_text(files.nbytes(best))
         raise GateError(f"{wish.said}: the largest file, {size}, has {nearest:.3g}", hint=f"--max-kl {nearest:.2g}")
     for _ in range(rounds):
         if high - low <= max(front.unit, front.least // 1000):
@@ -272,21 +340,22 @@ def below(wish: Wish, front: Frontier, kl: Callable[[Types], float], rounds: int
     return best
 
 
-def curve(front: Frontier, kl: Callable[[Types], float]) -> list[dict[str, Any]]:
+def curve(front: Frontier, files: Files, kl: Callable[[Types], float]) -> list[dict[str, Any]]:
     """Bytes, predicted KL, and KL as measured on the evaluation text, from the smallest file to the largest that differs."""
     sizes = np.geomspace(front.least, front.most, 4 * POINTS + 1)
     points, seen = list[dict[str, Any]](), set[int]()
     for i, size in enumerate(sizes):
         types = front.mixture(max(front.least, int(size)))
-        nbytes = front.nbytes(types)
-        if nbytes in seen:
+        nbytes, predicted = files.nbytes(types), front.predicted(types)
+        if nbytes in seen or (points and (nbytes < points[-1]["nbytes"] or predicted > points[-1]["predicted"])):
             continue
         seen.add(nbytes)
-        points.append({"nbytes": nbytes, "predicted": front.predicted(types), "measured": None if i % 4 else kl(types)})
+        points.append({"nbytes": nbytes, "predicted": predicted, "measured": None if i % 4 else kl(types)})
     return points
 
 
 def refuse(format: str, wish: Wish) -> UnsupportedError:
     return UnsupportedError(
-        f"{wish.said}: --to {format} has one type for all weights of a file here", hint="--to gguf has one for each"
+        f"{wish.said}: --to {format} has one type for all weights of a file here",
+        hint="--to gguf, safetensors and onnx have one for each",
     )

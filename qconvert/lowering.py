@@ -37,6 +37,7 @@ from qconvert.passes.inline_shift import InlineShift
 from qconvert.passes.merge_adapters import MergeAdapters
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.split_metadata import SplitMetadata
+from qconvert.passes.untie_head import has_head
 from qconvert.pipeline import Pass, Pipeline, flatten
 from qconvert.pooled_merges import refuse_rounding
 from qconvert.qat_grids import refuse_no_grid
@@ -224,7 +225,7 @@ def budgeted(
     tokenizer = tokenizer_of(source, merged)
     if not isinstance(target, Mixing):
         raise refuse(request.to, wish)
-    if tokenizer is None or len(merged.outputs) > 1:
+    if tokenizer is None or len(merged.outputs) > 1 or not has_head(merged):
         raise UnsupportedError(f"{wish.said}: needs a model with logits, and a tokenizer to cut a text for it", hint="--bits 4")
 
     solving = Solving.of(request.solver)._replace(auto=False)
@@ -233,7 +234,9 @@ def budgeted(
         mixed = target.with_types(merged, options, types)
         folded, legal = solved(target, merged, mixed, solving)
         graph = Pipeline(legal.passes).run(folded)
-        return Weights(graph, source.store), with_room(request, target.plan(graph, mixed, legal, path), graph).nbytes
+        moved = any("." in graph.nodes[name].type.dtype for name in graph.apart())  # else there is nothing to move
+        written = Pipeline(offload(request) if moved else ()).run(graph)
+        return Weights(graph, source.store), with_room(request, target.plan(written, mixed, legal, path), written).nbytes
 
     with torch_threads_of(request):
         n = request.eval_tokens or affordable(merged, 3 if source.adapters else 2)

@@ -53,8 +53,8 @@ TYPE: tuple[Decorator, ...] = (
     click.option("--leave-output-tensor", is_flag=True, help="Do not quantize output.weight."),
     click.option("--fallback", type=click.Choice(["error", "warn", "allow"]), default="warn", show_default=True,
                   help="Where rows do not divide into the type's blocks."),
-    click.option("--target-size", metavar="SIZE", help="GGUF: a type for each weight, the best that fit: 1.5g, 800m."),
-    click.option("--target-bpw", type=float, metavar="BITS", help="GGUF: the same by bits per weight of the whole file: 4.2."),
+    click.option("--target-size", metavar="SIZE", help="A type for each weight, the best that fit: 1.5g, 800m."),
+    click.option("--target-bpw", type=float, metavar="BITS", help="The same by bits per weight of all files together: 4.2."),
 )  # fmt: skip
 CALIBRATION: tuple[Decorator, ...] = (
     click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE|DIR",
@@ -79,7 +79,7 @@ GATES: tuple[Decorator, ...] = (
                   help="Limits by the bits of the type, where no flag says one: KL, its tail, top-1, perplexity, and "
                   "--require-verified. They are those of models of some billion weights: small ones are worse."),
     click.option("--max-kl", type=float, help="Mean KL to the model as trained, nats: with a type exit 7 where it is more; "
-                  "without, GGUF: the smallest file that keeps it."),
+                  "without, the smallest file that keeps it."),
     click.option("--p999-kl", type=float, help="Exit 7 where more than 1 token in 1000 has a larger KL."),
     click.option("--min-top1", type=float, help="Exit 7 where the top token is the same in fewer positions than this share."),
     click.option("--max-ppl-ratio", type=float, help="Exit 7 where the perplexity grows by more than this factor: 1.03."),

@@ -24,6 +24,7 @@ from qconvert.weights import Weights, rows_per_block
 
 VALUES = 1 << 25  # logits at a time: 128 MB
 CUT = "norm"  # the last value before the head
+MAKING = ("part", "transpose", "shifted")  # ops by which a checkpoint's tensor becomes a weight
 BINS = 48  # of the histogram of KL, ten to a power of ten from 1e-8 on
 Batch = list[list[int]]
 
@@ -201,8 +202,7 @@ def tensor_errors(model: Model, moments: Mapping[str, F32]) -> list[dict[str, An
     assert isinstance(weights, Weights)
     rows = []
     for name in graph.apart():
-        real = next((r for r in (f"{name}~real", f"{name}~stored") if r in graph.nodes), None)
-        kind = graph.nodes[name].type
+        real, kind = before_rounding(graph, name), graph.nodes[name].type
         if real is None or len(kind.dims) < 2 or graph.nodes[real].type.dims != kind.dims:
             continue
         scheme = kind.dtype.rpartition(".")[2]
@@ -211,6 +211,12 @@ def tensor_errors(model: Model, moments: Mapping[str, F32]) -> list[dict[str, An
         rows.append({"tensor": name, "type": scheme, "quantized": scheme_of(scheme) is not None, "error": plain,
                      "weighted": weighted})  # fmt: skip
     return rows
+
+
+def before_rounding(graph: Graph, name: str) -> str | None:
+    """The value that a weight was before it was quantized or cast; None where it was not."""
+    made = graph.nodes[name].op in MAKING  # of what a checkpoint stores
+    return None if made else next((r for r in (f"{name}~real", f"{name}~stored") if r in graph.nodes), None)
 
 
 def squared_errors(weights: Weights, name: str, real: str, moment: Any) -> tuple[float, float | None]:

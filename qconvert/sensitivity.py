@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qconvert.graph import Graph, Node
-from qconvert.quality import CUT, layer_outputs
+from qconvert.quality import CUT, before_rounding, layer_outputs
 from qconvert.run import run
 from qconvert.scheme import Array
 from qconvert.weights import Weights, rows_per_block
@@ -53,9 +53,10 @@ class Mixture:
     def read(self, name: str, dtype: str | None, begin: int, end: int | None) -> Array:
         if dtype is not None:
             return self.graphs[dtype].real(name, begin, end)
-        weights = next(iter(self.graphs.values()))
-        before = next((n for n in (f"{name}~real", f"{name}~stored") if n in weights.graph.nodes), name)
-        return weights.real(before, begin, end)
+        weights, node = next(iter(self.graphs.values())), self.graph.nodes[name]
+        if node.attrs.get("apart"):  # matrices of experts, each of which is quantized by itself
+            return np.concatenate([self.read(part, None, 0, None) for part in node.inputs])[begin:end]
+        return weights.real(before_rounding(weights.graph, name) or name, begin, end)
 
     def of(self, types: Types) -> Mixture:
         self.types = types
@@ -136,9 +137,15 @@ class Costs(NamedTuple):
     units: Mapping[str, tuple[str, ...]]
 
 
-def costs(bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[str, Mapping[str, float]]) -> Costs:
-    """choices: weight -> its types, from the fewest bytes to the most; errors: of each, see relative_error."""
-    units, n_types = planned(bench, choices)
+def costs(
+    bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[str, Mapping[str, float]],
+    together: Sequence[Sequence[str]],
+) -> Costs:  # fmt: skip
+    """choices: weight -> its types, from the fewest bytes to the most; errors: of each, see relative_error.
+
+    together: weights that always have one type, and are measured at once.
+    """
+    units, n_types = planned(bench, choices, together)
     measured: dict[str, dict[str, float]] = {}
     todo = [(unit, members, t) for unit, members in units.items() for t in spread(choices[members[0]], n_types)]
     for unit, members, t in todo:
@@ -152,16 +159,17 @@ def costs(bench: Bench, choices: Mapping[str, Sequence[str]], errors: Mapping[st
     return Costs(cost, len(todo), sum(map(len, choices.values())), units)
 
 
-def planned(bench: Bench, choices: Mapping[str, Sequence[str]]) -> tuple[dict[str, tuple[str, ...]], int]:
+def planned(
+    bench: Bench, choices: Mapping[str, Sequence[str]], together: Sequence[Sequence[str]]
+) -> tuple[dict[str, tuple[str, ...]], int]:
     """What is measured together, and at how many types each: as much as OPERATIONS allow."""
-    graph, most = bench.mixture.graph, max(map(len, choices.values()))
-    n_layers = len(bench.layers)
-    for segment, n_types in ((1, most), (1, 3), *((s, 2) for s in range(1, n_layers + 1))):
+    graph, n_layers, first = bench.mixture.graph, len(bench.layers), {w: ws[0] for ws in together for w in ws}
+    for segment, n_types in ((1, 6), (1, 3), *((s, 2) for s in range(1, n_layers + 1))):
         units: dict[str, list[str]] = {}
         for w, types in choices.items():
-            attrs = graph.root(w).attrs
+            attrs = graph.root(first[w]).attrs
             layer = attrs.get("layer")
-            place = f"{attrs.get('role')}, {types[0]}" if isinstance(layer, int) else w
+            place = f"{attrs.get('role')}, {types[0]}" if isinstance(layer, int) else first[w]
             units.setdefault(f"{place} {layer // segment}" if isinstance(layer, int) else place, []).append(w)
         price = sum(bench.operations(ws[0]) * min(n_types, len(choices[ws[0]])) for ws in units.values())
         if price <= OPERATIONS:

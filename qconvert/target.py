@@ -66,11 +66,16 @@ class Legal(NamedTuple):
 class Menu(NamedTuple):
     """What one file of a format may hold: for each weight its types, and the bytes that each takes with its padding.
 
-    stock: usual mixes by name, as types of the same weights.
+    stock: usual mixes by name, as types of the same weights. together: weights that get one type, since what loads the file
+    multiplies them as one matrix, or knows one type for them. exact: bytes add up to the file's; else headers differ by types,
+    and a file is planned to know its bytes. smaller: what allows files smaller than the smallest of these.
     """
 
     sizes: Mapping[str, Mapping[str, int]]
     stock: Mapping[str, Mapping[str, str]]
+    together: Sequence[Sequence[str]] = ()
+    exact: bool = True
+    smaller: str = ""
 
 
 class Stage(NamedTuple):

@@ -11,11 +11,14 @@ import pytest
 
 from qconvert import convert
 from qconvert.budget import frontier, swaps, undominated
+from qconvert.calibration import own_text
 from qconvert.conversion import Result
 from qconvert.errors import GateError, UnsupportedError, UsageError
 from qconvert.facts import Facts
+from qconvert.formats import gguf_menu, gguf_mix
 from qconvert.gguf_reader import read_header
 from qconvert.html_report import html_page
+from qconvert.scheme import CODEBOOKS
 from qconvert.sensitivity import along, spread
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +137,32 @@ def test_the_page_loads_nothing_and_holds_what_is_in_it_as_text(stock: Result) -
     assert "<img" not in html_page([Facts({**stock.report.data(), "notes": ["<img src=x onerror=alert(1)>"]})])
 
 
+def test_types_of_codebooks_are_for_weights_whose_importance_is_known() -> None:
+    widths = {"ffn_up": 256, "ffn_down": 288, "attn_q": 256}
+    tensors = {n: gguf_mix.TensorShape(f"blk.0.{n}.weight", (64, k)) for n, k in widths.items()}
+    known = gguf_mix.Options(imatrix=frozenset({"blk.0.ffn_up.weight", "blk.0.ffn_down.weight"}))
+    hyper = gguf_mix.Hyper("llama", 1, 4, 2)
+    sizes = gguf_menu.menu(tensors, gguf_mix.file_type("Q4_K_M"), hyper, known).sizes
+    assert CODEBOOKS.keys() <= sizes["ffn_up"].keys()
+    assert not CODEBOOKS.keys() & (sizes["attn_q"].keys() | sizes["ffn_down"].keys())  # whose rows do not divide
+    assert {"iq4_xs", "iq4_nl"} <= sizes["attn_q"].keys()
+    assert sizes["ffn_up"]["iq1_s"] == 64 * 50 and sizes["ffn_up"]["iq2_xxs"] == 64 * 66  # ggml-common.h
+
+
+@pytest.mark.peer
+def test_with_importance_a_small_file_has_types_of_codebooks_and_beats_the_mixes_of_its_size(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(own_text()[:20_000], encoding="utf-8")
+    options: dict[str, Any] = {"target_size": "681k", "calibrate": text, "eval_tokens": 768}
+    made = convert(TINY, adapters=[str(LORA)], output=tmp_path / "out.gguf", **options)
+    budget, codebooks = made.report.budget, CODEBOOKS.keys() & made.report.budget["types"].values()
+    assert made.verified and made.outputs[0].stat().st_size == budget["nbytes"] <= 681_000
+    assert len(codebooks) > 2
+    named = {p["name"]: p for p in budget["stock"]}
+    assert named["IQ2_XXS"]["nbytes"] > 0.99 * budget["nbytes"]
+    assert budget["measured"] < 0.9 * named["IQ2_XXS"]["measured"]
+
+
 def test_a_size_below_the_smallest_file_names_that(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="--target-size 100k: the smallest file is") as caught:
         convert(TINY, output=tmp_path / "out.gguf", target_size="100k", check=False)
@@ -149,7 +178,12 @@ def test_a_size_below_the_smallest_file_names_that(tmp_path: Path) -> None:
         ({"target_bpw": 4.0, "pure": True}, UsageError, "--pure"),
         ({"target_bpw": 40.0}, UsageError, "bits per weight"),
         ({"max_kl": 0.1, "dry_run": True}, UsageError, "--dry-run with --max-kl"),
-        ({"target_size": "1m", "to": "safetensors"}, UnsupportedError, "one type for all weights"),
+        ({"target_size": "1m", "to": "safetensors:gptq"}, UnsupportedError, "gptq has one scheme for all weights"),
+        ({"target_bpw": 4.0, "to": "safetensors:awq"}, UnsupportedError, "awq has one scheme for all weights"),
+        ({"target_size": "1m", "to": "safetensors:w4a16"}, UsageError, "types are chosen by the size"),
+        ({"max_kl": 0.1, "to": "safetensors", "zero_point": "int"}, UnsupportedError, "zero points of one group size only"),
+        ({"target_size": "1m", "to": "onnx", "layout": "transformersjs"}, UnsupportedError, "no name for a mix"),
+        ({"target_size": "1m", "to": "onnx:w8a8"}, UsageError, "types are chosen by the size"),
     ],
 )
 def test_wishes_that_cannot_be(options: dict[str, Any], error: type[Exception], words: str, tmp_path: Path) -> None:
