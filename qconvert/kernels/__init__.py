@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from qconvert.kernels.lattice import e8p_points as e8p_points
     from qconvert.kernels.line_quants import line_codes as line_codes
     from qconvert.kernels.line_quants import mlx_affine as mlx_affine
-    from qconvert.kernels.lsq_quants import lsq as lsq
     from qconvert.kernels.real import add_low_rank as add_low_rank
     from qconvert.kernels.real import all_finite as all_finite
     from qconvert.kernels.real import narrow_bf16 as narrow_bf16
@@ -81,7 +80,6 @@ _BNB = ("block_codes", "block_peaks", "dynamic_map", "int8_rows", "nested_codes"
 _WHERE |= dict.fromkeys(_BNB, "bnb_quants") | dict.fromkeys(("mlx_affine", "line_codes"), "line_quants")
 _LATTICE = ("e8p_codes", "e8p_nearest", "e8p_points")
 _WHERE |= dict.fromkeys(_LATTICE, "lattice") | dict.fromkeys(("coherent", "incoherent", "known_width"), "hadamard")
-_WHERE["lsq"] = "lsq_quants"
 _WHERE |= dict.fromkeys(("ternary_codes", "magnitude_sums"), "ternary_quants")
 
 
