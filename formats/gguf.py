@@ -54,7 +54,7 @@ class GGUF:
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
         if request.adapters_as == "swap":
-            raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx has it")
+            raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx or safetensors")
         for flag in ("group", "zero_point", "accuracy_level"):
             if (value := getattr(request, flag)) is not None:
                 said = f"--{flag.replace('_', '-')}"

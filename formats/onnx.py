@@ -28,7 +28,7 @@ from qconvert.formats.onnx_mixtures import mixture_notes, mixture_passes, oldest
 from qconvert.formats.onnx_moves import kept, ordering, quant_of
 from qconvert.formats.onnx_schemes import accuracy_level, gathered, integers_only, not_portable, with_zero_point
 from qconvert.formats.onnx_storage import Storage, placing, storage
-from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
+from qconvert.formats.onnx_swap import adapter_plans
 from qconvert.graph import Graph, Type, n_rows
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
@@ -41,6 +41,7 @@ from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request
 from qconvert.scheme import GROUPS
 from qconvert.sources import Store
+from qconvert.swapped import notes_of_swapped
 from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes
@@ -137,7 +138,7 @@ class ONNX:
             files = companions(source, graph, context_length(graph)[0], tokenizer, shares_cache(graph, form))
         name, facts = " + ".join(names_of(source, graph)), provenance(source, graph, quant)
         integer, config = integer_of(request, quant, source.store, tokenizer), onnx_transformersjs.config_of(source, graph)
-        checked, told = request.check and not request.dry_run, other_tokenizers(source)
+        checked, told = request.check and not request.dry_run, notes_of_swapped(source, graph)
         return Options(
             form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, told,
             any_quant=request.quant is None and request.zero_point is None, any_group=request.group is None,
@@ -166,7 +167,7 @@ class ONNX:
             integers, more = passes_of(graph, options.quant, options.integer, types, columns)
             passes, told = (*first, *integers), (*told, *more)
         label = options.quant if options.group is None else f"{options.quant}_g{options.group}"
-        return Legal(passes, label, tuple(shown), (*told, *options.notes, *notes_of(graph)))
+        return Legal(passes, label, tuple(shown), (*told, *options.notes))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
         return Path("-".join([*names_of(source, graph), options.quant, *(["swap"] if source.swap else []), "onnx"]))

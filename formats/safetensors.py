@@ -34,6 +34,7 @@ from qconvert.formats.safetensors_experts import SplitExperts, expert_matrices, 
 from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, index, shards
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
 from qconvert.formats.safetensors_split import split_plans
+from qconvert.formats.safetensors_swap import adapter_plans, refuse_swapping
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Attr, Graph
@@ -47,6 +48,7 @@ from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
 from qconvert.solver_spec import reads_statistics
+from qconvert.swapped import notes_of_swapped
 from qconvert.target import Contents, Legal, Lowered, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
@@ -77,7 +79,8 @@ class Options:
     files: Mapping[str, bytes]
     config: Mapping[str, object]
     metadata: Mapping[str, str]
-    calibration: Calibration | None = None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    calibration: Calibration | None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    told: tuple[str, ...] = ()
 
 
 class Safetensors:
@@ -88,8 +91,6 @@ class Safetensors:
         for field, flag in NOT_HERE.items():
             if getattr(request, field):
                 raise UnsupportedError(f"{flag}: --to safetensors has no such choice")
-        if source.swap:
-            raise UnsupportedError("--adapters swap: safetensors are written merged", hint="--to onnx, or PEFT loads adapters")
         refuse_own_folder(request, source)
         dialect = chosen(request)
         dtype = PLAIN.get(dialect.name) or plain_dtype(graph)
@@ -99,6 +100,8 @@ class Safetensors:
         form = dialect.metadata if isinstance(dialect, OwnConfig) else "pt"
         metadata = {"format": form, **provenance(source, graph, dialect.name)}
         wanted = Wanted(request.group, dtype, request.zero_point is None and not request.quant, request.bits)
+        if source.swap:
+            refuse_swapping(graph, dialect)
         tokenizer, calibration = tokenizer_of(source, graph), None
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
@@ -108,7 +111,7 @@ class Safetensors:
         return Options(
             dialect, wanted, request.fallback, limit, tokenizer,
             {**carried(source), **sentence_files(source.checkpoint.folder)}, config_of(source, graph, dtype), metadata,
-            None if request.dry_run else calibration,
+            None if request.dry_run else calibration, notes_of_swapped(source, graph),
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -131,10 +134,10 @@ class Safetensors:
         passes: tuple[Pass, ...] = (*first, *own, *([QuantizeActivations(name, ranges)] if ranges else []))
         shown = fallbacks if options.fallback == "warn" else []
         told = (*told, *(() if has_head(graph) else (NO_POOLER,)))
-        return Legal(passes, name, tuple(shown), (*notes(graph, types), *told))
+        return Legal(passes, name, tuple(shown), (*notes(graph, types), *told, *options.told))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
-        return Path("-".join([*names_of(source, graph), options.dialect.name]))
+        return Path("-".join([*names_of(source, graph), options.dialect.name, *(["swap"] if source.swap else [])]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """config.json, shards with their index, and what lies beside them."""
@@ -154,7 +157,7 @@ class Safetensors:
             plans = [file_plan(path, shard, metadata) for shard in split]
         plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         refuse_others(path, {plan.path.name for plan in plans})
-        return Plan(tuple(plans), path)
+        return Plan((*plans, *adapter_plans(graph, path)), path)
 
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int

@@ -14,7 +14,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 INPUT: tuple[Decorator, ...] = (
     click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable."),
     click.option("--adapters", "adapters_as", type=click.Choice(["merge", "swap"]), default="merge", show_default=True,
-                  help="swap, ONNX: a file for each adapter beside one base, which takes any of them as it runs."),
+                  help="swap, ONNX and safetensors: each adapter a file beside one base, which takes any of them as it runs."),
     click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
                   help="In place of the model's own, which a GGUF may hold in a form that is not read."),
     click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",

@@ -22,7 +22,7 @@ FLOORS: dict[float, str] = {
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
     "solver_spec qat_grids on_device sensitivity budget plots findings baseline gates facts changes licenses usage "
-    "certificate probes preflight together tasks ray_executor plans rehearsal",
+    "certificate probes preflight together tasks ray_executor plans rehearsal swapped swap_check",
     3.5: "passes passes.* formats formats.*",
     4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base "
     "adapter_refit markdown_report junit_report sarif_report beside manifest certifying measuring elsewhere "
