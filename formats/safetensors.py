@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from qconvert.calibration import Calibration, calibration_of, ranges_of
+from qconvert.calibration import Calibration, calibration_of, spreads_of
 from qconvert.companions import carried, sentence_files, tokenizer_of
 from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
@@ -38,6 +39,7 @@ from qconvert.formats.safetensors_swap import adapter_plans, refuse_swapping
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Attr, Graph
+from qconvert.histograms import MINMAX, Grid, Histogram, Rule, chosen_ranges, rule_of
 from qconvert.layouts import layout_of
 from qconvert.passes.quantize_activations import QuantizeActivations
 from qconvert.passes.untie_head import has_head
@@ -81,6 +83,7 @@ class Options:
     metadata: Mapping[str, str]
     calibration: Calibration | None  # where ranges of activations are fixed; None in a dry run, which reads no weight
     told: tuple[str, ...] = ()
+    rule: Rule = MINMAX
 
 
 class Safetensors:
@@ -103,6 +106,12 @@ class Safetensors:
         if source.swap:
             refuse_swapping(graph, dialect)
         tokenizer, calibration = tokenizer_of(source, graph), None
+        rule = rule_of(request.activation_range)
+        if not (isinstance(dialect, FixedRanges) and dialect.fixed == "int8"):
+            rule = MINMAX
+        if request.activation_range not in (None, "minmax") and rule is MINMAX:
+            why = f"--activation-range {request.activation_range}: {dialect.name} has no fixed ranges of integers"
+            raise UsageError(why, hint="--quant w8a8-static")
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
         elif request.calibrate and not reads_statistics(request.solver):
@@ -111,7 +120,7 @@ class Safetensors:
         return Options(
             dialect, wanted, request.fallback, limit, tokenizer,
             {**carried(source), **sentence_files(source.checkpoint.folder)}, config_of(source, graph, dtype), metadata,
-            None if request.dry_run else calibration, notes_of_swapped(source, graph),
+            None if request.dry_run else calibration, notes_of_swapped(source, graph), rule,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -274,11 +283,16 @@ def fixed_ranges(
     dialect = options.dialect
     if not isinstance(dialect, FixedRanges) or dialect.fixed is None:
         return {}, ()
-    found, told = ranges_of(graph, options.calibration, False) if options.calibration else ({}, None)
+    attrs = partial(dialect.range_of, wanted=options.wanted)
+
+    def codes(low: float, high: float) -> Grid:
+        return Grid(cast(float, attrs(low, high)["value"]), -128, 127)
+
+    found, told = spreads_of(graph, options.calibration, False, options.rule) if options.calibration else ({}, ())
     linears = [n for n, node in graph.nodes.items() if node.op == "linear" and scheme_of(types.get(node.inputs[1], ""))]
-    ranges = {n: found[n]["round_input"] if found else (0.0, 0.0) for n in linears}
-    grids: dict[str, Mapping[str, Attr]] = {n: {"round_input": dialect.range_of(*r, options.wanted)} for n, r in ranges.items()}
-    return grids, (told,) if told else ()
+    spreads = {n: found[n]["round_input"] if found else Histogram(0, 0) for n in linears}
+    ranges = chosen_ranges(spreads, options.rule, codes, True)
+    return {n: {"round_input": attrs(*r)} for n, r in ranges.items()}, told
 
 
 def together(graph: Graph, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ FLOORS: dict[float, str] = {
     1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope parallel adapter_ops "
     "quip_words model_cache byte_files url_files",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
-    "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
+    "peer_weights fold_weights weights run layerwise observers statistics histograms kernels kernels.* adapter_weights grids "
     "hessians own_solvers solving solved_weights recover lattice_weights patterns shared_rows lockstep codebooks",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
