@@ -102,7 +102,8 @@ def grids_of(graph: Graph, integer: Integer) -> tuple[dict[str, dict[str, Attr]]
         return {name: {side: grid_of(0, 0) for side in sides} for name in linears}, ()
     found, notes = spreads_of(graph, integer.calibration, len(sides) > 1, integer.rule)
     spreads = {side: {name: found[name][side] for name in linears} for side in sides}
-    ranges = {side: chosen_ranges(spreads[side], integer.rule, codes, False) for side in sides}
+    rules = {"round_input": integer.rule, "round_output": MINMAX}  # logits and the residual stream live by their peaks
+    ranges = {side: chosen_ranges(spreads[side], rules[side], codes, False) for side in sides}
     return {name: {side: grid_of(*ranges[side][name]) for side in sides} for name in linears}, notes
 
 

@@ -114,8 +114,8 @@ def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]
 def spreads_of(
     graph: Graph, calibration: Calibration, outputs: bool, rule: Rule
 ) -> tuple[dict[str, dict[str, Histogram]], tuple[str, ...]]:
-    """Linear -> round_input and, with `outputs`, round_output -> its extremes, bias left out, and where the rule reads them
-    its counts; and a note: of which text. Those of inputs that lie in the graph as statistics are taken from there."""
+    """Linear -> round_input and, with `outputs`, round_output -> its extremes, bias left out, and of inputs, where the rule
+    reads them, counts; and a note: of which text. Inputs that have histograms in the graph are as these say."""
     known = stored_spreads(graph, calibration.store) if rule.kind != "minmax" and not outputs else None
     if known is not None:
         return known, (f"ranges of activations are those of {rule.told}",)

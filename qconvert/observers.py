@@ -161,13 +161,13 @@ def not_finite(weight: str) -> InputError:
 
 
 class RangeWatcher:
-    """Ranges of what linears read and give, bias left out; whole: with histograms."""
+    """Ranges of what linears read and give, bias left out; whole: with histograms of what they read."""
 
     def __init__(self, graph: Graph, outputs: bool, whole: bool = False) -> None:
         self.linears = {name: node for name, node in graph.nodes.items() if node.op == "linear"}
         self.wanted = set(self.linears) if outputs else {node.inputs[0] for node in self.linears.values()}
         self.read = {node.inputs[0]: Range(whole) for node in self.linears.values()}
-        self.given = {node.inputs[:2]: Range(whole) for node in self.linears.values()}
+        self.given = {node.inputs[:2]: Range() for node in self.linears.values()}
 
     def ranges(self) -> dict[str, dict[str, Histogram]]:
         """Linear -> round_input and round_output -> what it reads and gives; without outputs the latter is empty."""

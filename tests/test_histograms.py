@@ -198,7 +198,8 @@ def test_ranges_of_folded_weights_are_not_those_of_the_file(tmp_path: Path) -> N
     assert plain.outputs and folded == scales(out[None]) and folded != scales(tmp_path / "plain")
 
 
-def test_onnx_has_ranges_of_the_same_rule_of_what_linears_read_and_give(tmp_path: Path) -> None:
+def test_onnx_has_ranges_of_the_same_rule_of_what_linears_read_and_all_of_what_they_give(tmp_path: Path) -> None:
+    """Measured on novels-13m: clipped outputs of linears make KL 2.8 times larger, clipped inputs 0.7 times."""
     onnx = pytest.importorskip("onnx")
     found = {}
     for rule in ("minmax", "mse", "percentile:99"):
@@ -207,8 +208,12 @@ def test_onnx_has_ranges_of_the_same_rule_of_what_linears_read_and_give(tmp_path
         graph = onnx.load(tmp_path / rule / "model.onnx", load_external_data=False).graph
         tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if not t.external_data}
         found[rule] = {name: float(t) for name, t in tensors.items() if name.endswith(".scale") and t.ndim == 0}
-    assert all(found["mse"][n] <= s * 1.001 for n, s in found["minmax"].items()) and found["mse"] != found["minmax"]
-    assert all(found["percentile:99"][n] < s for n, s in found["minmax"].items())
+    given = {name for name in found["minmax"] if name.endswith("product.scale")}
+    read = found["minmax"].keys() - given
+    assert len(given) == 22 and len(read) == 13
+    assert all(found[rule][name] == found["minmax"][name] for rule in found for name in given)
+    assert all(found["percentile:99"][name] < found["minmax"][name] for name in read)
+    assert all(found["mse"][name] <= found["minmax"][name] * 1.001 for name in read) and found["mse"] != found["minmax"]
 
 
 @pytest.mark.parametrize(
