@@ -221,12 +221,14 @@ def test_a_wrong_factor_fails_by_its_key_and_leaves_nothing(tmp_path: Path, monk
 
 
 
-def test_a_certificate_knows_the_tensors_of_each_adapter(tmp_path: Path) -> None:
+def test_a_certificate_and_a_card_know_the_files_of_each_adapter(tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base", width=64)
     for i, name in enumerate(("one", "two")):
         tiny_adapter(base, tmp_path / name, seed=i, **Q_V)
     out = tmp_path / "out"
-    swapped(base, out, tmp_path / "one", tmp_path / "two", bits=8, certify=True, check=False)
+    swapped(base, out, tmp_path / "one", tmp_path / "two", bits=8, certify=True, check=False, card=True, license="mit")
+    card = (out / "README.md").read_text()
+    assert all(f"`{name}/adapter_model.safetensors`" in card for name in ("one", "two"))
     report = certificate_report(out)
     assert report is not None and not report.failed
     path = out / "one" / "adapter_model.safetensors"
