@@ -54,14 +54,15 @@ class GGUF:
     def options(self, request: Request, source: Source, graph: Graph) -> Options:
         """The user's words as this format's record. UsageError for types and sizes that do not exist."""
         if request.adapters_as == "swap":
-            raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx has it")
+            raise UnsupportedError("--adapters swap: GGUF output merges adapters", hint="--to onnx or safetensors")
         for flag in ("group", "zero_point", "accuracy_level"):
             if (value := getattr(request, flag)) is not None:
                 said = f"--{flag.replace('_', '-')}"
                 raise UnsupportedError(f"{said} {value}: GGUF's types fix their blocks", hint=f"--to onnx has {said}")
-        if request.operators is not None:
-            why = f"--operators {request.operators}: GGUF has no ranges of activations"
-            raise UnsupportedError(why, hint="--to onnx --quant w8a8 has")
+        for flag in ("operators", "activation_range"):
+            if (value := getattr(request, flag)) is not None:
+                why = f"--{flag.replace('_', '-')} {value}: GGUF has no ranges of activations"
+                raise UnsupportedError(why, hint="--to onnx --quant w8a8 has")
         for value, flag in ((request.layout, "--layout"), (request.weights_in, "--weights-in")):
             if value is not None:
                 raise UnsupportedError(f"{flag} {value}: a GGUF is one file", hint=f"--to onnx has {flag}")

@@ -25,7 +25,7 @@ from qconvert.formats.onnx_menu import menu, with_types
 from qconvert.formats.onnx_mixtures import mixture_notes, oldest_runtime, running_in
 from qconvert.formats.onnx_schemes import accuracy_level, integers_only, not_portable, with_zero_point
 from qconvert.formats.onnx_storage import placing, storage
-from qconvert.formats.onnx_swap import adapter_plans, notes_of, other_tokenizers
+from qconvert.formats.onnx_swap import adapter_plans
 from qconvert.formats.onnx_types import PLAIN, Options, first_passes, row_planes, types_of
 from qconvert.graph import Graph, n_rows
 from qconvert.passes.pack import Pack
@@ -38,6 +38,7 @@ from qconvert.report import Report, Row
 from qconvert.request import Request
 from qconvert.scheme import GROUPS
 from qconvert.sources import Store
+from qconvert.swapped import notes_of_swapped
 from qconvert.target import Contents, Legal, Lowered, Menu, Source
 from qconvert.transcoded import notes
 from qconvert.weights import Weights
@@ -113,7 +114,7 @@ class ONNX:
         name = " + ".join(names_of(source, graph))
         facts = provenance(source, graph, "mixed" if request.chooses_types else quant)
         integer, config = integer_of(request, quant, source.store, tokenizer), onnx_transformersjs.config_of(source, graph)
-        checked, told = request.check and not request.dry_run, other_tokenizers(source)
+        checked, told = request.check and not request.dry_run, notes_of_swapped(source, graph)
         return Options(
             form, quant, group, level, checked, request.fallback, name, tokenizer, files, kept, config, facts, integer, told,
             any_quant=request.quant is None and request.zero_point is None, any_group=request.group is None,
@@ -139,7 +140,7 @@ class ONNX:
             integers, more = passes_of(graph, options.quant, options.integer, types, columns)
             passes, told = (*first, *integers), (*told, *more)
         label = options.label if options.group is None or options.types else f"{options.quant}_g{options.group}"
-        return Legal(passes, label, tuple(shown), (*told, *options.notes, *notes_of(graph)))
+        return Legal(passes, label, tuple(shown), (*told, *options.notes))
 
     def menu(self, graph: Graph, options: Options) -> Menu:
         """Groups of 2, 4 and 8 bits, or plain, for every weight that is multiplied or gathered; see onnx_menu."""

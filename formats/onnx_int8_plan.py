@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-from qconvert.calibration import Calibration, calibration_of, ranges_of
+from qconvert.calibration import Calibration, calibration_of, spreads_of
 from qconvert.errors import UnsupportedError, UsageError
 from qconvert.formats.onnx_columns import PREFIX
 from qconvert.formats.onnx_mixtures import routers
 from qconvert.graph import Attr, Graph
+from qconvert.histograms import MINMAX, Grid, Rule, chosen_ranges, rule_of
 from qconvert.passes.pack import Pack
 from qconvert.passes.quantize import Quantize
 from qconvert.passes.quantize_activations import DYNAMIC, QuantizeActivations, grid_of
@@ -37,12 +38,14 @@ class Integer:
 
     operators: Literal["qdq", "qoperator"] | None = None
     calibration: Calibration | None = None
+    rule: Rule = MINMAX
 
 
 def integer_of(request: Request, quant: str, store: Store, tokenizer: Tokenizer | None) -> Integer | None:
     """The user's words about integers. UsageError for those that do not belong to `quant`."""
     if quant != "w8a8":
-        for value, flag in ((request.calibrate, "--calibrate"), (request.operators, "--operators")):
+        given = (request.calibrate, "--calibrate"), (request.operators, "--operators")
+        for value, flag in (*given, (request.activation_range, "--activation-range")):
             if value is not None and not (flag == "--calibrate" and reads_statistics(request.solver)):
                 raise UsageError(f"{flag} {value}: {quant} has no fixed ranges of activations", hint="--quant w8a8")
         return Integer() if quant in QUANTS else None
@@ -53,7 +56,7 @@ def integer_of(request: Request, quant: str, store: Store, tokenizer: Tokenizer 
         raise UsageError(f"--operators {operators}: there are {', '.join(OPERATORS)}")
     calibration = calibration_of(request, store, tokenizer)
     kind: Literal["qdq", "qoperator"] = "qoperator" if operators == "qoperator" else "qdq"
-    return Integer(kind, None if request.dry_run else calibration)
+    return Integer(kind, None if request.dry_run else calibration, rule_of(request.activation_range))
 
 
 def refuse_group(request: Request, quant: str) -> None:
@@ -97,5 +100,14 @@ def grids_of(graph: Graph, integer: Integer) -> tuple[dict[str, dict[str, Attr]]
     sides = ("round_input", "round_output") if integer.operators == "qoperator" else ("round_input",)
     if integer.calibration is None:
         return {name: {side: grid_of(0, 0) for side in sides} for name in linears}, ()
-    ranges, note = ranges_of(graph, integer.calibration, len(sides) > 1)
-    return {name: {side: grid_of(*ranges[name][side]) for side in sides} for name in linears}, (note,)
+    found, notes = spreads_of(graph, integer.calibration, len(sides) > 1, integer.rule)
+    spreads = {side: {name: found[name][side] for name in linears} for side in sides}
+    rules = {"round_input": integer.rule, "round_output": MINMAX}  # logits and the residual stream live by their peaks
+    ranges = {side: chosen_ranges(spreads[side], rules[side], codes, False) for side in sides}
+    return {name: {side: grid_of(*ranges[side][name]) for side in sides} for name in linears}, notes
+
+
+def codes(low: float, high: float) -> Grid:
+    grid = grid_of(low, high)
+    step, zero = cast(float, grid["scale"]), cast(int, grid["zero"])
+    return Grid(step, -zero, 255 - zero)

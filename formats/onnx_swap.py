@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
 from qconvert.emit import Entry, FilePlan
-from qconvert.errors import UnsupportedError, UsageError
+from qconvert.errors import UnsupportedError
 from qconvert.graph import Graph
 from qconvert.passes.adapter_slots import MERGE, filling
 from qconvert.planes import Plane
 from qconvert.scheme import F32
-from qconvert.target import Source, tokenizer_folder
+from qconvert.swapped import names_of_swapped
 
 SUFFIX = ".onnx_adapter"
 IDENTIFIER = b"TORT"
@@ -31,7 +31,7 @@ LIMIT = 1 << 31  # flatbuffers' own
 
 def adapter_plans(graph: Graph, folder: Path) -> list[FilePlan]:
     """A file for each adapter: what is known beforehand, and the places of its factors."""
-    names, plans = file_names(graph), list[FilePlan]()
+    names, plans = names_of_swapped(graph, SUFFIX), list[FilePlan]()
     for alias, values in filling(graph).items():
         dims = {slot: graph.nodes[value].type.dims[::-1] for slot, value in values.items()}
         known, at, nbytes = skeleton(dims)
@@ -44,44 +44,6 @@ def adapter_plans(graph: Graph, folder: Path) -> list[FilePlan]:
             entries.append(Entry(name, value, "f32", (n, k), 4 * n * k, at[slot], (Plane(at[slot], 4 * k, 32),)))
         plans.append(FilePlan(folder / names[alias], known, tuple(entries), nbytes, lengths(dims, at)))
     return plans
-
-
-def file_names(graph: Graph) -> dict[str, str]:
-    """Adapter -> its file. UsageError where two would have one name."""
-    names: dict[str, str] = {}
-    for i, (adapter, _) in enumerate(swapped(graph)):
-        name = PurePosixPath(adapter).name + SUFFIX
-        if name.casefold() in (other.casefold() for other in names.values()):
-            raise UsageError(f"two adapters would be {name}", hint="rename the folder of one")
-        names[f"adapter{i}"] = name
-    return names
-
-
-def swapped(graph: Graph) -> list[tuple[str, float]]:
-    """Name and weight of each adapter that has a file of its own."""
-    listed = graph.meta.get("slots", [])
-    found = [a for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
-    return [(str(a["name"]), float(str(a["weight"]))) for a in found]
-
-
-def notes_of(graph: Graph) -> tuple[str, ...]:
-    weighted = ((name, weight) for name, weight in swapped(graph) if weight != 1)
-    return tuple(f"{name}: its weight {weight:g} is in the factors of its file" for name, weight in weighted)
-
-
-def other_tokenizers(source: Source) -> tuple[str, ...]:
-    """Notes on what an adapter brings that the folder, which serves them all, has from the model."""
-    notes, ours = [], tokenizer_folder(source)
-    for adapter in source.adapters if source.swap else ():
-        theirs = source.store.roots[adapter.alias]
-        others = [n for n in ("tokenizer.json", "chat_template.jinja") if differs(theirs / n, ours / n)]
-        if others:
-            notes.append(f"{adapter.name}: its own {' and '.join(others)} is not what the folder has, which is the model's")
-    return tuple(notes)
-
-
-def differs(theirs: Path, ours: Path) -> bool:
-    return theirs.is_file() and not (ours.is_file() and ours.read_bytes() == theirs.read_bytes())
 
 
 # the file -----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,12 @@ from qconvert import check
 from qconvert.check import LIMITS, Tokens
 from qconvert.formats.onnx_genai_check import adapter_row
 from qconvert.formats.onnx_runtime import OnnxRuntime
-from qconvert.formats.onnx_swap import file_names, read
+from qconvert.formats.onnx_swap import SUFFIX, read
 from qconvert.passes.adapter_slots import alone, filling
 from qconvert.reals import Reals
 from qconvert.report import Row, judged
-from qconvert.run import run
+from qconvert.swap_check import attached_and_slotted, filled_rows
+from qconvert.swapped import names_of_swapped
 from qconvert.target import Lowered
 from qconvert.weights import Weights
 
@@ -26,18 +26,15 @@ def swap_rows(
     path: Path, lowered: Lowered, weights: Weights, reals: Reals, prompts: Tokens, n_cached: int, n_new: int, threads: int
 ) -> list[Row]:
     """Of each adapter: its file, its slots against the adapter beside its linears, the price of the bits, the runtime."""
-    rows, graph, names = list[Row](), lowered.graph, file_names(lowered.graph)
+    rows, graph, names = list[Row](), lowered.graph, names_of_swapped(lowered.graph, SUFFIX)
     for alias, values in filling(graph).items():
         file = path.parent / names[alias]
         rows.append(file_row(file, weights, values))
         if rows[-1].verdict == "fail":
             break
-        slots = {slot: torch.from_numpy(weights.real(value)) for slot, value in values.items()}
-        attached, slotted = slot_stages(lowered, alias, weights, values, prompts)
-        rows.append(check.arithmetic_row(f"slots filled by {file.stem}", "merge", check.distance(attached, slotted, prompts)))
-        (quantized,) = run(graph, reals, prompts, inputs=slots).values()
-        (mean_kl, *_) = check.price_rows(check.distance(attached, torch.log_softmax(quantized, -1), prompts))
-        rows.append(mean_kl._replace(what=f"price of the bits, {file.stem}"))
+        attached, slotted = attached_and_slotted(lowered)
+        more, quantized = filled_rows(file.stem, alone(attached, alias), slotted, graph, weights, reals, values, prompts)
+        rows += more
         if not OnnxRuntime().missing():
             rows += runtime_rows(path, file, quantized, prompts, n_cached, threads)
             rows.append(adapter_row(path, file, prompts[0], n_new, threads))
@@ -60,19 +57,6 @@ def file_row(file: Path, weights: Weights, values: Mapping[str, str]) -> Row:
 
 def equal(found: np.ndarray | None, want: np.ndarray) -> bool:
     return found is not None and found.dtype == want.dtype and np.array_equal(found, want)
-
-
-def slot_stages(
-    lowered: Lowered, alias: str, weights: Weights, values: Mapping[str, str], prompts: Tokens
-) -> tuple[check.LogProbs, check.LogProbs]:
-    """The model with the adapter beside its linears, as it was trained, and with the adapter in the slots."""
-    graph, first = next((a.attached, b.graph) for a, b in pairwise(lowered.stages) if a.attached and not b.attached)
-    assert graph is not None
-    trained = alone(graph, alias)
-    whole = Weights(first, weights.store)
-    slots = {slot: torch.from_numpy(whole.real(value)) for slot, value in values.items()}
-    (slotted,) = run(first, whole, prompts, inputs=slots).values()
-    return check.log_probs(trained, Weights(trained, weights.store), prompts), torch.log_softmax(slotted, -1)
 
 
 def runtime_rows(

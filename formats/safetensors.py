@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from qconvert.calibration import Calibration, calibration_of, ranges_of
+from qconvert.calibration import Calibration, calibration_of, spreads_of
 from qconvert.companions import carried, sentence_files, tokenizer_of
 from qconvert.dtypes import FLOATS
 from qconvert.emit import FilePlan, Plan
@@ -35,9 +36,11 @@ from qconvert.formats.safetensors_files import INDEX, MAX_NBYTES, file_plan, ind
 from qconvert.formats.safetensors_menu import MIXED, menu, of_matrices
 from qconvert.formats.safetensors_names import KeepOffset, family_of, linears, offset_norms, stored_transposed
 from qconvert.formats.safetensors_split import split_plans
+from qconvert.formats.safetensors_swap import adapter_plans, refuse_swapping
 from qconvert.formats.safetensors_verify import checkpoint_folder, contents, verify
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Attr, Graph
+from qconvert.histograms import MINMAX, Grid, Histogram, Rule, chosen_ranges, rule_of
 from qconvert.layouts import layout_of
 from qconvert.passes.quantize_activations import QuantizeActivations
 from qconvert.passes.untie_head import has_head
@@ -48,6 +51,7 @@ from qconvert.report import Report, Row
 from qconvert.request import Fallback, Request, parse_nbytes
 from qconvert.scheme import scheme_of
 from qconvert.solver_spec import reads_statistics
+from qconvert.swapped import notes_of_swapped
 from qconvert.target import Contents, Legal, Lowered, Menu, Source
 from qconvert.tokenizer import Tokenizer
 from qconvert.transcoded import notes, stored_dtype
@@ -78,7 +82,9 @@ class Options:
     files: Mapping[str, bytes]
     config: Mapping[str, object]
     metadata: Mapping[str, str]
-    calibration: Calibration | None = None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    calibration: Calibration | None  # where ranges of activations are fixed; None in a dry run, which reads no weight
+    told: tuple[str, ...] = ()
+    rule: Rule = MINMAX
     types: Mapping[str, str] = field(default_factory=dict)  # of weights for which one was chosen each
 
 
@@ -90,8 +96,6 @@ class Safetensors:
         for name, flag in NOT_HERE.items():
             if getattr(request, name):
                 raise UnsupportedError(f"{flag}: --to safetensors has no such choice")
-        if source.swap:
-            raise UnsupportedError("--adapters swap: safetensors are written merged", hint="--to onnx, or PEFT loads adapters")
         refuse_own_folder(request, source)
         dialect = mixed(request) if request.chooses_types else chosen(request)
         dtype = PLAIN.get(dialect.name) or plain_dtype(graph)
@@ -102,7 +106,15 @@ class Safetensors:
         metadata = {"format": form, **provenance(source, graph, dialect.name)}
         any_kind = request.zero_point is None and not request.quant and dialect is not MIXED
         wanted = Wanted(request.group, dtype, any_kind, request.bits)
+        if source.swap:
+            refuse_swapping(graph, dialect)
         tokenizer, calibration = tokenizer_of(source, graph), None
+        rule = rule_of(request.activation_range)
+        if not (isinstance(dialect, FixedRanges) and dialect.fixed == "int8"):
+            rule = MINMAX
+        if request.activation_range not in (None, "minmax") and rule is MINMAX:
+            why = f"--activation-range {request.activation_range}: {dialect.name} has no fixed ranges of integers"
+            raise UsageError(why, hint="--quant w8a8-static")
         if fixes_ranges(dialect):
             calibration = calibration_of(request, source.store, tokenizer)
         elif request.calibrate and not reads_statistics(request.solver):
@@ -111,7 +123,7 @@ class Safetensors:
         return Options(
             dialect, wanted, request.fallback, limit, tokenizer,
             {**carried(source), **sentence_files(source.checkpoint.folder)}, config_of(source, graph, dtype), metadata,
-            None if request.dry_run else calibration,
+            None if request.dry_run else calibration, notes_of_swapped(source, graph), rule,
         )  # fmt: skip
 
     def legalize(self, graph: Graph, options: Options) -> Legal:
@@ -134,7 +146,7 @@ class Safetensors:
         passes: tuple[Pass, ...] = (*first, *own, *([QuantizeActivations(name, ranges)] if ranges else []))
         shown = fallbacks if options.fallback == "warn" else []
         told = (*told, *(() if has_head(graph) else (NO_POOLER,)))
-        return Legal(passes, name, tuple(shown), (*notes(graph, types), *told))
+        return Legal(passes, name, tuple(shown), (*notes(graph, types), *told, *options.told))
 
     def menu(self, graph: Graph, options: Options) -> Menu:
         """Groups of 4 and 8 bits, or plain, for every linear map; see safetensors_menu."""
@@ -144,7 +156,7 @@ class Safetensors:
         return replace(options, types=of_matrices(graph, types))
 
     def default_path(self, source: Source, graph: Graph, options: Options) -> Path:
-        return Path("-".join([*names_of(source, graph), options.dialect.name]))
+        return Path("-".join([*names_of(source, graph), options.dialect.name, *(["swap"] if source.swap else [])]))
 
     def plan(self, graph: Graph, options: Options, legal: Legal, path: Path) -> Plan:
         """config.json, shards with their index, and what lies beside them."""
@@ -165,7 +177,7 @@ class Safetensors:
             plans = [file_plan(path, shard, metadata) for shard in split]
         plans += [FilePlan(path / name, data, (), len(data)) for name, data in files.items()]
         refuse_others(path, {plan.path.name for plan in plans})
-        return Plan(tuple(plans), path)
+        return Plan((*plans, *adapter_plans(graph, path)), path)
 
     def prove(
         self, source: Source, lowered: Lowered, weights: Weights, parts: tuple[Path, ...], threads: int
@@ -294,11 +306,16 @@ def fixed_ranges(
     dialect = options.dialect
     if not isinstance(dialect, FixedRanges) or dialect.fixed is None:
         return {}, ()
-    found, told = ranges_of(graph, options.calibration, False) if options.calibration else ({}, None)
+    attrs = partial(dialect.range_of, wanted=options.wanted)
+
+    def codes(low: float, high: float) -> Grid:
+        return Grid(cast(float, attrs(low, high)["value"]), -128, 127)
+
+    found, told = spreads_of(graph, options.calibration, False, options.rule) if options.calibration else ({}, ())
     linears = [n for n, node in graph.nodes.items() if node.op == "linear" and scheme_of(types.get(node.inputs[1], ""))]
-    ranges = {n: found[n]["round_input"] if found else (0.0, 0.0) for n in linears}
-    grids: dict[str, Mapping[str, Attr]] = {n: {"round_input": dialect.range_of(*r, options.wanted)} for n, r in ranges.items()}
-    return grids, (told,) if told else ()
+    spreads = {n: found[n]["round_input"] if found else Histogram(0, 0) for n in linears}
+    ranges = chosen_ranges(spreads, options.rule, codes, True)
+    return {n: {"round_input": attrs(*r)} for n, r in ranges.items()}, told
 
 
 def together(graph: Graph, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

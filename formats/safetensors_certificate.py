@@ -44,11 +44,13 @@ class Certifier:
         return [first, *(inside(first.parent, name) for name in names[1:])]
 
     def located(self, files: Sequence[Path]) -> list[Located]:
+        """Those of an adapter, by its folder: of two adapters they have the same names."""
         found = []
         for path in (p for p in files if p.suffix == ".safetensors"):
+            at = "" if path.parent == files[0].parent else f"{path.parent.name}/"
             file = SafetensorsFile(LocalFile(path))
             file.close()
-            found += [Located(n, path, e.begin, e.nbytes, f"{e.dtype}{list(e.shape)}") for n, e in file.entries.items()]
+            found += [Located(at + n, path, e.begin, e.nbytes, f"{e.dtype}{list(e.shape)}") for n, e in file.entries.items()]
         return found
 
     def facts(self, file: Path) -> Mapping[str, object]:

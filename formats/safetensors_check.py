@@ -28,6 +28,7 @@ from qconvert.formats.safetensors_experts import expert_matrices, expert_stacks,
 from qconvert.formats.safetensors_files import Stored, opened_tensors
 from qconvert.formats.safetensors_kernels import Dequantized, kernel_rows, why_not_whole
 from qconvert.formats.safetensors_names import stored_transposed
+from qconvert.formats.safetensors_swap_check import peft_rows, swap_rows, unasked_rows
 from qconvert.formats.safetensors_written import all_stored, written
 from qconvert.graph import Graph, Node, Type, n_rows
 from qconvert.layouts import layout_of
@@ -200,10 +201,11 @@ def decoder_rows(
     merge, merged = check.stage_rows(lowered.stages, source.store, prompts)
     (quantized,) = run(graph, reals, prompts).values()
     rows += [*merge, *check.price_rows(check.distance(merged, torch.log_softmax(quantized, -1), prompts))]
+    rows += swap_rows(folder, lowered, weights, reals, prompts)
     rows += stored_rows(graph, weights, reals) + kernel_rows(folder, graph, reals)
     facts = written(graph, options.wanted)
     answers, runtime = in_runtime(folder, graph, options.dialect.loading(facts), facts, reals, prompts)
-    if [row.verdict for row in answers] == ["pass"]:
+    if {row.verdict for row in answers} == {"pass"}:
         answers += rounded_rows(folder, graph, options.dialect, facts, reals, prompts)
     return rows + answers, runtime
 
@@ -233,9 +235,14 @@ def in_runtime(
         (want,) = run(graph, expected, prompts, round_input=loading.round_input).values()
         limit, _ = LIMITS[loading.kind]
         worst = max(check.relative(model.logits(p), w) for p, w in zip(prompts, want, strict=True))
-        return [judged(f"runtime {loading.runtime}", "logits, relative", worst, limit)]
+        row = judged(f"runtime {loading.runtime}", "logits, relative", worst, limit)
+        if row.verdict != "pass" or not isinstance(model, transformers.Model):
+            return [row]
+        return [row, *peft_rows(folder, graph, model, expected, loading, prompts)]
 
     rows, about = answered(folder, graph, loading, facts, reals, answer)
+    if rows[0].verdict == "skip":
+        rows += unasked_rows(graph, rows[0].reason)
     if rows[0].verdict == "skip" and not expert_stacks(graph):
         more, about = interpreted(folder, graph, reals, prompts)
         rows += more

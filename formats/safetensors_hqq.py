@@ -1,5 +1,7 @@
 """HQQ: groups along rows with a scale and a zero point that is any number; rows of the halves (quarters) share bytes.
 
+With axis 0, which is read and not written, W_q u8[g/p, N*K/g] and scale and zero [1, N*K/g]: values N*K/g apart are a group.
+
 Of each module W_q u8[N*G/p, g], p = 8 / bits, whose byte holds codes of rows N/p apart, the first in the high bits; scale and
 zero [N*G,1]: a weight is (code - zero) * scale; and what else hqq's linear keeps in its state, each as a tensor.
 hqq 0.2.8 loads such tensors linear by linear; whole folders only from a pickle, and transformers 5.23 has no HQQ.
@@ -132,17 +134,26 @@ class Stored:
         scale = tensors.find(f"{module}.scale")
         layout = LAYOUTS.get(f"hqq.{affine_name(f'uint{bits}f', group or None, scale.dtype)}")
         others = {key for key in ("view_as_float", "quant_scale", "quant_zero") if said.get(key)}
-        if not isinstance(layout, Layout) or said.get("axis") != 1 or others or k % group or n % (8 // bits):
+        fits = {0: n * k % group == 0 == group % (8 // bits), 1: k % group == 0 == n % (8 // bits)} if bits and group else {}
+        if not isinstance(layout, Layout) or others or not fits.get(said.get("axis", -1)):
             told = ", ".join(f"{key} {value}" for key, value in said.items())
             raise UnsupportedError(f"{self.where}: {module} of {list(shape)} has {told}: not read")
-        nodes: Nodes = {}
-        dims = {b.name: (b.dtype, b.dims(n, k)) for b in layout.beside}
-        for part, (dtype, dim) in {**dims, **{p.name: (p.dtype, p.shape(layout.scheme, n, k)) for p in layout.parts}}.items():
+        along, parts, nodes = said["axis"] == 1, 8 // bits, dict[str, Node]()
+        if along:
+            dims = {b.name: (b.dtype, b.dims(n, k)) for b in layout.beside}
+            dims |= {p.name: (p.dtype, p.shape(layout.scheme, n, k)) for p in layout.parts}
+        else:
+            m = n * k // group
+            dims = {"W_q": ("U8", (group // parts, m)), **{p.name: (p.dtype, (1, m)) for p in layout.parts}}
+        for part, (dtype, dim) in dims.items():
             info = tensors.find(f"{module}.{part}")
             check_part(info, dtype, dim)
             nodes[f"{name}~{part}"] = Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref, **attrs})
-        options: dict[str, Attr] = {"parts": 8 // bits, "high_first": True}
-        return {**nodes, name: Node("unfold", tuple(nodes), Type(layout.scheme.name, shape), options)}
+        if along:
+            options: dict[str, Attr] = {"parts": parts, "high_first": True}
+            return {**nodes, name: Node("unfold", tuple(nodes), Type(layout.scheme.name, shape), options)}
+        across: dict[str, Attr] = {"scheme": layout.scheme.name, "parts": parts}
+        return {**nodes, name: Node("across", tuple(nodes), Type("f32", shape), across)}
 
     def unread(self, info: TensorInfo, tensors: Tensors) -> str | None:
         """Words about a module that only hqq needs."""

@@ -19,7 +19,7 @@ from qconvert.sources import TensorInfo
 
 AS_STORED = ("transpose", "shifted")  # what makes a parameter of a tensor that a checkpoint stores otherwise
 # or stores quantized: an adapter brings it as it was trained
-AS_CODES = (*QUANTIZED, "unpermute_rope", "unsort")
+AS_CODES = (*QUANTIZED, "unpermute_rope", "unsort", "across")
 
 
 @dataclass(frozen=True)

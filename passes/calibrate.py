@@ -12,7 +12,7 @@ from qconvert.statistics import ALIAS, FILE, Site, shapes_of
 
 @dataclass(frozen=True)
 class Calibrate:
-    """W~moments, W~hessian and W~peaks for each weight of `sites`, those of `kinds`: quantize and fold read them.
+    """W~moments, W~hessian, W~peaks, W~histogram and W~extremes for each weight of `sites`, those of `kinds`.
 
     about: whose they are, for the file's header. alias: under which the store knows the file.
     """
@@ -29,5 +29,6 @@ class Calibrate:
         for site in self.sites:
             for kind, shape in shapes_of(site, self.kinds).items():
                 attrs: dict[str, Attr] = {"tensor": f"{self.alias}/{self.file}#{site.key}.{kind}"}
-                new |= {f"{weight}~{kind}": Node("load", (), Type("f32", shape), attrs) for weight in site.weights}
+                of = Type("i64" if kind == "histogram" else "f32", shape)
+                new |= {f"{weight}~{kind}": Node("load", (), of, attrs) for weight in site.weights}
         return replace(graph, nodes={**new, **graph.nodes}).with_meta(statistics=dict(self.about)) if new else graph

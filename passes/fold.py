@@ -17,6 +17,7 @@ from qconvert.scheme import scheme_of
 
 STATISTICS = {"awq": "moments", "smooth": "peaks"}
 STATISTICS_OF_X = ("moments", "hessian", "peaks")
+SPREAD_OF_X = ("histogram", "extremes")  # of all channels as one: that of x / s cannot be told from that of x
 
 
 class Site(NamedTuple):
@@ -78,6 +79,8 @@ class Fold:
                 if (old := nodes.get(name := f"{weight}~{statistic}")) is not None:
                     nodes[f"{name}~unfolded"] = old
                     nodes[name] = Node("folded_statistic", (f"{name}~unfolded", scales), old.type, {"of": statistic, **heads})
+            for spread in SPREAD_OF_X:
+                nodes.pop(f"{weight}~{spread}", None)
             _replace(nodes, weight, "scale_columns", scales, heads)
         for parameter in site.divided:
             _replace(nodes, parameter, "divide_rows", scales, {})

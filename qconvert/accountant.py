@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from qconvert.dtypes import DTYPES
@@ -36,14 +37,14 @@ class Span(NamedTuple):
 
 def files(plan: Plan, graph: Graph) -> list[dict[str, Any]]:
     """{path, nbytes, parts} of each file; a companion is a file without weights (config.json, a tokenizer)."""
-    spans: dict[str, list[Span]] = {f.path.name: list(known_spans(f)) for f in plan.files}
+    spans: dict[Path, list[Span]] = {f.path: list(known_spans(f)) for f in plan.files}
     for file in plan.files:
         for entry in file.entries:
             for name, span in entry_spans(entry, graph, file.path.name):
-                spans[name].append(span)
+                spans[file.path.with_name(name)].append(span)
     root = plan.folder or plan.place
     return [
-        {"path": str(f.path.relative_to(root)), "nbytes": f.nbytes, "parts": summed(spans[f.path.name], f.nbytes)}
+        {"path": str(f.path.relative_to(root)), "nbytes": f.nbytes, "parts": summed(spans[f.path], f.nbytes)}
         for f in plan.files
     ]
 

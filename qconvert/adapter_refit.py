@@ -29,7 +29,7 @@ def refit(request: Request, source: Source, graph: Graph) -> tuple[Graph, tuple[
     if not request.refit_adapters:
         return graph, ()
     if not source.swap:
-        raise UsageError("--refit-adapters: merged adapters have no factors left", hint="--adapters swap, to onnx")
+        raise UsageError("--refit-adapters: merged adapters have no factors left", hint="--adapters swap")
     if request.dry_run:
         return graph, ()
     with uninterrupted():

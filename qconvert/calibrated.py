@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qconvert.calibration import LENGTH, N_TOKENS, OWN, calibration_of, cut
+from qconvert.calibration import LENGTH, N_RANGE_TOKENS, N_TOKENS, OWN, calibration_of, cut
 from qconvert.companions import tokenizer_of
 from qconvert.errors import InputError, UsageError, uninterrupted
 from qconvert.formats import gguf_imatrix
@@ -28,6 +28,7 @@ from qconvert.sources import Store
 from qconvert.statistics import (
     ALIAS,
     FILE,
+    SPREAD,
     Facts,
     Found,
     Site,
@@ -51,6 +52,7 @@ def statistics_wanted(request: Request) -> frozenset[str]:
     given = (request.calibrate, request.imatrix, request.statistics, request.save_imatrix, request.save_statistics)
     asked = any(x is not None for x in given)
     needs = Solving.of(request.solver).needs("moments?" if request.to in USES else "")
+    needs |= SPREAD if request.activation_range not in (None, "minmax") else frozenset()
     if not needs or not (asked or any(not kind.endswith("?") for kind in needs)):
         return frozenset()
     return frozenset({"moments", *(kind.removesuffix("?") for kind in needs)})
@@ -141,7 +143,8 @@ def refuse_contradictions(request: Request, wanted: frozenset[str]) -> None:
 def from_text(request: Request, source: Source, graph: Graph, path: Path, kinds: frozenset[str]) -> Gathered:
     """Run the graph on the text and write what was seen."""
     calibration = calibration_of(request, source.store, tokenizer_of(source, graph))
-    texts, sites = cut(calibration, graph, N_TOKENS), sites_of(graph)
+    n_tokens = N_RANGE_TOKENS if kinds <= {"moments", *SPREAD} else N_TOKENS
+    texts, sites = cut(calibration, graph, n_tokens), sites_of(graph)
     held = max(1, len(texts) // 8) if Solving.of(request.solver).auto and len(texts) > 1 else 0
     texts, held_out = texts[: len(texts) - held], texts[len(texts) - held :]
     facts = Facts(calibration.whose, sum(map(len, texts)), max(map(len, texts)), sha256_of(texts))

@@ -15,6 +15,7 @@ import numpy as np
 from qconvert.companions import context_of, n_vocab
 from qconvert.errors import InputError, UnsupportedError, UsageError, uninterrupted
 from qconvert.graph import Graph
+from qconvert.histograms import Histogram, Rule
 from qconvert.parallel import default_threads
 from qconvert.request import Request
 from qconvert.sources import Store
@@ -27,8 +28,6 @@ N_TOKENS = 64 * LENGTH  # of a text, where not said otherwise
 N_RANGE_TOKENS = 8 * LENGTH  # ranges settle sooner
 LONGEST = 16  # characters of a token on average, at most: text beyond is not read
 OWN = "the text that ships with qconvert"
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -112,24 +111,47 @@ def cut(calibration: Calibration, graph: Graph, n_tokens: int) -> list[list[int]
     return found
 
 
-def ranges_of(graph: Graph, calibration: Calibration, outputs: bool) -> tuple[dict[str, dict[str, Range]], str]:
-    """Linear -> round_input and, with `outputs`, round_output -> its range, bias left out; and a note: of which text."""
+def spreads_of(
+    graph: Graph, calibration: Calibration, outputs: bool, rule: Rule
+) -> tuple[dict[str, dict[str, Histogram]], tuple[str, ...]]:
+    """Linear -> round_input and, with `outputs`, round_output -> its extremes, bias left out, and of inputs, where the rule
+    reads them, counts; and a note: of which text. Inputs that have histograms in the graph are as these say."""
+    known = stored_spreads(graph, calibration.store) if rule.kind != "minmax" and not outputs else None
+    if known is not None:
+        return known, (f"ranges of activations are those of {rule.told}",)
     texts = cut(calibration, graph, N_RANGE_TOKENS)
-    find = partial(_ranges, graph, calibration, texts, outputs)
-    found = calibration.store.known(f"ranges {outputs}", (texts, graph), find)
+    find = partial(_spreads, graph, calibration, texts, outputs, rule.kind != "minmax")
+    found = calibration.store.known(f"ranges {outputs} {rule.kind != 'minmax'}", (texts, graph), find)
     own = "" if calibration.name or calibration.tokenizer is None else "; --calibrate FILE takes them from yours"
-    return found, f"ranges of activations are of {sum(map(len, texts))} {_tokens_of(calibration)}{own}"
+    how = "" if rule.kind == "minmax" else f", of {rule.told}"
+    return found, (f"ranges of activations are of {sum(map(len, texts))} {_tokens_of(calibration)}{how}{own}",)
 
 
-def _ranges(
-    graph: Graph, calibration: Calibration, texts: list[list[int]], outputs: bool
-) -> dict[str, dict[str, Range]]:
+def stored_spreads(graph: Graph, store: Store) -> dict[str, dict[str, Histogram]] | None:
+    """Of what linears read, from W~histogram and W~extremes; None where one is missing."""
+    found, read = {}, dict[str, Histogram]()
+    for name, node in graph.nodes.items():
+        if node.op != "linear":
+            continue
+        if (counts := graph.nodes.get(f"{node.inputs[1]}~histogram")) is None:
+            return None
+        ends = graph.nodes[f"{node.inputs[1]}~extremes"]
+        if (key := str(counts.attrs["tensor"])) not in read:
+            bins, (low, high) = (store.read(str(n.attrs["tensor"]), 0, n.type.dims[0]) for n in (counts, ends))
+            read[key] = Histogram(float(low), float(high), bins)
+        found[name] = {"round_input": read[key]}
+    return found
+
+
+def _spreads(
+    graph: Graph, calibration: Calibration, texts: list[list[int]], outputs: bool, whole: bool
+) -> dict[str, dict[str, Histogram]]:
     start = time.perf_counter()
     with uninterrupted():
         from qconvert.check import torch_threads  # loads torch
         from qconvert.layerwise import run_layerwise
         from qconvert.observers import RangeWatcher
-    watcher = RangeWatcher(graph, outputs)
+    watcher = RangeWatcher(graph, outputs, whole)
     with torch_threads(calibration.threads):
         run_layerwise(graph, Weights(graph, calibration.store), texts, watcher)
     log.info("calibrate         %6.1f s   %d tokens", time.perf_counter() - start, sum(map(len, texts)))

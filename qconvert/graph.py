@@ -39,7 +39,7 @@ class Type:
         return n_rows(self.dims)
 
 
-STATISTICS = ("~moments", "~hessian", "~peaks")
+STATISTICS = ("~moments", "~hessian", "~peaks", "~histogram", "~extremes")
 
 
 def n_rows(shape: tuple[int, ...]) -> int:
@@ -65,7 +65,7 @@ class Graph:
 
     A parameter keeps its checkpoint name; a pass that changes it moves the old node to name~what, so no consumer is
     ever rewired. Suffixes in use: ~base (before adapters), ~real (before quantization), ~code (before packing).
-    ~moments, ~hessian and ~peaks lie beside a weight as long as it is there, for a solver to read.
+    ~moments, ~hessian, ~peaks and ~histogram lie beside a weight as long as it is there, for a solver or a format to read.
     """
 
     nodes: Mapping[str, Node]

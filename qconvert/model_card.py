@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from os.path import commonpath, relpath
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -136,7 +137,8 @@ def size_text(report: Report) -> str:
     bpw, ways = report.outputs[0]["bpw"], report.accounting.get("three_ways", {})
     names = {"codes": "codes alone", "linear": "linear weights with scales and zero points", "file": "whole output"}
     rows = [(names[way], f"{bpw[way]:.3f}", nbytes_text(ways[way]) if way in ways else "") for way in names]
-    files = [(f"`{code(Path(f['path']).name)}`", nbytes_text(f["nbytes"])) for f in report.outputs]
+    root = commonpath([Path(f["path"]).parent for f in report.outputs])
+    files = [(f"`{code(Path(relpath(f['path'], root)).as_posix())}`", nbytes_text(f["nbytes"])) for f in report.outputs]
     shown = [f for f in files if f[0].endswith((".gguf`", ".onnx`", ".data`", ".safetensors`"))] or files
     return "\n\n".join(["## Size", table(("", "bits per weight", "bytes"), rows), table(("file", "bytes"), shown)])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qconvert.errors import InputError
 from qconvert.graph import Graph, Node
+from qconvert.histograms import BINS, Histogram
 from qconvert.statistics import Found, Site
 
 
@@ -67,14 +69,20 @@ class Peaks:
 
 @dataclass
 class Range:
-    """The least and the largest value."""
+    """The least and the largest value, -inf and inf where one is not finite; whole: the histogram too, exact, since its bins
+    are powers of two wide."""
 
-    low: float = float("inf")
-    high: float = float("-inf")
+    whole: bool = False
+    found: Histogram = field(default_factory=Histogram)
 
     def seen(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        low, high = map(float, torch.aminmax(x))
+        finite = math.isfinite(high - low)
+        one = Histogram(low, high) if finite else Histogram(-math.inf, math.inf)
+        if finite and self.whole:
+            bins = (x.flatten() / one.width).floor_().to(torch.int64) + BINS // 2
+            one = replace(one, counts=torch.bincount(bins, minlength=BINS).numpy())
+        self.found += one
 
 
 class SiteWatcher:
@@ -88,6 +96,7 @@ class SiteWatcher:
         self.moments: dict[tuple[str, int], Moments] = {}
         self.products: dict[tuple[str, int], Hessian] = {}
         self.peaks: dict[tuple[str, int], Peaks] = {}
+        self.spreads: dict[tuple[str, int], Range] = {}
         self.past: set[str] = set()
 
     def made(self, name: str, value: Tensor) -> None:
@@ -110,7 +119,9 @@ class SiteWatcher:
                 self.products[at] = Hessian(site.k)
             if "peaks" in self.kinds:
                 self.peaks[at] = Peaks(site.k)
-        observers: tuple[Mapping[tuple[str, int], Observer], ...] = (self.moments, self.products, self.peaks)
+            if "histogram" in self.kinds:
+                self.spreads[at] = Range(True)
+        observers: tuple[Mapping[tuple[str, int], Observer], ...] = (self.moments, self.products, self.peaks, self.spreads)
         for observed in observers:
             if at in observed:
                 observed[at].seen(x)
@@ -127,34 +138,43 @@ class SiteWatcher:
         counts, moments = np.zeros(n, np.int64), np.ones((n, site.k), np.float32)
         hessians = np.stack([np.eye(site.k, dtype=np.float32)] * n) if "hessian" in self.kinds else None
         peaks = np.ones((n, site.k), np.float32) if "peaks" in self.kinds else None
+        spreads = [Histogram()] * n
         for e in range(n):
             if seen := self.moments.pop((site.key, e), None):
                 counts[e], moments[e] = seen.n, seen.sums.float().numpy() / np.float32(seen.n)
                 if hessians is not None:
                     hessians[e] = self.products.pop((site.key, e)).sums / np.float32(seen.n)
+                spreads[e] = self.spreads.pop((site.key, e), Range()).found
                 if peaks is not None:
                     peaks[e] = self.peaks.pop((site.key, e)).greatest.numpy()
         if not np.isfinite(moments).all():
-            raise InputError(
-                f"what {site.weights[0]} multiplies is not finite on the calibration text",
-                hint="the checkpoint is damaged or overflows; it cannot be calibrated",
-            )
-        return Found(counts, moments, hessians, peaks)
+            raise not_finite(site.weights[0])
+        if "histogram" not in self.kinds:
+            return Found(counts, moments, hessians, peaks)
+        ends = np.array([(h.low, h.high) for h in spreads], np.float32)
+        return Found(counts, moments, hessians, peaks, np.stack([h.counts for h in spreads]), ends)
+
+
+def not_finite(weight: str) -> InputError:
+    what = f"what {weight} multiplies is not finite on the calibration text"
+    return InputError(what, hint="the checkpoint is damaged or overflows; it cannot be calibrated")
 
 
 class RangeWatcher:
-    """Ranges of what linears read and give, bias left out."""
+    """Ranges of what linears read and give, bias left out; whole: with histograms of what they read."""
 
-    def __init__(self, graph: Graph, outputs: bool) -> None:
+    def __init__(self, graph: Graph, outputs: bool, whole: bool = False) -> None:
         self.linears = {name: node for name, node in graph.nodes.items() if node.op == "linear"}
         self.wanted = set(self.linears) if outputs else {node.inputs[0] for node in self.linears.values()}
-        self.read = {node.inputs[0]: Range() for node in self.linears.values()}
+        self.read = {node.inputs[0]: Range(whole) for node in self.linears.values()}
         self.given = {node.inputs[:2]: Range() for node in self.linears.values()}
 
-    def ranges(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Linear -> round_input and round_output -> least and greatest; without outputs what it gives is inf to -inf."""
+    def ranges(self) -> dict[str, dict[str, Histogram]]:
+        """Linear -> round_input and round_output -> what it reads and gives; without outputs the latter is empty."""
+        if lost := next((v for v in self.linears.values() if self.read[v.inputs[0]].found.high == math.inf), None):
+            raise not_finite(lost.inputs[1])
         sides = {n: (self.read[v.inputs[0]], self.given[v.inputs[:2]]) for n, v in self.linears.items()}
-        return {n: {"round_input": (x.low, x.high), "round_output": (y.low, y.high)} for n, (x, y) in sides.items()}
+        return {n: {"round_input": x.found, "round_output": y.found} for n, (x, y) in sides.items()}
 
     def made(self, name: str, value: Tensor) -> None:
         if name in self.read:

@@ -236,6 +236,12 @@ OPS: dict[str, Op] = {
         True,
     ),
     "unfold": Op(_declared, "(codes, level, ...) {parts, high_first, inverse?}: what fold was given; inverse: 1 / level", True),
+    "across": Op(
+        _declared,
+        "(codes, scale[1,M], zero[1,M]) {scheme, parts}: f32[N,K], of which values M = N K / group apart share a scale and a "
+        "zero point; a byte has a code of each part of the group, the first's in its high bits",
+        True,
+    ),
     "signs": Op(_declared, "() {seed}: f32[n], 1 and -1 at random", True),
     "incoherent": Op(
         _turned, "(w[N,K], su[K], sv[N]): H.T diag(sv) w diag(su) H, Hadamard matrices over their orders' roots", True

@@ -14,7 +14,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 INPUT: tuple[Decorator, ...] = (
     click.option("-a", "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="A PEFT folder; repeatable."),
     click.option("--adapters", "adapters_as", type=click.Choice(["merge", "swap"]), default="merge", show_default=True,
-                  help="swap, ONNX: a file for each adapter beside one base, which takes any of them as it runs."),
+                  help="swap, ONNX and safetensors: each adapter a file beside one base, which takes any of them as it runs."),
     click.option("--tokenizer", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
                   help="In place of the model's own, which a GGUF may hold in a form that is not read."),
     click.option("--inputs", type=click.Path(path_type=Path), metavar="FILE.npz",
@@ -61,6 +61,8 @@ CALIBRATION: tuple[Decorator, ...] = (
                   help="Text that the model is run on: what each weight multiplies there decides how it is rounded (gguf), "
                   "or its fixed ranges (w8a8)."),
     click.option("--calibrate-tokens", type=click.IntRange(min=1), metavar="N", help="Of it. Default 32768; ranges 4096."),
+    click.option("--activation-range", metavar="RULE",
+                 help="Of activations in fixed 8-bit integers: mse (default), minmax, percentile (99.99), percentile:99.9."),
     click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="llama-imatrix's, in place of text."),
     click.option("--statistics", type=click.Path(path_type=Path), metavar="FILE", help="Kept ones, in place of text."),
     click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE", help="For llama.cpp; .dat: the old form."),

@@ -137,6 +137,20 @@ def _unfold(w: Values, name: str, node: Node, begin: int, end: int) -> QTensor:
     return QTensor(scheme, np.concatenate(pieces), tuple(entries))
 
 
+def _across(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
+    """Values i * M to (i + 1) * M of the weight, counted through, are the codes i of all groups."""
+    scheme, parts, k = cast(Scheme, scheme_of(str(node.attrs["scheme"]))), cast(int, node.attrs["parts"]), node.type.dims[1]
+    codes, (scale, zero) = node.inputs[0], (w.whole(i).reshape(-1).astype(np.float32) for i in node.inputs[1:])
+    low, high, m, out = begin * k, end * k, len(scale), list[Array]()
+    for i in range(low // m, -(-high // m)):
+        first, last = max(low - i * m, 0), min(high - i * m, m)
+        part, line = divmod(i, w.graph.nodes[codes].type.dims[0])
+        found = cast(Array, w.rows(codes, line, line + 1))[0, first:last]
+        code = found >> np.uint8(scheme.bits * (parts - 1 - part)) & np.uint8((1 << scheme.bits) - 1)
+        out.append((code - zero[first:last]) * scale[first:last])
+    return np.concatenate(out).reshape(end - begin, k)
+
+
 def _entries_of(w: Values, name: str, n: int, begin: int, end: int, inverse: bool) -> F32:
     """Of each row: of all rows one and the same (or its inverse), or as many as there are."""
     dims = w.graph.nodes[name].type.dims
@@ -155,6 +169,6 @@ def _note(w: Values, name: str, node: Node, begin: int, end: int) -> Array:
 
 OPS: dict[str, Callable[[Values, str, Node, int, int], Array | QTensor]] = {
     "block_peaks": _block_peaks, "mean_magnitude": _mean_magnitude, "nest": _nest, "nested": _nested, "halves": _halves,
-    "fold": _fold, "unfold": _unfold,
+    "fold": _fold, "unfold": _unfold, "across": _across,
     "note": _note,
 }  # fmt: skip

@@ -44,6 +44,7 @@ class Request:
     operators: str | None = None
     calibrate: Path | None = None  # a text, or a folder of texts
     calibrate_tokens: int | None = None
+    activation_range: str | None = None  # of fixed ranges of integers: mse, minmax, percentile:99.9
     imatrix: Path | None = None
     statistics: Path | None = None
     save_imatrix: Path | None = None

@@ -4,6 +4,8 @@
     SITE.moments  f32[K] or [E,K]              the mean of x * x over tokens, by input channel
     SITE.hessian  f32[K,K] or [E,K,K]          the mean of x x^T, where a solver asked for it
     SITE.peaks    f32[K] or [E,K]              the greatest |x|, where a fold asked for it
+    SITE.histogram i64[BINS] or [E,BINS]       of all x (histograms.py), where ranges of activations are chosen by it
+    SITE.extremes f32[2] or [E,2]              with it: the least and the largest x
 
 A site is what one or several weights multiply: q, k and v read the same activation, so they share its tensors. Experts have
 two sites, each expert with the tokens that reach it: NODE.in, and NODE.inner which the last product reads.
@@ -24,6 +26,7 @@ import numpy.typing as npt
 
 from qconvert.errors import InputError, ResourceError
 from qconvert.graph import Graph
+from qconvert.histograms import BINS
 from qconvert.scheme import F32
 from qconvert.sources import Store
 from qconvert.text import format_node
@@ -31,7 +34,8 @@ from qconvert.text import format_node
 ALIAS = "statistics"
 FILE = "statistics.safetensors"
 KIND = "qconvert statistics 1"
-KINDS = ("moments", "hessian", "peaks")
+KINDS = ("moments", "hessian", "peaks", "histogram", "extremes")
+SPREAD = frozenset({"histogram", "extremes"})
 
 
 class Site(NamedTuple):
@@ -45,12 +49,15 @@ class Site(NamedTuple):
 
 
 class Found(NamedTuple):
-    """counts i64[E or 1], moments f32[E or 1,K], hessian f32[E or 1,K,K], peaks f32[E or 1,K]."""
+    """counts i64[E or 1], moments f32[E or 1,K], hessian f32[E or 1,K,K], peaks f32[E or 1,K], histogram i64[E or 1,BINS],
+    extremes f32[E or 1,2]."""
 
     counts: npt.NDArray[np.int64]
     moments: F32
     hessian: F32 | None = None
     peaks: F32 | None = None
+    histogram: npt.NDArray[np.int64] | None = None
+    extremes: F32 | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,16 @@ def sites_of(graph: Graph) -> tuple[Site, ...]:
 
 
 def shapes_of(site: Site, kinds: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """moments, hessian, peaks, those of `kinds`, and the shape of each."""
-    row = (site.experts, site.k) if site.experts else (site.k,)
-    return {kind: (*row, site.k) if kind == "hessian" else row for kind in KINDS if kind in kinds}
+    """Those of KINDS that are in `kinds`, and the shape of each."""
+    each = (site.experts,) if site.experts else ()
+    ends = {"hessian": (site.k, site.k), "histogram": (BINS,), "extremes": (2,)}
+    return {kind: (*each, *ends.get(kind, (site.k,))) for kind in KINDS if kind in kinds}
 
 
 def tensors_of(site: Site, kinds: Collection[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> safetensors dtype and shape."""
-    out = {f"{site.key}.{kind}": ("F32", shape) for kind, shape in shapes_of(site, kinds).items()}
+    whole, shapes = {"histogram": "I64"}, shapes_of(site, kinds)
+    out = {f"{site.key}.{kind}": (whole.get(kind, "F32"), shape) for kind, shape in shapes.items()}
     return {f"{site.key}.counts": ("I64", (max(1, site.experts),)), **out}
 
 

@@ -32,7 +32,9 @@ TASK_NBYTES = 128 << 20  # of source: some seconds of work; a model of 70B in 16
 # these read all of a weight for any row of it, which every task with a part of it would do again
 WHOLE = ("amax", "transpose", "column_norm", "refit", "shift_factor", "incoherent", "coherent")
 WHOLE_SOLVERS = ("gptq", "ldlq", "nearest")
-WHOLE_INPUTS = {"merge": (1,), "merge_pooled": (1,), "dora": (2, 4, 5), "set_rows": (2,), "quantize": (1,)}  # once a task
+WHOLE_INPUTS = {
+    "merge": (1,), "merge_pooled": (1,), "dora": (2, 4, 5), "set_rows": (2,), "across": (1, 2), "quantize": (1,),
+}  # fmt: skip  # once a task
 
 
 class Task(NamedTuple):

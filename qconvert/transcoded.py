@@ -47,7 +47,7 @@ def notes(graph: Graph, types: Mapping[str, str]) -> tuple[str, ...]:
         if source is None or target is None:
             continue
         moved = stored == dtype or moves(source, target) or nearly_moves(source, target)
-        whole = graph.nodes[name].op not in ("unsort", "rows") and moved
+        whole = graph.nodes[name].op not in ("unsort", "rows", "across") and moved
         fate = "keep their codes" if whole else "are rounded a second time"
         label = f"{fate}, {stored} -> {dtype}"
         told[label] = told.get(label, 0) + 1
@@ -55,11 +55,11 @@ def notes(graph: Graph, types: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def stored_dtype(graph: Graph, name: str) -> str:
-    """The scheme that a value was stored in, columns in whatever order or turned, or its plain dtype."""
+    """The scheme that a value was stored in, columns in whatever order or turned or along another axis, or its plain dtype."""
     node = graph.nodes[name]
     while node.op in ("unsort", "coherent", "rows"):
         node = graph.nodes[node.inputs[0]]
-    return node.type.dtype
+    return str(node.attrs["scheme"]) if node.op == "across" else node.type.dtype
 
 
 def carried(graph: Graph) -> Iterator[Carried]:

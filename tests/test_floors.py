@@ -15,14 +15,14 @@ FLOORS: dict[float, str] = {
     1: "graph text scheme reals second_level bits planes moves gptq_words registry layouts rope parallel adapter_ops "
     "quip_words model_cache byte_files url_files",
     2: "ops solvers float_weights tensor_layouts safetensors_header gguf_reader tensor_files sources stored_weights "
-    "peer_weights fold_weights weights run layerwise observers statistics kernels kernels.* adapter_weights grids "
+    "peer_weights fold_weights weights run layerwise observers statistics histograms kernels kernels.* adapter_weights grids "
     "hessians own_solvers solving solved_weights recover lattice_weights patterns shared_rows lockstep codebooks",
     3: "families families_gemma families_moe families_encoder config_reader settings pooling shapes stored_forms build "
     "adapters adapter_config adapter_delta tokenizer chat sentencepiece_model tokenizer_json pipeline journal emit "
     "check report encoder_check request target targets companions provenance calibration transcoded recipe placement "
     "prefetch traffic offloading accountant shape_checkpoint evaluation quality adapter_pooling pooled_merges "
     "solver_spec qat_grids on_device sensitivity budget plots findings baseline gates facts changes licenses usage "
-    "certificate probes preflight together tasks ray_executor plans rehearsal",
+    "certificate probes preflight together tasks ray_executor plans rehearsal swapped swap_check",
     3.5: "passes passes.* formats formats.*",
     4: "conversion lowering calibrated verification inspection listing printing html_report doctor merge_base "
     "adapter_refit markdown_report junit_report sarif_report beside manifest certifying measuring elsewhere "

@@ -43,6 +43,22 @@ def test_codes_scales_and_zero_points_are_those_of_hqq(bits: int, group: int, si
     assert np.median(np.abs(q.levels[1] - zeros)) < 1e-4
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_same_of_axis_0_whose_groups_are_values_apart(bits: int) -> None:
+    """hqq makes [group, N K / group] of a weight and searches down its columns: here they are rows."""
+    torch = pytest.importorskip("torch")
+    x, group, scheme = weights(0.02), 64, cast(Scheme, scheme_of(f"uint{bits}f_g64"))
+    rows = np.ascontiguousarray(x.reshape(group, -1).T)
+    q = Hqq().solve(scheme, rows, Given(over_all=lambda f: f([rows])))
+    quantizer = import_module("hqq.core.quantize").Quantizer
+    how = {"nbits": bits, "group_size": group, "axis": 0, "bitpack": False, "device": "cpu"}
+    codes, meta = quantizer.quantize(torch.from_numpy(x), **how)
+    assert (q.codes == codes.numpy().reshape(group, -1).T).mean() > 0.9998
+    np.testing.assert_array_equal(q.levels[0], meta["scale"].numpy().T)
+    np.testing.assert_allclose(q.levels[1], meta["zero"].numpy().T, rtol=1e-5, atol=1 / group + 1e-6)
+
+
 def test_it_stops_where_the_error_of_the_whole_weight_does() -> None:
     """Stopping each block of rows by itself would give other codes."""
     x, scheme = weights(0.02), cast(Scheme, scheme_of("uint4f_g16"))

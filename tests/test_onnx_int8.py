@@ -176,7 +176,8 @@ def test_ranges_are_those_that_transformers_sees_on_the_same_text(tmp_path: Path
 
     text = "It was the best of times, it was the worst of times.\n" * 3
     (tmp_path / "mine.txt").write_text(text)
-    result = convert(TINY, to="onnx", quant="w8a8", calibrate=tmp_path / "mine.txt", output=tmp_path / "out", check=False)
+    how: dict[str, Any] = {"calibrate": tmp_path / "mine.txt", "activation_range": "minmax"}
+    result = convert(TINY, to="onnx", quant="w8a8", output=tmp_path / "out", check=False, **how)
     ids = transformers.AutoTokenizer.from_pretrained(TINY)(text, return_tensors="pt")["input_ids"]
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     seen: dict[str, Any] = {}

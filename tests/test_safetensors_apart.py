@@ -211,10 +211,68 @@ def test_hqq_folders_keep_their_codes_and_take_an_adapter(tmp_path: Path) -> Non
 def test_hqq_modules_of_other_axes_are_refused(tmp_path: Path) -> None:
     convert(TINY, to="safetensors", quant="hqq", output=tmp_path / "first", check=False)
     tensors = tensors_of(tmp_path / "first")
-    tensors[f"{MODULE}.axis"] = torch.tensor(0, dtype=torch.int32)
-    save_file(tensors, tmp_path / "first" / "model.safetensors")
-    with pytest.raises(UnsupportedError, match="down_proj of .* axis 0"):
-        convert(tmp_path / "first", to="safetensors", quant="bf16", output=tmp_path / "out", check=False)
+    for axis, error, said in ((2, UnsupportedError, "down_proj of .* axis 2"), (0, InputError, r"down_proj\.W_q")):
+        tensors[f"{MODULE}.axis"] = torch.tensor(axis, dtype=torch.int32)
+        save_file(tensors, tmp_path / "first" / "model.safetensors")
+        with pytest.raises(error, match=said):
+            convert(tmp_path / "first", to="safetensors", quant="bf16", output=tmp_path / "out", check=False)
+
+
+@pytest.mark.parametrize(("bits", "shape", "group"), [(4, (128, 96), 64), (2, (40, 96), 64), (8, (40, 30), 24), (4, (6, 4), 8)])
+def test_values_along_axis_0_are_those_of_hqq(
+    bits: int, shape: tuple[int, int], group: int, tmp_path: Path, visible: Visible
+) -> None:
+    """Whatever rows are asked for; where a group does not divide the rows, too."""
+    visible("hqq")
+    quantizer = import_module("hqq.core.quantize").Quantizer
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, meta = quantizer.quantize(x, nbits=bits, group_size=group, axis=0, device="cpu")
+    want = quantizer.dequantize(codes, {**meta, "compute_dtype": torch.float32}).numpy()
+    save_file({"W_q": codes, "scale": meta["scale"], "zero": meta["zero"]}, tmp_path / "m.safetensors")
+    store = Store()
+    store.add("m", tmp_path / "m.safetensors")
+    loads = {
+        name: Node("load", (), Type(info.dtype, info.shape), {"tensor": info.ref})
+        for name in ("W_q", "scale", "zero") for info in (store.tensors("m")[name],)
+    }  # fmt: skip
+    attrs = {"scheme": f"uint{bits}f_g{group}", "parts": 8 // bits}
+    node = Node("across", tuple(loads), Type("f32", shape), attrs)
+    weights = Weights(Graph({**loads, "w": node}, ("w",)), store)
+    assert np.array_equal(weights.real("w"), want)
+    for begin, end in ((0, 1), (1, 4), (shape[0] - 3, shape[0]), (3, 3 + shape[0] // 2)):
+        assert np.array_equal(weights.real("w", begin, end), want[begin:end])
+
+
+def along_axis_0(folder: Path, group: int = 64) -> dict[str, torch.Tensor]:
+    """A folder of golden/tiny with hqq's own linears, quantized with axis 0; their weights in f32."""
+    core = import_module("hqq.core.quantize")
+    convert(TINY, to="safetensors", quant="hqq", output=folder, check=False)
+    tensors, found = tensors_of(folder), dict[str, torch.Tensor]()
+    plain = tensors_of(TINY)
+    for module in [key.removesuffix(".W_q") for key in tensors if key.endswith(".W_q")]:
+        own = torch.nn.Linear(*plain[f"{module}.weight"].shape[::-1], bias=False)
+        own.weight.data = plain[f"{module}.weight"].clone()
+        settings = core.BaseQuantizeConfig(nbits=4, group_size=group, axis=0)
+        made = core.HQQLinear(own, settings, compute_dtype=torch.bfloat16, device="cpu").state_dict()
+        tensors |= {f"{module}.{name}": value.clone() for name, value in made.items()}
+        again = core.HQQLinear(None, None, compute_dtype=torch.float32, device="cpu")
+        again.load_state_dict(made)
+        found[module] = again.dequantize().float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return found
+
+
+def test_hqq_folders_of_axis_0_are_read_take_an_adapter_and_are_verified(tmp_path: Path, visible: Visible) -> None:
+    visible("hqq")
+    found = along_axis_0(tmp_path / "first")
+    convert(tmp_path / "first", to="safetensors", quant="fp32", output=tmp_path / "out", require_verified=True)
+    written = tensors_of(tmp_path / "out")
+    assert len(found) == 21 and all(torch.equal(written[f"{module}.weight"], value) for module, value in found.items())
+    result = convert(f"{tmp_path / 'first'}+{LORA}", to="safetensors", quant="hqq", output=tmp_path / "two", eval_tokens=0)
+    rows = {row.what: row for row in result.report.checks}
+    assert not result.report.failed and rows["rounded again: uint4f_g64_bf16 -> uint4f_g64_bf16"].verdict == "info"
+    report = verify_file(tmp_path / "first", str(TINY))
+    assert not report.failed and {r.what: r.verdict for r in report.checks}["runtime hqq"] == "pass"
 
 
 def test_a_wrong_zero_point_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: Visible) -> None:
