@@ -122,7 +122,7 @@ def test_a_norm_in_bf16_is_divided_without_a_rounding(tmp_path: Path) -> None:
     folded = Fold("awq", types=types | norms)(graph)
     cast = Quantize("", "mse", norms)(folded)
     logits = [next(iter(run(g, Weights(g, store), tokens).values())) for g in (graph, cast)]
-    assert kl(*logits) < 1e-9
+    assert kl(*logits) < 1e-8  # measured up to 1.5e-9, by the CPU; a rounding costs 1.8e-5
 
 
 def test_a_linear_that_was_not_seen_is_left_alone(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def test_folder_gives_in_transformers_the_logits_of_the_graph(quant: str, tmp_pa
         assert rows[what].verdict == "pass"
     if not quant.endswith("a16") and quant not in FINE:
         rounded, price = rows["runtime transformers, rounded activations"].value, rows["price of rounded activations"].value
-        assert rounded is not None and price is not None and rounded < 1e-6 and price > 1e-3  # measured 0, and 1.7e-3 to 0.1
+        assert rounded is not None and price is not None and price > 1e-3
+        assert rounded < price / 20  # measured 0; 1.2 % where a BLAS adds in another order
     size = result.report.accounting["size"]
     assert size["total"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
 
