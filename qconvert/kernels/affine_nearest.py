@@ -37,7 +37,7 @@ def affine_codes(x: F32 | U16, group: int, bits: int, scales: F32, zeros: F32, l
     words = np.empty((n, k // per), np.int32)
     if x.size:
         wide = choose(16, 32 if group <= 128 else 16, lanes)
-        flat = np.ascontiguousarray(x).reshape(-1)
+        flat = np.ascontiguousarray(x, x.dtype if x.dtype == np.uint16 else F).reshape(-1)
         levels = (np.ascontiguousarray(v, F).reshape(-1) for v in (scales, zeros))
         nearest(wide, flat, group, bits, *levels, words.reshape(-1))
     return words.view(np.uint8)

@@ -86,7 +86,8 @@ def affine(x: F32 | U16, group: int, bits: int, zero_point: ZeroPoint = "none", 
     if x.size:
         wide = choose(16, 32 if group <= 128 else 16, lanes)
         ends = ENDS_OF_LARGE.get(bits, ENDS[bits]) if group >= LARGE else ENDS[bits]
-        flat, parts = np.ascontiguousarray(x).reshape(-1), np.array(ends if zero_point == "none" else SPANS[bits], F)
+        flat = np.ascontiguousarray(x, x.dtype if x.dtype == np.uint16 else F).reshape(-1)
+        parts = np.array(ends if zero_point == "none" else SPANS[bits], F)
         outputs = words.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
         {"none": symmetric, "int": with_zero, "float": with_float_zero}[zero_point](wide, flat, group, bits, parts, *outputs)
     return Affine(words.view(np.uint8), scales, zeros)
