@@ -296,10 +296,9 @@ def rounded_up(nbytes: int) -> str:
 # accounting ---------------------------------------------------------------------------------------
 
 
-def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
+def accounting(placed: Placement, graph: Graph, plan: Plan) -> dict[str, Any]:
     """{devices: {device: {class: bytes}}, file_overhead, …}: weights by device and class, which with the overhead add up to
     the files. Where nothing was placed the only device is "any"."""
-    placed = placement_of(graph)
     kinds, away = {b.weight: b.kind for b in placed.buffers}, placed.away
     devices: dict[str, dict[str, int]] = {}
     for e in plan.entries:

@@ -77,6 +77,7 @@ def affine(x: F32 | U16, group: int, bits: int, zero_point: ZeroPoint = "none", 
     `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the result is the same.
     """
     n, k = x.shape
+    assert x.dtype != np.uint16 or group % 32 == 0
     if group % 16:
         assert zero_point == "none" and group == k, "zeros behind the row change nothing there"
         found = affine(np.pad(cast(F32, x), ((0, 0), (0, -k % 16))), k + -k % 16, bits, zero_point, lanes)
