@@ -38,6 +38,7 @@ model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="W4A16
 GPTQ = Peer("gptq", "GPTQMODEL_PYTHON", """
 import os, sys
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores its own number is an error
+os.chdir(os.path.dirname(sys.argv[2]))  # where its logs go
 from gptqmodel import GPTQModel
 from gptqmodel.quantization.config import RTNConfig  # without data: nearest codes, then its packing
 model = GPTQModel.load(sys.argv[1], RTNConfig(bits=4, group_size=128))
