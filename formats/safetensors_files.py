@@ -83,10 +83,13 @@ def constants_of(layout: Tensors, module: str, n: int, k: int) -> Iterator[Tenso
 def shards(all_stored: Sequence[Stored], max_nbytes: int = MAX_NBYTES, stem: str = "model") -> list[Shard]:
     """In order, in files of at most max_nbytes of tensors; a weight that is larger has a file of its own."""
     groups: list[list[Stored]] = [[]]
+    filled = 0
     for each in all_stored:
-        if groups[-1] and sum(s.nbytes for s in groups[-1]) + each.nbytes > max_nbytes:
+        if groups[-1] and filled + each.nbytes > max_nbytes:
             groups.append([])
+            filled = 0
         groups[-1].append(each)
+        filled += each.nbytes
     if len(groups) == 1:
         return [Shard(f"{stem}.safetensors", tuple(groups[0]))]
     names = (f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups)))

@@ -29,9 +29,10 @@ class Type:
     @property
     def dims(self) -> tuple[int, ...]:
         """The shape of a weight: all numbers. GraphError for a symbolic dimension."""
-        if not all(isinstance(d, int) for d in self.shape):
+        dims = tuple([d for d in self.shape if not isinstance(d, str)])
+        if len(dims) < len(self.shape):
             raise GraphError(f"{self} has a symbolic dimension; a weight was wanted")
-        return tuple(int(d) for d in self.shape)
+        return dims
 
     @property
     def rows(self) -> int:
@@ -124,7 +125,7 @@ class Graph:
         """Values that reach no input: the weights and what is computed from them."""
         fixed: set[str] = set()
         for name, node in self.nodes.items():
-            if node.op != "input" and all(i in fixed for i in node.inputs):
+            if node.op != "input" and fixed.issuperset(node.inputs):
                 fixed.add(name)
         return fixed
 

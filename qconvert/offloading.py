@@ -33,7 +33,8 @@ WEAKEST = 1.0  # bits per weight, metadata included: with fewer there is no type
 
 def facts(graph: Graph, plan: Plan, request: Request) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The report's lines on placement, and what is worth a note. UnsupportedError where the files ignore the placement."""
-    placed, lines = placement_of(graph), accounting(graph, plan)
+    placed = placement_of(graph)
+    lines = accounting(placed, graph, plan)
     vram = parse_nbytes(request.vram) if request.vram else None
     if not placed.away:
         fits = f"--vram {request.vram}: all {nbytes_text(placed.gpu_nbytes)} fit, so nothing is offloaded"

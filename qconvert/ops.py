@@ -5,7 +5,7 @@ Weights are [out, in] = [N, K]; activations f32[B,T,·]; token ids i64[B,T].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 from qconvert import adapter_ops
@@ -338,37 +338,43 @@ def verify(graph: Graph) -> None:
     """Raise GraphError unless every name is defined before use, every type is what its op gives, every dtype exists."""
     seen: dict[str, Type] = {}
     for name, node in graph.nodes.items():
-        line = format_node(name, node)
-        for i in node.inputs:
-            if i not in seen:
-                raise GraphError(f"%{name} uses %{i}, which is not defined before it: {line}")
-        if node.op not in OPS:
-            raise GraphError(f"%{name}: unknown op {node.op!r}: {line}", hint=f"ops are {', '.join(sorted(OPS))}")
-        _check_dtype(node, line)
         try:
-            want = OPS[node.op].infer(tuple(seen[i] for i in node.inputs), dict(node.attrs))
+            seen[name] = _verified(name, node, seen)
         except GraphError as e:
-            raise GraphError(f"%{name}: {e.message}: {line}", hint=e.hint) from e
-        except (KeyError, IndexError, ValueError, AssertionError) as e:
-            raise GraphError(f"%{name}: wrong inputs or attributes for {node.op} ({OPS[node.op].doc}): {line}") from e
-        if want is not None and want != node.type:
-            raise GraphError(f"%{name}: {node.op} gives {want}, but the graph says {node.type}: {line}")
-        seen[name] = node.type
+            raise GraphError(f"{e.message}: {format_node(name, node)}", hint=e.hint) from e
     for o in graph.outputs:
         if o not in seen:
             raise GraphError(f"output %{o} is not defined")
 
 
-def _check_dtype(node: Node, line: str) -> None:
+def _verified(name: str, node: Node, seen: Mapping[str, Type]) -> Type:
+    for i in node.inputs:
+        if i not in seen:
+            raise GraphError(f"%{name} uses %{i}, which is not defined before it")
+    if node.op not in OPS:
+        raise GraphError(f"%{name}: unknown op {node.op!r}", hint=f"ops are {', '.join(sorted(OPS))}")
+    _check_dtype(node)
+    try:
+        want = OPS[node.op].infer(tuple([seen[i] for i in node.inputs]), dict(node.attrs))
+    except GraphError as e:
+        raise GraphError(f"%{name}: {e.message}", hint=e.hint) from e
+    except (KeyError, IndexError, ValueError, AssertionError) as e:
+        raise GraphError(f"%{name}: wrong inputs or attributes for {node.op} ({OPS[node.op].doc})") from e
+    if want is not None and want != node.type:
+        raise GraphError(f"%{name}: {node.op} gives {want}, but the graph says {node.type}")
+    return node.type
+
+
+def _check_dtype(node: Node) -> None:
     dtype = node.type.dtype
     if node.op == "pack":
         if "." not in dtype:
-            raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}: {line}")
+            raise GraphError(f"pack gives a layout such as gguf.q4_k, not {dtype}")
     elif node.op == "load" and "." in dtype:
         return  # as the source stores it
     elif node.op in QUANTIZED or (node.op in KEEPING and dtype not in DTYPES):
         if scheme_of(dtype) is None:
             known = ", ".join([*GGML_SCHEMES, *AFFINE, *TABLES])
-            raise GraphError(f"{dtype} is no scheme: {line}", hint=f"schemes are {known}")
+            raise GraphError(f"{dtype} is no scheme", hint=f"schemes are {known}")
     elif dtype not in DTYPES:
-        raise GraphError(f"{dtype} is no dtype: {line}", hint=f"dtypes are {', '.join(DTYPES)}")
+        raise GraphError(f"{dtype} is no dtype", hint=f"dtypes are {', '.join(DTYPES)}")

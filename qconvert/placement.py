@@ -296,11 +296,10 @@ def rounded_up(nbytes: int) -> str:
 # accounting ---------------------------------------------------------------------------------------
 
 
-def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
+def accounting(placed: Placement, graph: Graph, plan: Plan) -> dict[str, Any]:
     """{devices: {device: {class: bytes}}, file_overhead, …}: weights by device and class, which with the overhead add up to
     the files. Where nothing was placed the only device is "any"."""
-    placed = placement_of(graph)
-    kinds = {b.weight: b.kind for b in placed.buffers}
+    kinds, away = {b.weight: b.kind for b in placed.buffers}, placed.away
     devices: dict[str, dict[str, int]] = {}
     for e in plan.entries:
         found: list[tuple[Class, int]] = [(kinds.get(e.value, "dense"), e.nbytes)]
@@ -308,13 +307,13 @@ def accounting(graph: Graph, plan: Plan) -> dict[str, Any]:
             found = pieces_of(e.dtype, e.shape)
         places = cast(Mapping[str, str], graph.nodes[e.value].attrs.get("placement", {}))
         for kind, nbytes in found:
-            of = devices.setdefault(places.get(kind, "gpu") if placed.away else "any", {})
+            of = devices.setdefault(places.get(kind, "gpu") if away else "any", {})
             of[kind] = of.get(kind, 0) + nbytes
     total = sum(sum(of.values()) for of in devices.values())
     ordered = {d: {kind: devices[d][kind] for kind in CLASSES if kind in devices[d]} for d in ("any", *DEVICES) if d in devices}
     return {
         "devices": ordered, "file_overhead": plan.nbytes - total, "staging": placed.staging_nbytes,
-        "h2d_bytes_per_forward": placed.h2d_nbytes, "prefetch": placed.ahead if placed.away else 0,
+        "h2d_bytes_per_forward": placed.h2d_nbytes, "prefetch": placed.ahead if away else 0,
     }  # fmt: skip
 
 

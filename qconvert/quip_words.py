@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qconvert.scheme import Array
+from qconvert.scheme import U16, Array
 
-U16 = npt.NDArray[np.uint16]
 SPREAD = np.array([sum((b >> j & 1) << 4 * j for j in range(8)) for b in range(256)], np.uint64)
 
 

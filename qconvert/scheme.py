@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 Real = npt.NDArray[np.floating[Any]]
 F32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
 ZeroPoint = Literal["none", "int", "float"]
 Device = Literal["cpu", "cuda"]  # cuda: a GPU as torch names it, AMD's too
 FOLDED = "folded"  # NAME~folded: codes that rows of a weight share bytes for, beside its packed rows

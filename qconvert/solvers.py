@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from qconvert import kernels
-from qconvert.scheme import F32, Bytes, Scheme
+from qconvert.scheme import F32, U16, Bytes, Scheme
 
 if TYPE_CHECKING:
     from qconvert.kernels.affine_quants import Affine
@@ -24,8 +24,14 @@ def line(scheme: Scheme, x: F32) -> tuple[Bytes, tuple[F32, ...]]:
     return kernels.line_codes(x, group, scheme.bits, scales, offsets - shift * scales), (scales, offsets)
 
 
-def least_squares(scheme: Scheme, x: F32, on_gpu: bool = False) -> Affine:
-    """Codes, scales and zero points of least squared error."""
+def reads_bf16(scheme: Scheme) -> bool:
+    """Whether least_squares takes the bits of bf16 as they are; a weight that is not finite then gives the scale NaN."""
+    plain = not scheme.table and scheme.zero_point == "none" and [level.role for level in scheme.levels] == ["scale"]
+    return plain and (scheme.levels[0].group or 1) % 32 == 0
+
+
+def least_squares(scheme: Scheme, x: F32 | U16, on_gpu: bool = False) -> Affine:
+    """Codes, scales and zero points of least squared error; x f32[N,K], or u16[N,K] where `reads_bf16`."""
     group = scheme.levels[0].group or x.shape[1]
     source = import_module("qconvert.kernels.gpu.solve") if on_gpu else kernels
     if scheme.table:
@@ -34,7 +40,7 @@ def least_squares(scheme: Scheme, x: F32, on_gpu: bool = False) -> Affine:
     return found if scheme.levels[0].dtype == "f32" else _with_kept_scales(x, group, scheme, found, source.affine_codes)
 
 
-def _with_kept_scales(x: F32, group: int, scheme: Scheme, found: Affine, codes: Callable[..., Bytes]) -> Affine:
+def _with_kept_scales(x: F32 | U16, group: int, scheme: Scheme, found: Affine, codes: Callable[..., Bytes]) -> Affine:
     """Scales as f16 or bf16 has them, and codes of 8 bits that suit those; of 4 bits no weight moves by 1/64 of a code."""
     kept = scheme.levels[0].dtype
     scales = rounded_to(kept, found.scales)

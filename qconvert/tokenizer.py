@@ -235,7 +235,7 @@ def _by_id(folder: Path, document: Mapping[str, Any], added: Mapping[int, AddedT
 
 def _padded(by_id: Mapping[int, str], vocab_rows: int) -> tuple[str, ...]:
     taken = set(by_id.values())
-    return tuple(by_id[i] if i in by_id else _padding(i, taken) for i in range(vocab_rows))
+    return tuple([by_id[i] if i in by_id else _padding(i, taken) for i in range(vocab_rows)])
 
 
 def _padding(i: int, taken: set[str]) -> str:

@@ -99,8 +99,8 @@ def vocabulary(document: Mapping[str, Any]) -> Iterable[tuple[str, int]]:
 def merges(document: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """BPE's pairs in order of rank, from either spelling."""
     listed = document["model"].get("merges") or ()
-    pairs = (tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in listed)
-    return tuple((left, right) for left, right in pairs)
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in listed]
+    return tuple([(left, right) for left, right in pairs])
 
 
 def added_tokens(folder: Path, document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, AddedToken]:

@@ -25,11 +25,11 @@ from qconvert.graph import Graph, Node
 from qconvert.hessians import Factors
 from qconvert.kernels.gpu import quantize as on_gpu
 from qconvert.layouts import layout_of
-from qconvert.scheme import F32, GGML_SCHEMES, LATTICES, MINIFLOATS, Array, Bytes, Device, QTensor, Scheme, scheme_of
+from qconvert.scheme import F32, GGML_SCHEMES, LATTICES, MINIFLOATS, U16, Array, Bytes, Device, QTensor, Scheme, scheme_of
 from qconvert.second_level import with_second_level
 from qconvert.shared_rows import Shared
 from qconvert.solved_weights import gives_codes, solved
-from qconvert.solvers import least_squares, line, rounded_to
+from qconvert.solvers import least_squares, line, reads_bf16, rounded_to
 from qconvert.sources import Store
 
 SMALL = 1 << 24  # values: adapter factors and vectors are kept whole up to this many
@@ -102,6 +102,10 @@ class Weights:
     def encoded(self, name: str, begin: int, end: int) -> Bytes:
         """Rows as the bytes that a file holds, u8 flat. InputError where a value does not fit f16."""
         node = self.graph.nodes[name]
+        if node.type.dtype in ("f32", "f16", "bf16") and (stored := _stored(self, name, begin, end)) is not None:
+            if not kernels.all_finite(stored):
+                _checked(self, node, (begin, 0), stored)
+            return stored.view(np.uint8).reshape(-1)
         value = self.rows(name, begin, end)
         if isinstance(value, QTensor):
             raise GraphError(f"%{name} is quantized but not packed: {node.type}")
@@ -133,9 +137,20 @@ def _must_be_finite(w: Weights, name: str, value: Array) -> None:
 
 
 def _load(w: Weights, name: str, node: Node, begin: int, end: int) -> Array:
+    return _checked(w, node, (begin, 0), _raw(w, node, begin, end))
+
+
+def _stored(w: Weights, name: str, begin: int, end: int) -> Array | None:
+    """Bits of what is loaded, unless other outputs read the same; not checked."""
+    node = w.graph.nodes[name]
+    if node.op != "load" or (w.shared is not None and name in w.shared.identities):
+        return None
+    return _raw(w, node, begin, end)
+
+
+def _raw(w: Weights, node: Node, begin: int, end: int) -> Array:
     read = w.store.read_stacked if len(node.type.shape) > 2 else w.store.read
-    raw = read(str(node.attrs["tensor"]), begin, end)
-    return _checked(w, node, (begin, 0), raw)
+    return read(str(node.attrs["tensor"]), begin, end)
 
 
 def _checked(w: Weights, node: Node, origin: tuple[int, int], raw: Array) -> Array:
@@ -296,6 +311,13 @@ def _solved(w: Weights, node: Node, begin: int, end: int) -> tuple[Scheme, Bytes
     scheme, solver = cast(Scheme, scheme_of(node.type.dtype)), str(node.attrs.get("solver"))
     if scheme.name in MINIFLOATS or solver == "rtn":
         return _small_floats(w, node, scheme, solver, begin, end)
+    source = w.graph.nodes[node.inputs[0]]
+    straight = solver == "mse" and w.device == "cpu" and source.type.dtype == "bf16" and reads_bf16(scheme)
+    if straight and (stored := _stored(w, node.inputs[0], begin, end)) is not None:
+        found = least_squares(scheme, cast(U16, stored))
+        if not kernels.all_finite(found.scales):
+            _checked(w, source, (begin, 0), stored)
+        return scheme, found.packed, (found.scales,)
     value = w.real(node.inputs[0], begin, end)
     _must_be_finite(w, node.inputs[0], value)
     x = np.ascontiguousarray(value, np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qconvert.bits import from_bits
-from qconvert.kernels import affine, table_codes
+from qconvert.kernels import affine, affine_codes, narrow_bf16, table_codes, widen_bf16
 from qconvert.kernels.affine_quants import UNSHRUNK, Affine
 from qconvert.kernels.lanes import host
 from qconvert.scheme import F32, FP4_TABLE, NF4_TABLE, ZeroPoint
@@ -147,6 +147,42 @@ def test_codes_are_the_same_whatever_the_width_of_vectors(lanes: int) -> None:
     x[0, :16], x[1, 16:32] = 0, 2.5
     for (name, (got, *_)), (want, *_) in zip(every(x, lanes).items(), every(x).values(), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), name
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("zero_point", "bits"), CASES)
+def test_words_of_whole_vectors_are_those_of_scalars(bits: int, zero_point: ZeroPoint, group: int) -> None:
+    """They are turned by shuffles where a vector is full and a group's words fill a register, or are four."""
+    if not host()[0]:
+        pytest.skip("this machine has no vectors that pay")
+    x = weights("heavy tails", 35, 2 * group)  # 70 groups: two vectors of 32 are full
+    want = affine(x, group, bits, zero_point, lanes=1)
+    for lanes in (8, 16, 32):
+        got = affine(x, group, bits, zero_point, lanes)
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), lanes
+
+
+@pytest.mark.parametrize("lanes", [1, 8, 32])
+@pytest.mark.parametrize("group", [32, 128])
+def test_bits_of_bf16_give_the_codes_of_their_values(group: int, lanes: int) -> None:
+    if lanes > 1 and not host()[0]:
+        pytest.skip("this machine has no vectors that pay")
+    stored = narrow_bf16(weights("heavy tails", 35, 2 * group))
+    for bits in BITS:
+        got, want = affine(stored, group, bits, lanes=lanes), affine(widen_bf16(stored), group, bits, lanes=lanes)
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+        codes = [affine_codes(x, group, bits, want.scales, want.zeros, lanes) for x in (stored, widen_bf16(stored))]
+        assert np.array_equal(*codes)
+
+
+@pytest.mark.parametrize("bad", [0x7F80, 0xFF80, 0x7FC0])
+@pytest.mark.parametrize("place", [(0, 5), (34, 255), (2, 130)])
+def test_a_group_that_is_not_finite_has_no_scale(place: tuple[int, int], bad: int) -> None:
+    stored = narrow_bf16(weights("normal", 35, 256))
+    stored[2, 128:] = 0  # beside nothing but zeros too
+    stored[place] = bad
+    for bits in BITS:
+        assert np.argwhere(np.isnan(affine(stored, 128, bits).scales)).tolist() == [[place[0], place[1] // 128]]
 
 
 def test_codes_do_not_depend_on_how_rows_are_cut_into_blocks() -> None:

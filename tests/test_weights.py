@@ -330,6 +330,19 @@ def test_nan_and_infinity_are_errors_that_name_tensor_and_place(make: Make, dtyp
     assert f"base/model.safetensors#layers.3.w: {bad} at [33, 5]" in caught.value.message
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bad", ["nan", "-inf"])
+@pytest.mark.parametrize("scheme", ["", "int4_g32_f16", "int8_g64_bf16"])
+def test_what_is_read_as_it_lies_in_the_file_is_looked_through_too(make: Make, dtype: str, bad: str, scheme: str) -> None:
+    t = torch.ones(40, 64).to(getattr(torch, dtype))
+    t[33, 5] = float(bad)
+    lines = [f'%q : {scheme}[40,64] = quantize(%w) {{"solver": "mse"}}', f"%out : ct.{scheme}[40,64] = pack(%q)"]
+    w = make(*(lines if scheme else ()), tensors={"w": t})
+    assert w.encoded("out" if scheme else "w", 0, 33).size
+    with pytest.raises(InputError, match=rf"#w: {bad} at \[33, 5\]"):
+        w.encoded("out" if scheme else "w", 30, 40)
+
+
 def test_nan_in_a_vector_names_its_index(make: Make) -> None:
     t = torch.ones(9)
     t[7] = float("nan")

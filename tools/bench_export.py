@@ -1,6 +1,7 @@
-"""Cases of bench.py for whole exports to quantized safetensors, beside llm-compressor and beside reading and writing the bytes.
+"""Cases of bench.py for whole exports to quantized safetensors, beside other tools' and beside reading and writing the bytes.
 
-LLMCOMPRESSOR_PYTHON names a Python that has llm-compressor (it wants an older transformers); without it only ours is measured.
+LLMCOMPRESSOR_PYTHON, GPTQMODEL_PYTHON and AUTOAWQ_PYTHON name Pythons with llm-compressor, gptqmodel 7.7, and autoawq 0.2.9
+(beside transformers 4.51 and datasets 3), as they want versions of their own; without one only ours is measured.
 """
 
 from __future__ import annotations
@@ -12,38 +13,72 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from bench_pipeline import Cost, Result, measured, synthetic, work_folder
 
 ROUNDS = 3
 CHUNK = 1 << 22
-# its path without data and without loading the model as one: each shard is read, quantized and written
-PEER = """
+
+
+class Peer(NamedTuple):
+    """Who else writes what `quant` is: the variable that names its Python, and what that runs on a source and an output."""
+
+    quant: str
+    python: str
+    code: str
+
+
+W4A16 = Peer("w4a16", "LLMCOMPRESSOR_PYTHON", """
 import sys
-from llmcompressor import model_free_ptq
+from llmcompressor import model_free_ptq  # without data and without loading the model as one: each shard is read and written
 model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="W4A16", ignore=["lm_head", "re:.*embed_tokens"],
                max_workers=1, device="cpu")
-"""
+""")  # fmt: skip
+GPTQ = Peer("gptq", "GPTQMODEL_PYTHON", """
+import os, sys
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores its own number is an error
+os.chdir(os.path.dirname(sys.argv[2]))  # where its logs go
+from gptqmodel import GPTQModel
+from gptqmodel.quantization.config import RTNConfig  # without data: nearest codes, then its packing
+model = GPTQModel.load(sys.argv[1], RTNConfig(bits=4, group_size=128))
+model.quantize(None)
+model.save(sys.argv[2])
+""")  # fmt: skip
+AWQ = Peer("awq", "AUTOAWQ_PYTHON", """
+import sys
+import torch
+from awq import AutoAWQForCausalLM
+from awq.models.base import AwqConfig
+from awq.quantize.quantizer import AwqQuantizer
+model = AutoAWQForCausalLM.from_pretrained(sys.argv[1], device_map="cpu", torch_dtype=torch.float16)
+packer = AwqQuantizer.__new__(AwqQuantizer)  # its last step alone: nearest codes and WQLinear_GEMM.from_linear, no calibration
+packer.w_bit, packer.group_size, packer.zero_point, packer.version = 4, 128, True, "gemm"
+packer.modules, packer.modules_to_not_convert = model.get_model_layers(model.model), None
+packer.pack()
+model.quant_config = AwqConfig.from_dict({"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"})
+model.save_quantized(sys.argv[2])
+""")  # fmt: skip
 
 
-def ours(source: Path, out: Path, threads: int = 2) -> Cost:
-    command = [sys.executable, "-m", "qconvert", str(source), "--to", "safetensors", "--bits", "4", "--no-check", "--force"]
+def ours(source: Path, out: Path, quant: str = "w4a16", threads: int = 2) -> Cost:
+    command = [sys.executable, "-m", "qconvert", str(source), "--to", "safetensors", "--quant", quant, "--no-check", "--force"]
     return measured([*command, "--threads", str(threads), "-o", str(out)])
 
 
-def peer(source: Path, out: Path) -> Cost | None:
-    python = os.environ.get("LLMCOMPRESSOR_PYTHON")
-    return measured([python, "-c", PEER, str(source), str(out)]) if python else None
+def theirs(peer: Peer, source: Path, out: Path) -> Cost | None:
+    python = os.environ.get(peer.python)
+    return measured([python, "-c", peer.code, str(source), str(out)]) if python else None
 
 
-def whole_process(billions: float) -> Iterator[Result]:
-    """W4A16 in groups of 128: CPU seconds, memory and bytes."""
+def whole_process(peer: Peer, billions: float) -> Iterator[Result]:
+    """4 bits in groups of 128: CPU seconds, memory and bytes."""
     with work_folder() as folder:
         source, _ = synthetic(folder, billions)
-        out, theirs = folder / "ours-st", folder / "theirs-st"
-        ours(source, out)  # compiles
-        pairs = [(ours(source, out), peer(source, theirs)) for _ in range(ROUNDS)]
-        result: Result = {"case": f"w4a16 export {billions:g}B, whole process"}
+        out, other = folder / "ours-st", folder / "theirs-st"
+        ours(source, out, peer.quant), theirs(peer, source, other)  # which compile
+        pairs = [(ours(source, out, peer.quant), theirs(peer, source, other)) for _ in range(ROUNDS)]
+        result: Result = {"case": f"{peer.quant} export {billions:g}B, whole process"}
         for who, costs in (("", [m for m, _ in pairs]), ("peer_", [p for _, p in pairs if p is not None])):
             if costs:
                 result |= {
@@ -112,7 +147,7 @@ def memory() -> Iterator[Result]:
 
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {
-    "w4a16 export 0.5B": partial(whole_process, 0.5),
+    **{f"{peer.quant} export 0.5B": partial(whole_process, peer, 0.5) for peer in (W4A16, GPTQ, AWQ)},
     "w4a16 export beside copying": beside_copying,
     "w4a16 memory": memory,
 }

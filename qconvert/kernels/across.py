@@ -14,6 +14,7 @@ from qconvert.kernels.lanes import (
     I32,
     LanesType,
     Vector,
+    _constant,
     absolute,
     count,
     load,
@@ -110,11 +111,32 @@ def peak_of(lanes, x, at, size):  # type: ignore[no-untyped-def]
 
 @njit(forceinline=True)
 def transpose(lanes, x, first, size, X):  # type: ignore[no-untyped-def]
-    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last."""
-    tile = tile_of(lanes)
-    for j in range(0, count(lanes), tile):
-        for i in range(0, size, tile):
-            _transpose_tile(lanes, x, first + j, x.size // size - 1, size, i, X, i * count(lanes) + j)
+    """One block of `size` values per lane: X[i * n + j] = x[(first + j) * size + i]. Lanes beyond x repeat its last.
+
+    x f32, or u16 bits of bf16: then size is of a multiple of 32.
+    """
+    tile, n, last = tile_of(lanes), count(lanes), x.size // size - 1
+    for j in range(0, n, tile):
+        for i in range(0, size, tile * values_of(x)):
+            _transpose_tile(lanes, x, first + j, last, size, i, X, i * n + j, n)
+
+
+@njit(forceinline=True)
+def put_words(lanes, W, first, n_words, n_groups, words):  # type: ignore[no-untyped-def]
+    """Lanes of words, W[w * n + j], as rows of them; lanes past the last group are left out."""
+    n, tile = count(lanes), tile_of(lanes)
+    if n_words % tile == 0 and first + n <= n_groups:
+        for j in range(0, n, tile):
+            for w in range(0, n_words, tile):
+                _transpose_tile(lanes, W, w, n_words, n, j, words, (first + j) * n_words + w, n_words)
+        return
+    if n_words == 4 and tile > 4 and first + n <= n_groups:
+        for j in range(0, n, tile):
+            _interleave(lanes, W, n, j, words, (first + j) * 4)
+        return
+    for j in range(min(n, n_groups - first)):
+        for w in range(n_words):
+            words[(first + j) * n_words + w] = W[w * n + j]
 
 
 @njit(forceinline=True)
@@ -126,7 +148,7 @@ def mean_squares(lanes, x, size, factor, divisor):  # type: ignore[no-untyped-de
         total = splat(lanes, np.float32(0))
         for column in range(0, size, tile):
             for j in range(0, n, tile):
-                _transpose_tile(lanes, x, first + j, blocks - 1, size, column, X, j)
+                _transpose_tile(lanes, x, first + j, blocks - 1, size, column, X, j, n)
             for i in range(tile):
                 v = load(lanes, X, i * n)
                 total = total + v * v
@@ -169,25 +191,64 @@ def _tile(lanes: LanesType) -> int:
 
 
 @intrinsic
-def _transpose_tile(typingctx, lanes, x, first, last, size, column, X, at):  # type: ignore[no-untyped-def]
-    tile = _tile(lanes)
-    row = Vector(types.float32, tile).llvm()
+def values_of(typingctx, x):  # type: ignore[no-untyped-def]
+    """How many values of x lie in 32 bits, a constant."""
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        _, source, start, end, length, offset, target, to = args
+        return context.get_constant(types.intp, 32 // x.dtype.bitwidth)
+
+    return types.intp(x), emit
+
+
+@intrinsic
+def _transpose_tile(typingctx, lanes, x, first, last, size, column, X, at, stride):  # type: ignore[no-untyped-def]
+    tile = _tile(lanes)
+    row, pairs = Vector(types.float32, tile).llvm(), Vector(types.int32, tile).llvm()
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, source, start, end, length, offset, target, to, step = args
         rows = []
         for j in range(tile):
             block = builder.add(start, start.type(j))
             block = builder.select(builder.icmp_signed("<", block, end), block, end)
             index = builder.add(builder.mul(block, length), offset)
             rows.append(builder.load(pointer(context, builder, x, source, index, row)))
-            rows[-1].align = 4
-        for i, v in enumerate(_transposed(builder, rows)):
-            index = builder.add(to, to.type(i * lanes.n))
+            rows[-1].align = x.dtype.bitwidth // 8
+        found = _transposed(builder, rows)
+        if x.dtype == types.uint16:  # two of bf16: the first is the low half
+            both = [builder.bitcast(v, pairs) for v in found]
+            sixteen, high = (_constant(Vector(types.int32, tile), i) for i in (16, 0xFFFF0000))
+            found = [builder.bitcast(v, row) for w in both for v in (builder.shl(w, sixteen), builder.and_(w, high))]
+        for i, v in enumerate(found):
+            index = builder.add(to, builder.mul(step, to.type(i)))
             builder.store(v, pointer(context, builder, X, target, index, row)).align = 4
         return context.get_dummy_value()
 
-    return types.void(lanes, x, *[types.intp] * 4, X, types.intp), emit
+    return types.void(lanes, x, *[types.intp] * 4, X, types.intp, types.intp), emit
+
+
+@intrinsic
+def _interleave(typingctx, lanes, W, n, j, words, at):  # type: ignore[no-untyped-def]
+    """words[at + 4 * i + w] = W[w * n + j + i] of a register's lanes i; nothing where lanes are scalars."""
+    row = Vector(types.int32, _tile(lanes)).llvm()
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        _, source, step, offset, target, to = args
+        rows = []
+        if lanes.n == 1:
+            return context.get_dummy_value()
+        for w in range(4):
+            index = builder.add(offset, builder.mul(step, step.type(w)))
+            rows.append(builder.load(pointer(context, builder, W, source, index, row)))
+            rows[-1].align = 4
+        while len(rows) > 1:
+            width, half = rows[0].type.count, len(rows) // 2
+            both = ir.Constant(ir.VectorType(I32, 2 * width), [i + k * width for i in range(width) for k in range(2)])
+            rows = [builder.shuffle_vector(rows[i], rows[i + half], both) for i in range(half)]
+        builder.store(rows[0], pointer(context, builder, words, target, to, rows[0].type)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(lanes, W, types.intp, types.intp, words, types.intp), emit
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:

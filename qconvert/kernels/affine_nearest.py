@@ -5,19 +5,21 @@ Where a file keeps scales in fewer bits than f32, the codes that suit a scale ar
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import transpose
-from qconvert.kernels.affine_quants import clamped, put_words
+from qconvert.kernels.across import put_words, transpose
+from qconvert.kernels.affine_quants import clamped
 from qconvert.kernels.lanes import choose, count, load, scratch, select, splat, store, to_int
-from qconvert.scheme import F32, Bytes
+from qconvert.scheme import F32, U16, Bytes
 
 F = np.float32
 
 
-def affine_codes(x: F32, group: int, bits: int, scales: F32, zeros: F32, lanes: int | None = None) -> Bytes:
-    """x f32[N,K]; scales, zeros f32[N,K/group] -> u8[N, K * bits / 8], unsigned codes, the first in the low bits.
+def affine_codes(x: F32 | U16, group: int, bits: int, scales: F32, zeros: F32, lanes: int | None = None) -> Bytes:
+    """x as `affine` takes it, scales, zeros f32[N,K/group] -> u8[N, K * bits / 8], unsigned codes, the first in the low bits.
 
     bits 2, 4 or 8; rows fill their last byte. A scale of 0 gives the zero point's code.
     """
@@ -25,7 +27,7 @@ def affine_codes(x: F32, group: int, bits: int, scales: F32, zeros: F32, lanes: 
     per = 32 // bits
     if group % per:
         if group == k:
-            padded = np.pad(x, ((0, 0), (0, -k % per)))
+            padded = np.pad(cast(F32, x), ((0, 0), (0, -k % per)))
             return affine_codes(padded, padded.shape[1], bits, scales, zeros, lanes)[:, : k * bits // 8]
         each = np.where(scales == 0, F(0), F(1) / np.where(scales == 0, F(1), scales))[:, :, None]
         values = np.clip(np.rint(x.reshape(n, -1, group) * each) + np.rint(zeros)[:, :, None], 0, (1 << bits) - 1)
@@ -35,7 +37,7 @@ def affine_codes(x: F32, group: int, bits: int, scales: F32, zeros: F32, lanes: 
     words = np.empty((n, k // per), np.int32)
     if x.size:
         wide = choose(16, 32 if group <= 128 else 16, lanes)
-        flat = np.ascontiguousarray(x, F).reshape(-1)
+        flat = np.ascontiguousarray(x, x.dtype if x.dtype == np.uint16 else F).reshape(-1)
         levels = (np.ascontiguousarray(v, F).reshape(-1) for v in (scales, zeros))
         nearest(wide, flat, group, bits, *levels, words.reshape(-1))
     return words.view(np.uint8)

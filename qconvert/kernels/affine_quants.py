@@ -10,16 +10,17 @@ the scale that is tried, so that no magnitude of weights over- or underflows the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import transpose
+from qconvert.kernels.across import put_words, transpose
 from qconvert.kernels.lanes import (
     absolute,
     choose,
     count,
+    exact_sum,
     load,
     maximum,
     minimum,
@@ -30,7 +31,7 @@ from qconvert.kernels.lanes import (
     store,
     to_int,
 )
-from qconvert.scheme import F32, Bytes, ZeroPoint
+from qconvert.scheme import F32, U16, Bytes, ZeroPoint
 
 F = np.float32
 TINY = F(1e-37)  # a group of less is zero: its inverse would overflow
@@ -67,23 +68,27 @@ class Affine(NamedTuple):
     zeros: F32
 
 
-def affine(x: F32, group: int, bits: int, zero_point: ZeroPoint = "none", lanes: int | None = None) -> Affine:
+def affine(x: F32 | U16, group: int, bits: int, zero_point: ZeroPoint = "none", lanes: int | None = None) -> Affine:
     """x f32[N,K], K a multiple of group; bits 2, 4 or 8. Without a zero point it is 2**(bits - 1) in every group.
 
+    x may be the bits u16[N,K] of bf16, where groups are of a multiple of 32. Without a zero point a group with a NaN or an
+    infinity has the scale NaN.
     Groups are of a multiple of 16 weights, or without a zero point a whole row of any length that fills its last byte.
     `lanes` (or QCONVERT_LANES) overrides the SIMD width, 1 means scalar code; the result is the same.
     """
     n, k = x.shape
+    assert x.dtype != np.uint16 or group % 32 == 0
     if group % 16:
         assert zero_point == "none" and group == k, "zeros behind the row change nothing there"
-        found = affine(np.pad(x, ((0, 0), (0, -k % 16))), k + -k % 16, bits, zero_point, lanes)
+        found = affine(np.pad(cast(F32, x), ((0, 0), (0, -k % 16))), k + -k % 16, bits, zero_point, lanes)
         return found._replace(packed=found.packed[:, : k * bits // 8])
     words, scales = np.empty((n, k * bits // 32), np.int32), np.empty((n, k // group), F)
     zeros = np.full((n, k // group), 1 << (bits - 1), F)
     if x.size:
         wide = choose(16, 32 if group <= 128 else 16, lanes)
         ends = ENDS_OF_LARGE.get(bits, ENDS[bits]) if group >= LARGE else ENDS[bits]
-        flat, parts = np.ascontiguousarray(x, F).reshape(-1), np.array(ends if zero_point == "none" else SPANS[bits], F)
+        flat = np.ascontiguousarray(x, x.dtype if x.dtype == np.uint16 else F).reshape(-1)
+        parts = np.array(ends if zero_point == "none" else SPANS[bits], F)
         outputs = words.reshape(-1), scales.reshape(-1), zeros.reshape(-1)
         {"none": symmetric, "int": with_zero, "float": with_float_zero}[zero_point](wide, flat, group, bits, parts, *outputs)
     return Affine(words.view(np.uint8), scales, zeros)
@@ -99,15 +104,6 @@ def peak_of_lane(lanes, X, group):  # type: ignore[no-untyped-def]
         larger = absolute(x) > size
         size, peak = select(larger, absolute(x), size), select(larger, x, peak)
     return peak
-
-
-@njit(forceinline=True)
-def put_words(lanes, W, first, n_words, n_groups, words):  # type: ignore[no-untyped-def]
-    """Lanes of words as rows of them; lanes past the last group are left out."""
-    n = count(lanes)
-    for lane in range(min(n, n_groups - first)):
-        for w in range(n_words):
-            words[(first + lane) * n_words + w] = W[w * n + lane]
 
 
 @njit(forceinline=True)
@@ -146,15 +142,15 @@ def _sums(lanes, X, group, factor1, factor2, low, high):  # type: ignore[no-unty
         if high is not None:
             q1, q2 = minimum(q1, high), minimum(q2, high)
         vq1, vq2 = vq1 + v1 * q1, vq2 + v2 * q2
-        qq1, qq2 = qq1 + q1 * q1, qq2 + q2 * q2
+        qq1, qq2 = exact_sum(q1, q1, qq1), exact_sum(q2, q2, qq2)
     return vq1, qq1, vq2, qq2
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignore[no-untyped-def]
     """Codes around the middle one; an even number of ends."""
-    n, per, half = count(lanes), 32 // bits, F(1 << (bits - 1))
-    low, high = -half, half - F(1)
+    n, per, half, each = count(lanes), 32 // bits, F(1 << (bits - 1)), F(1 << bits)
+    low, high, middles = -half, half - F(1), F(half * ((1 << 16) - 1) / (each - F(1)))  # the middle code in 16 bits, all over
     X, W, S = scratch(group * n), np.empty(group // per * n, np.int32), scratch(n)
     zero = splat(lanes, F(0))
     for first in range(0, scales.size, n):
@@ -176,11 +172,14 @@ def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignor
         factor, vq, qq, vv = select(best > F(0), best_factor / best_fit, zero), zero, zero, zero
         for w in range(group // per):
             word = to_int(zero)
-            for j in range(per):
-                v = factor * load(lanes, X, (w * per + j) * n)
-                q = clamped(v, low, high)
-                vq, qq, vv = vq + v * q, qq + q * q, vv + v * v
-                word = word | to_int(q + half) << np.int32(j * bits)
+            for start in range(0, per, per // 2):
+                codes, place = splat(lanes, middles), F(1)
+                for j in range(w * per + start, w * per + start + per // 2):
+                    v = factor * load(lanes, X, j * n)
+                    q = clamped(v, low, high)
+                    vq, qq, vv = vq + v * q, exact_sum(q, q, qq), vv + v * v
+                    codes, place = exact_sum(q, place, codes), place * each
+                word = word | to_int(codes) << np.int32(start * bits)
             store(W, w * n, word)
         put_words(lanes, W, first, group // per, scales.size, words)
         fit = vv / vq if bits == UNSHRUNK else vq / qq
@@ -190,7 +189,7 @@ def symmetric(lanes, x, group, bits, ends, words, scales, zeros):  # type: ignor
 @njit(cache=True, nogil=True, error_model="numpy")
 def with_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type: ignore[no-untyped-def]
     """Codes around a zero point that is one of them."""
-    n, per, last = count(lanes), 32 // bits, F((1 << bits) - 1)
+    n, per, last, each = count(lanes), 32 // bits, F((1 << bits) - 1), F(1 << bits)
     X, W, S = scratch(group * n), np.empty(group // per * n, np.int32), scratch(n)
     zero = splat(lanes, F(0))
     for first in range(0, scales.size, n):
@@ -218,7 +217,7 @@ def with_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type: igno
                     minimum(maximum(r, F(0) - zero3), last - zero3),
                 )
                 vq1, vq2, vq3 = vq1 + v * q1, vq2 + v * q2, vq3 + v * q3
-                qq1, qq2, qq3 = qq1 + q1 * q1, qq2 + q2 * q2, qq3 + q3 * q3
+                qq1, qq2, qq3 = exact_sum(q1, q1, qq1), exact_sum(q2, q2, qq2), exact_sum(q3, q3, qq3)
             for vq, qq, point in ((vq1, qq1, zero1), (vq2, qq2, zero2), (vq3, qq3, zero3)):
                 before = best
                 best, best_factor, best_fit = better(vq, qq, span * span, factor, best, best_factor, best_fit)
@@ -226,11 +225,14 @@ def with_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type: igno
         factor, vq, qq = select(best > F(0), best_factor / best_fit, zero), zero, zero
         for w in range(group // per):
             word = to_int(zero)
-            for j in range(per):
-                v = factor * load(lanes, X, (w * per + j) * n)
-                q = clamped(v, F(0) - best_zero, last - best_zero)
-                vq, qq = vq + v * q, qq + q * q
-                word = word | to_int(q + best_zero) << np.int32(j * bits)
+            for start in range(0, per, per // 2):
+                codes, place = zero, F(1)
+                for j in range(w * per + start, w * per + start + per // 2):
+                    v = factor * load(lanes, X, j * n)
+                    q = clamped(v, F(0) - best_zero, last - best_zero)
+                    vq, qq = vq + v * q, exact_sum(q, q, qq)
+                    codes, place = exact_sum(q + best_zero, place, codes), place * each
+                word = word | to_int(codes) << np.int32(start * bits)
             store(W, w * n, word)
         put_words(lanes, W, first, group // per, scales.size, words)
         put_levels(lanes, select(qq > F(0), vq / qq / factor, zero), S, first, scales)
@@ -245,7 +247,7 @@ def _line(lanes, X, group, middle, factor, offset, last):  # type: ignore[no-unt
     for i in range(group):
         u = (load(lanes, X, i * n) - middle) * factor
         q = clamped(u + offset, F(0), last)
-        uq, q1, qq = uq + u * q, q1 + q, qq + q * q
+        uq, q1, qq = uq + u * q, q1 + q, exact_sum(q, q, qq)
     return uq, q1, qq
 
 
@@ -287,7 +289,7 @@ def with_float_zero(lanes, x, group, bits, spans, words, scales, zeros):  # type
             for j in range(per):
                 u = (load(lanes, X, (w * per + j) * n) - middle) * factor
                 q = clamped(u + offset, F(0), last)
-                uq, q1, qq = uq + u * q, q1 + q, qq + q * q
+                uq, q1, qq = uq + u * q, q1 + q, exact_sum(q, q, qq)
                 word = word | to_int(q) << np.int32(j * bits)
             store(W, w * n, word)
         put_words(lanes, W, first, group // per, scales.size, words)

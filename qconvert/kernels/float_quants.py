@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qconvert.kernels.across import transpose
-from qconvert.kernels.affine_quants import put_words
+from qconvert.kernels.across import put_words, transpose
 from qconvert.kernels.lanes import (
     Lanes,
     absolute,

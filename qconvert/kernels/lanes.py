@@ -54,7 +54,7 @@ def host() -> tuple[bool, bool]:
     if config.CPU_NAME is not None:
         return config.CPU_NAME in ("x86-64-v3", "x86-64-v4"), config.CPU_NAME == "x86-64-v4"
     features = binding.get_host_cpu_features()
-    avx2 = bool(features.get("avx2") and features.get("f16c"))
+    avx2 = all(features.get(f) for f in ("avx2", "f16c", "fma"))
     return avx2, avx2 and all(features.get(f) for f in ("avx512f", "avx512bw", "avx512vl", "avx512dq"))
 
 
@@ -302,6 +302,22 @@ def _extreme(sign: str) -> Any:
 
 
 minimum, maximum = _extreme("<"), _extreme(">")
+
+
+@intrinsic
+def exact_sum(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """a * b + c where a * b is exact, as of whole numbers below 4096: fused, it rounds as if it were not. b may be a number."""
+
+    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        x, y, z = (_widen(context, builder, t, v, a) for t, v in zip(sig.args, args, strict=True))
+        if a.n == 1:  # not every CPU of that path has the instruction
+            return builder.fadd(builder.fmul(x, y), z)
+        callee = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(a.llvm(), [a.llvm()] * 3), f"llvm.fma.v{a.n}f32"
+        )
+        return builder.call(callee, [x, y, z])
+
+    return a(a, b, c), emit
 
 
 @intrinsic

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import transpose
-from qconvert.kernels.affine_quants import clamped, put_levels, put_words
+from qconvert.kernels.across import put_words, transpose
+from qconvert.kernels.affine_quants import clamped, put_levels
 from qconvert.kernels.lanes import (
     absolute,
     choose,

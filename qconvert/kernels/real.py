@@ -9,9 +9,8 @@ import numpy.typing as npt
 from numba import njit
 
 from qconvert.kernels.lanes import any_lane, choose, count, load, scratch, splat, store
-from qconvert.scheme import F32, Array
+from qconvert.scheme import F32, U16, Array
 
-U16 = npt.NDArray[np.uint16]
 F64 = npt.NDArray[np.float64]
 
 

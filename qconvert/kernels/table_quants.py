@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from qconvert.kernels.across import transpose
-from qconvert.kernels.affine_quants import TINY, Affine, better, peak_of_lane, put_levels, put_words
+from qconvert.kernels.across import put_words, transpose
+from qconvert.kernels.affine_quants import TINY, Affine, better, peak_of_lane, put_levels
 from qconvert.kernels.lanes import absolute, choose, count, load, scratch, select, splat, store, to_int
 from qconvert.scheme import F32
 
