@@ -132,7 +132,7 @@ class Hqq:
         assert given.over_all is not None
         turns = given.over_all(lambda blocks: self.until_stop(scheme, blocks))
         w = tiled(x, 1)
-        per, zeros, _ = hqq_zero_points(w, n, group, scheme.bits, turns, self.norm, self.beta)
+        per, zeros, _ = hqq_zero_points(w, n, group, scheme.bits, turns, self.norm, self.beta, False)
         codes = untiled(hqq_codes(w, group, scheme.bits, per, zeros), n, k)
         scales, points = F(1) / untiled(per, n, k // group), untiled(zeros, n, k // group)
         second = points if scheme.zero_point == "float" else -points * scales
