@@ -34,11 +34,10 @@ def factored(h: Array, damp: float, ordered: bool, where: str) -> Factor:
 
     if not np.isfinite(h).all():
         raise InputError(f"{where}: a Hessian with NaN or infinity", hint="calibrate again; the file is damaged")
-    h = h.astype(np.float64)
-    mean = float(h.diagonal().mean())
+    mean = float(h.diagonal().mean(dtype=np.float64))
     if not mean > 0:
         h, mean = np.eye(len(h)), 1.0
-    order = np.argsort(-h.diagonal(), kind="stable") if ordered else None
+    order = np.argsort(-h.diagonal().astype(np.float64), kind="stable") if ordered else None
     h = h if order is None else h[np.ix_(order, order)]
     for i in range(TRIES):
         found = feedback_factors(h, max(damp, 1e-12) * 10**i * mean)

@@ -16,11 +16,11 @@ import numpy as np
 from numba import njit
 
 from qconvert.kernels.across import put_words, transpose
+from qconvert.kernels.fused import exact_sum
 from qconvert.kernels.lanes import (
     absolute,
     choose,
     count,
-    exact_sum,
     load,
     maximum,
     minimum,

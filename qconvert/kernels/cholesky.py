@@ -2,7 +2,7 @@
 
 H f64[K,K] is symmetric and positive definite. inverse(H) = U^T U with U upper triangular; column j's error, times
 U[j,column] / U[j,j], is taken from column l > j. U is the inverse of R, H = R R^T, R upper: the Cholesky factor of H with rows
-and columns in reverse, so that one factorization and one triangular inverse do. Blocks of 64, sums in the order of columns:
+and columns in reverse, so that one factorization and one triangular inverse do. Blocks of 128, sums in the order of columns:
 the same bits on every machine and for any number of threads. In place: 8 K^2 bytes.
 """
 
@@ -12,18 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from qconvert.kernels.fused import less_product
 from qconvert.kernels.lanes import choose, count, load, spread, store
-from qconvert.scheme import F32
+from qconvert.scheme import F32, Array
 
 F64 = npt.NDArray[np.float64]
-BLOCK = 64  # columns at a time
+BLOCK = 128  # columns at a time
 TILE = 256  # columns whose part of a block stays in the cache while rows go by
+TOGETHER = 8  # rows that a part of a block is taken from while it is in the nearest cache
 PANEL = 8  # columns whose factors lie together
 TINY = 1e-30
 
 
-def feedback_factors(h: F64, added: float) -> tuple[F32, F64] | None:
-    """h f64[K,K] + added * I -> panels f32[...], d f64[K]; None where that is not positive definite.
+def feedback_factors(h: Array, added: float) -> tuple[F32, F64] | None:
+    """h [K,K] + added * I -> panels f32[...], d f64[K]; None where that is not positive definite.
 
     panels: for every 8 columns, row by row down to the last that reaches them, U[j,column] / U[j,j], 0 where column <= j.
     d: 1 / U[j,j]^2, what a squared error of column j costs once all later ones have made up for it.
@@ -31,7 +33,8 @@ def feedback_factors(h: F64, added: float) -> tuple[F32, F64] | None:
     k = len(h)
     size = -(-k // BLOCK) * BLOCK
     a = np.zeros((size, size))
-    a[:k, :k] = h[::-1, ::-1]
+    for i in range(k):  # no more than the lower triangle is read
+        a[i, : i + 1] = h[k - 1 - i, k - 1 - i :][::-1]
     a.reshape(-1)[:: size + 1] += added
     a.reshape(-1)[k * (size + 1) :: size + 1] = 1.0
     lanes, flat = choose(8, 16), a.reshape(-1)
@@ -46,22 +49,22 @@ def feedback_factors(h: F64, added: float) -> tuple[F32, F64] | None:
 
 @njit(forceinline=True)
 def _at(n, p, j):  # type: ignore[no-untyped-def]
-    """Where P[64,size] has [p,j]: what n lanes of 64 rows take lies together."""
+    """Where P[128,size] has [p,j]: what n lanes of 128 rows take lies together."""
     return (j // n * BLOCK + p) * n + j % n
 
 
 @njit(forceinline=True)
-def _subtract(lanes, C, size, i, j, A, a, stride, P):  # type: ignore[no-untyped-def]
-    """C[i:i+4, j:j+n] -= A[4, 64] @ P[64, j:j+n]; A's rows begin at a, `stride` apart."""
+def _subtract(lanes, C, size, i, j, A, a, P):  # type: ignore[no-untyped-def]
+    """C[i:i+4, j:j+n] -= A[4, 128] @ P[128, j:j+n]; A's rows begin at a."""
     n, at, first = count(lanes), i * size + j, j * BLOCK
     c0, c1 = load(lanes, C, at), load(lanes, C, at + size)
     c2, c3 = load(lanes, C, at + 2 * size), load(lanes, C, at + 3 * size)
     for p in range(BLOCK):
         v = load(lanes, P, first + p * n)
-        c0 = c0 - spread(lanes, A, a + p) * v
-        c1 = c1 - spread(lanes, A, a + stride + p) * v
-        c2 = c2 - spread(lanes, A, a + 2 * stride + p) * v
-        c3 = c3 - spread(lanes, A, a + 3 * stride + p) * v
+        c0 = less_product(c0, spread(lanes, A, a + p), v)
+        c1 = less_product(c1, spread(lanes, A, a + BLOCK + p), v)
+        c2 = less_product(c2, spread(lanes, A, a + 2 * BLOCK + p), v)
+        c3 = less_product(c3, spread(lanes, A, a + 3 * BLOCK + p), v)
     store(C, at, c0)
     store(C, at + size, c1)
     store(C, at + 2 * size, c2)
@@ -70,7 +73,7 @@ def _subtract(lanes, C, size, i, j, A, a, stride, P):  # type: ignore[no-untyped
 
 @njit(forceinline=True)
 def _solve(lanes, A, size, k, P, begin, end):  # type: ignore[no-untyped-def]
-    """P[64, begin:end] = inverse of A's block at [k,k], lower triangular, @ P, from its first row on."""
+    """P[128, begin:end] = inverse of A's block at [k,k], lower triangular, @ P, from its first row on."""
     n = count(lanes)
     for j in range(begin, end, n):
         for p in range(BLOCK):
@@ -84,7 +87,7 @@ def _solve(lanes, A, size, k, P, begin, end):  # type: ignore[no-untyped-def]
 def _factor(lanes, A, size):  # type: ignore[no-untyped-def]
     """A[size,size] -> its lower Cholesky factor; what is above the diagonal stays. False where it has none."""
     n = count(lanes)
-    P = np.empty(BLOCK * size)
+    P, L = np.empty(BLOCK * size), np.empty(size * BLOCK)
     for k in range(0, size, BLOCK):
         for j in range(k, k + BLOCK):
             for i in range(j, k + BLOCK):
@@ -104,11 +107,12 @@ def _factor(lanes, A, size):  # type: ignore[no-untyped-def]
         _solve(lanes, A, size, k, P, first, size)
         for i in range(first, size):
             for p in range(BLOCK):
-                A[i * size + k + p] = P[_at(n, p, i)]
+                A[i * size + k + p] = L[i * BLOCK + p] = P[_at(n, p, i)]
         for start in range(first, size, TILE):
-            for i in range(start, size, 4):
-                for j in range(start, min(start + TILE, i + 4), n):
-                    _subtract(lanes, A, size, i, j, A, i * size + k, size, P)
+            for some in range(start, size, TOGETHER):
+                for j in range(start, min(start + TILE, some + TOGETHER), n):
+                    for i in range(max(some, j // 4 * 4), some + TOGETHER, 4):
+                        _subtract(lanes, A, size, i, j, L, i * BLOCK, P)
     return True
 
 
@@ -133,9 +137,10 @@ def _invert(lanes, A, size):  # type: ignore[no-untyped-def]
                 L[i * BLOCK + p] = A[i * size + k + p]
                 A[i * size + k + p] = 0.0
         for start in range(0, last, TILE):
-            for i in range(last, size, 4):
+            for some in range(last, size, TOGETHER):
                 for j in range(start, min(start + TILE, last), n):
-                    _subtract(lanes, A, size, i, j, L, i * BLOCK, BLOCK, P)
+                    for i in range(some, some + TOGETHER, 4):
+                        _subtract(lanes, A, size, i, j, L, i * BLOCK, P)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

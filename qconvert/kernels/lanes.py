@@ -1,8 +1,9 @@
 """SIMD vectors as values inside numba functions: one LLVM vector per variable, kept in registers.
 
 A kernel takes a `Lanes` as its first argument and makes vectors of that many lanes with `splat` and `load`. + - * / & | << >>
-and comparisons work lane by lane; a number beside a vector takes its element type. Nothing here contracts a*b+c or reorders,
-so each lane computes what scalar C code would. With one lane a vector is a plain scalar: the path for machines without AVX2.
+and comparisons work lane by lane; a number beside a vector takes its element type. Nothing here reorders or contracts a*b+c
+(fused.py does, by name), so each lane computes what scalar C code would. With one lane a vector is a plain scalar: the path for
+machines without AVX2.
 
 The lane count is part of the argument's type, hence of numba's cache key. So is a digest of this package's sources, because
 numba looks only at the file that a function stands in and would go on using code that was compiled from an older lanes.py.
@@ -127,7 +128,7 @@ def _constant(vector: Vector, value: float) -> Any:
     return scalar if vector.n == 1 else ir.Constant(vector.llvm(), [scalar] * vector.n)
 
 
-def _widen(context: Any, builder: Any, typ: types.Type, value: Any, vector: Vector) -> Any:
+def vector_of(context: Any, builder: Any, typ: types.Type, value: Any, vector: Vector) -> Any:
     """A vector as it is; a number as a vector of the element type."""
     if isinstance(typ, Vector):
         return value
@@ -155,7 +156,7 @@ def _operator(op: Callable[..., object], emit: Callable[[Any, Vector, Any, Any],
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector = result(*sig.args)
         assert vector is not None
-        a, b = (_widen(context, builder, t, v, vector) for t, v in zip(sig.args, args, strict=True))
+        a, b = (vector_of(context, builder, t, v, vector) for t, v in zip(sig.args, args, strict=True))
         return emit(builder, vector, a, b)
 
     for pair in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
@@ -224,7 +225,7 @@ def splat(typingctx, lanes, value):  # type: ignore[no-untyped-def]
     vector = Vector(types.float32, lanes.n)
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return _widen(context, builder, sig.args[1], args[1], vector)
+        return vector_of(context, builder, sig.args[1], args[1], vector)
 
     return vector(lanes, value), emit
 
@@ -280,7 +281,7 @@ def select(typingctx, mask, a, b):  # type: ignore[no-untyped-def]
     vector = a if isinstance(a, Vector) else b if isinstance(b, Vector) else Vector(types.int32, mask.n)
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        x, y = (_widen(context, builder, t, v, vector) for t, v in zip(sig.args[1:], args[1:], strict=True))
+        x, y = (vector_of(context, builder, t, v, vector) for t, v in zip(sig.args[1:], args[1:], strict=True))
         return builder.select(args[0], x, y)
 
     return vector(mask, a, b), emit
@@ -293,7 +294,7 @@ def _extreme(sign: str) -> Any:
         vector = a if isinstance(a, Vector) else b
 
         def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            x, y = (_widen(context, builder, t, v, vector) for t, v in zip(sig.args, args, strict=True))
+            x, y = (vector_of(context, builder, t, v, vector) for t, v in zip(sig.args, args, strict=True))
             return builder.select(_comparison(sign)(builder, vector, x, y), x, y)
 
         return vector(a, b), emit
@@ -302,22 +303,6 @@ def _extreme(sign: str) -> Any:
 
 
 minimum, maximum = _extreme("<"), _extreme(">")
-
-
-@intrinsic
-def exact_sum(typingctx, a, b, c):  # type: ignore[no-untyped-def]
-    """a * b + c where a * b is exact, as of whole numbers below 4096: fused, it rounds as if it were not. b may be a number."""
-
-    def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        x, y, z = (_widen(context, builder, t, v, a) for t, v in zip(sig.args, args, strict=True))
-        if a.n == 1:  # not every CPU of that path has the instruction
-            return builder.fadd(builder.fmul(x, y), z)
-        callee = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(a.llvm(), [a.llvm()] * 3), f"llvm.fma.v{a.n}f32"
-        )
-        return builder.call(callee, [x, y, z])
-
-    return a(a, b, c), emit
 
 
 @intrinsic
@@ -359,7 +344,7 @@ def copy_sign(typingctx, magnitude, v):  # type: ignore[no-untyped-def]
     """The number `magnitude` with the sign of each lane of v."""
 
     def emit(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        size = builder.bitcast(_widen(context, builder, sig.args[0], args[0], v), v.of(types.int32).llvm())
+        size = builder.bitcast(vector_of(context, builder, sig.args[0], args[0], v), v.of(types.int32).llvm())
         sign = builder.and_(builder.bitcast(args[1], size.type), _constant(v.of(types.int32), 0x80000000))
         return builder.bitcast(builder.or_(size, sign), v.llvm())
 
@@ -379,7 +364,7 @@ def nearest(typingctx, v, low, high):  # type: ignore[no-untyped-def]
         for sign, typ, limit in ((">", sig.args[1], args[1]), ("<", sig.args[2], args[2])):
             if typ == types.none:
                 continue
-            raw = builder.add(_widen(context, builder, typ, limit, integers), _constant(integers, 0x4B400000))
+            raw = builder.add(vector_of(context, builder, typ, limit, integers), _constant(integers, 0x4B400000))
             bits = builder.select(builder.icmp_signed(sign, bits, raw), bits, raw)
         return builder.fsub(builder.bitcast(bits, v.llvm()), magic)
 
