@@ -2,7 +2,9 @@
 
 Embedding and head are f16 in every file and not counted, nor are norms: bits are those of linear weights. What llama.cpp
 reads is measured there; the others, which no runtime at hand reads, by our evaluator on the same text: `judge` says which.
-BENCH_PLOT names an SVG for the curves; CURVE names those to measure, as "IQ2_XXS,gptq Q2_K,quip"; without it all.
+CURVE names those to measure, as "IQ2_XXS,gptq Q2_K,quip"; without it all.
+
+    python tools/bench_curve.py OUT.svg         draw what bench_results.jsonl has of it
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
 
     model = f"{DATA / 'models' / 'novels-13m'}+{DATA / 'adapters' / domain.adapter}"
     chosen = [name for name in os.environ.get("CURVE", "").split(",") if name]
-    points: list[Result] = []
     with work_folder() as folder:
         seen, unseen = halves(folder, domain)
         text = ["--calibrate", str(seen), "--calibrate-tokens", str(SEEN)]
@@ -54,9 +55,8 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
         def point(whose: str, name: str, nbytes: int, found: float, judge: str) -> Result:
             case = f"curve {whose} {name}, novels-13m + {domain.adapter}"
             bits = round(8 * (nbytes - dense) / n, 3)
-            points.append({"case": case, "whose": whose, "what": name, "nbytes": nbytes, "bits": bits, "kl": round(found, 6),
-                           "judge": judge, "tokens": LENGTH * len(sequences)})  # fmt: skip
-            return points[-1]
+            return {"case": case, "whose": whose, "what": name, "nbytes": nbytes, "bits": bits, "kl": round(found, 6),
+                    "judge": judge, "tokens": LENGTH * len(sequences)}  # fmt: skip
 
         for name in THEIRS if "LLAMA_CPP_BIN" in os.environ else ():
             if not chosen or name in chosen:
@@ -85,8 +85,6 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
                 said = json.loads((folder / "quip.json").read_text())
                 nbytes = sum(p.stat().st_size for p in (folder / name).glob("*.safetensors"))
                 yield point("ours", name, nbytes, said["quality"]["mean_kl"], "our evaluator")
-    if (where := os.environ.get("BENCH_PLOT")) and points:
-        Path(where).write_text(plot(points), "utf-8")
 
 
 def llama_quantize(reference: Path, out: Path, name: str, imatrix: Path) -> Path:
@@ -130,14 +128,24 @@ def plot(points: Sequence[Result]) -> str:
     for colour, whose in enumerate(("ours", "llama.cpp")):
         mine = [p for p in values if p["whose"] == whose]
         line = " ".join(f"{x(p['bits']):.1f},{y(p['kl']):.1f}" for p in map(dict, below(mine)))
-        body.append(f'<polyline class="s{colour}" points="{line}"/>')
+        body.append(f'<polyline style="fill:none;stroke:var(--c{colour});stroke-width:1.5" points="{line}"/>')
         body.append(plots.dot(plots.WIDTH - 110, plots.TOP + 16 * colour, colour, whose))
         body.append(plots.text(plots.WIDTH - 100, plots.TOP + 16 * colour + 4, whose, "start"))
         for p in mine:
             said = f"{p['what']}: {p['bits']} bits, KL {p['kl']:.3g}, {p['judge']}"
             body.append(plots.dot(x(p["bits"]), y(p["kl"]), colour, said))
-            body.append(plots.text(x(p["bits"]) + 6, y(p["kl"]) - 5, p["what"], "start", "small"))
+            name = p["what"].removeprefix("gptq ").partition(" ")[0]  # of a budget the size says whose it is
+            at, anchor = (-2.0, "end") if x(p["bits"]) > plots.WIDTH - 60 else (6.0, "start")
+            below_it = 14 if anchor == "end" else -6
+            body.append(plots.text(x(p["bits"]) + at, y(p["kl"]) + below_it, name, anchor, "small"))
     return plots.svg(body, "KL by bits: ours and llama.cpp's").replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
 
 
 CASES: dict[str, Callable[[], Iterator[Result]]] = {"curve": curve}
+
+if __name__ == "__main__":
+    from bench import RESULTS
+
+    lines = map(json.loads, RESULTS.read_text("utf-8").splitlines())
+    last = {line["case"]: line for line in lines if line["case"].startswith("curve ")}
+    Path(sys.argv[1]).write_text(plot(list(last.values())), "utf-8")
