@@ -3,8 +3,7 @@
 The errors r of a group of 8 or 4 columns cost r^T M r, M = T^T D T: T takes them to what is left as the columns of the group
 are rounded one after another, D is what a squared one of those costs. At scale s and under the signs of the weights x, an
 entry of magnitudes v costs s^2 v^T M v - 2 s v^T M x; entries are halves that are summed once, so that each takes 4 (or 2)
-products more. Rows over lanes, weights in tiles, as in feedback.py. No other quantizer feeds errors between such groups;
-the idea is block LDL's (QuIP#, Tseng et al. 2024).
+products more. Rows over lanes, weights in tiles, as in feedback.py. Source of the idea: block LDL (QuIP#, Tseng et al. 2024).
 """
 
 from __future__ import annotations
