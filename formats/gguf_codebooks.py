@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qconvert.codebooks import entries
+from qconvert.codebooks import EVEN, LEAST, entries
 from qconvert.errors import UnsupportedError
 from qconvert.formats.gguf_planes import Blocks, Struct, unweave, weave
 from qconvert.scheme import F32, Array
@@ -33,8 +33,6 @@ class Codebook(NamedTuple):
     put: Callable[[Blocks, Integers, Integers], None]  # indices and signs
     fine: Callable[[Blocks], Array]
     put_fine: Callable[[Blocks, Integers], None]
-    step: tuple[float, float]  # the fine level of 0, and what one more adds
-    seven: bool = False  # of eight signs the last makes their number even, and is not kept
 
 
 @cache
@@ -87,28 +85,26 @@ def write_codes(name: str, blocks: Blocks, stored: U8) -> None:
     else:
         points, bits = np.abs(value), value < 0
         signs = np.packbits(bits, axis=-1, bitorder="little")[..., 0]
-        if book.seven and (bits.sum(-1) & 1).any():
+        if name in EVEN and (bits.sum(-1) & 1).any():
             raise UnsupportedError(f"an odd number of signs, which {name} cannot keep", hint="quantize to another type")
     book.put(blocks, _find(name, points.reshape(*blocks.shape, 256 // width, width)), signs)
 
 
 def read_levels(name: str, blocks: Blocks) -> list[Array]:
-    book = CODEBOOKS[name]
-    first, more = book.step
+    book, least = CODEBOOKS[name], np.float32(LEAST[name])
     d = _d_of_iq1_m(blocks) if name == "iq1_m" else blocks["d"]
-    return [d, np.float32(first) + np.float32(more) * book.fine(blocks).astype(np.float32)]
+    return [d, least + 2 * least * book.fine(blocks).astype(np.float32)]
 
 
 def write_levels(name: str, blocks: Blocks, levels: list[F32]) -> None:
-    book = CODEBOOKS[name]
-    first, more = book.step
+    book, least = CODEBOOKS[name], np.float32(LEAST[name])
     d, fine = levels
     if name == "iq1_m":
         bits = d.reshape(*blocks.shape, 1).astype("<f2").view(np.uint16)
         blocks["scales"] |= (bits >> np.array([0, 4, 8, 12], np.uint16) & 15) << 12
     else:
         blocks["d"] = d.reshape(blocks.shape)
-    book.put_fine(blocks, np.rint((fine - np.float32(first)) / np.float32(more)).astype(np.uint32))
+    book.put_fine(blocks, np.rint((fine - least) / (2 * least)).astype(np.uint32))
 
 
 def _d_of_iq1_m(blocks: Blocks) -> Array:
@@ -187,41 +183,40 @@ def _nibbles(b: Blocks) -> U8:
     return unweave(b["scales"], 4, 1)
 
 
-QUARTERS, HALVES, ODD, ODD_EIGHTHS = (0.125, 0.25), (0.25, 0.5), (1.0, 2.0), (0.125, 0.25)
 D: tuple[str, str] = ("d", "<f2")
 CODEBOOKS: dict[str, Codebook] = {
     "iq2_xxs": Codebook(
         [D, ("qs", "<u4", 16)], lambda b: _bytes_of(b["qs"][..., 0::2]), lambda b: _word_signs(b["qs"][..., 1::2]),
-        _put_iq2_xxs, lambda b: b["qs"][..., 1::2] >> 28, partial(_or_into, "qs", 2, 28), QUARTERS, True,
+        _put_iq2_xxs, lambda b: b["qs"][..., 1::2] >> 28, partial(_or_into, "qs", 2, 28),
     ),
     "iq3_xxs": Codebook(
         [D, ("qs", "u1", 64), ("words", "<u4", 8)], lambda b: b["qs"], lambda b: _word_signs(b["words"]),
-        _put_iq3_xxs, lambda b: b["words"] >> 28, partial(_or_into, "words", 1, 28), HALVES, True,
+        _put_iq3_xxs, lambda b: b["words"] >> 28, partial(_or_into, "words", 1, 28),
     ),
     "iq2_xs": Codebook(
         [D, ("qs", "<u2", 32), ("scales", "u1", 8)], lambda b: b["qs"] & 511, lambda b: _full(b["qs"] >> 9),
-        _put_iq2_xs, _nibbles, _put_nibbles, QUARTERS, True,
+        _put_iq2_xs, _nibbles, _put_nibbles,
     ),
     "iq2_s": Codebook(
         [D, ("qs", "u1", 32), ("signs", "u1", 32), ("qh", "u1", 8), ("scales", "u1", 8)],
         lambda b: b["qs"] | unweave(b["qh"], 2, 1).astype(np.uint16) << 8, lambda b: b["signs"],
-        partial(_put_wide, 2), _nibbles, _put_nibbles, QUARTERS,
+        partial(_put_wide, 2), _nibbles, _put_nibbles,
     ),
     "iq3_s": Codebook(
         [D, ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4)],
         lambda b: b["qs"] | unweave(b["qh"], 1, 1).astype(np.uint16) << 8, lambda b: b["signs"],
-        partial(_put_wide, 1), _nibbles, _put_nibbles, ODD,
+        partial(_put_wide, 1), _nibbles, _put_nibbles,
     ),
     "iq1_s": Codebook(
         [D, ("qs", "u1", 32), ("qh", "<u2", 8)],
         lambda b: b["qs"] | (b["qh"][..., None] >> THREES & 7).reshape(*b.shape, 32) << 8,
         lambda b: (b["qh"] >> 15).repeat(4, axis=-1), _put_iq1_s,
-        lambda b: b["qh"] >> 12 & 7, partial(_or_into, "qh", 1, 12), ODD_EIGHTHS,
+        lambda b: b["qh"] >> 12 & 7, partial(_or_into, "qh", 1, 12),
     ),
     "iq1_m": Codebook(
         [("qs", "u1", 32), ("qh", "u1", 16), ("scales", "<u2", 4)],
         lambda b: b["qs"] | (unweave(b["qh"], 4, 1) & 7).astype(np.uint16) << 8, lambda b: unweave(b["qh"], 4, 1) >> 3,
-        _put_iq1_m, lambda b: (b["scales"][..., None] >> THREES & 7).reshape(*b.shape, 16), _put_scales_of_iq1_m, ODD_EIGHTHS,
+        _put_iq1_m, lambda b: (b["scales"][..., None] >> THREES & 7).reshape(*b.shape, 16), _put_scales_of_iq1_m,
     ),
 }  # fmt: skip
 

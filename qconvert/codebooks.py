@@ -1,4 +1,4 @@
-"""The codebooks of ggml's iq types, as gguf-py has them."""
+"""The codebooks of ggml's iq types, as gguf-py has them, and what else differs among these types."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+
+EVEN = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # of eight signs the last makes their number even, and is not kept
+# the fine level of a sub-block is an odd number of times that
+LEAST = {"iq1_s": 0.125, "iq1_m": 0.125, "iq2_xxs": 0.125, "iq2_xs": 0.125, "iq2_s": 0.125, "iq3_xxs": 0.25, "iq3_s": 1.0}
 
 
 @cache

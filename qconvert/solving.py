@@ -21,7 +21,7 @@ from qconvert.grids import finest, grid_of, kept, lowest, steps_of
 from qconvert.hessians import Factor
 from qconvert.kernels.codebook_feedback import SUPER, book, metrics, with_entries
 from qconvert.kernels.columns import Columns, CpuColumns, Places
-from qconvert.kernels.feedback import INTEGERS, Grid, feed, tiled, untiled
+from qconvert.kernels.feedback import INTEGERS, Grid, tiled, untiled
 from qconvert.kernels.hqq_quants import hqq_codes, hqq_zero_points
 from qconvert.layouts import layout_of
 from qconvert.own_solvers import OF_LATTICES
@@ -211,7 +211,7 @@ class Recover:
 
     def solve(self, scheme: Scheme, x: F32, given: Given) -> QTensor:
         if scheme.name in SCHEMES:
-            q = layout_of(f"gguf.{scheme.name}").unpack(kernels.search(scheme.name, x))
+            q = searched(scheme, x)
         else:
             q = Lsq().solve(scheme, x, given)
         return recover.with_recovered(q, x) if recover.recoverable(scheme) else q
@@ -219,19 +219,23 @@ class Recover:
 
 def entries_fed(scheme: Scheme, x: F32, factor: Factor) -> QTensor:
     """Scales are ggml's search's of each super-block, once the errors of those before it were fed; entries are chosen anew."""
-    (n, k), w, layout = x.shape, tiled(x), layout_of(f"gguf.{scheme.name}")
+    w, found = CpuColumns(x, factor.panels), []
     factors = factor.panels, factor.cost, metrics(factor.panels, factor.cost, book(scheme.name).width)
-    errors, codes, found = np.zeros_like(w), np.zeros(w.shape, np.uint8), []
-    for begin in range(0, k, SUPER):
+    for begin in range(0, x.shape[1], SUPER):
         end = begin + SUPER
-        feed(w, errors, factor.panels, (0, begin), begin, end)
-        importance = np.ascontiguousarray(factor.cost[begin:end])
-        q = layout.unpack(kernels.search(scheme.name, untiled(w[:, begin:end], n, SUPER), importance=importance))
+        w.reach(begin, end)
+        q = searched(scheme, w.rows(begin, end), factor.cost[begin:end])
         d, fine = (tiled(level, 1) for level in q.levels)
-        with_entries(scheme.name, w, errors, factors, d, fine, begin, codes)
-        found.append((q.levels[0], untiled(fine, n, fine.shape[1])))
+        with_entries(scheme.name, w.w, w.errors, factors, d, fine, begin, w.chosen)
+        found.append((q.levels[0], untiled(fine, len(x), fine.shape[1])))
     levels = tuple(np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-    return QTensor(scheme, untiled(codes, n, k).view(np.int8), levels)
+    return QTensor(scheme, w.codes().view(np.int8), levels)
+
+
+def searched(scheme: Scheme, x: F32, importance: F32 | None = None) -> QTensor:
+    """What ggml's search makes of rows in one of its types; importance f32[K]."""
+    some = None if importance is None else np.ascontiguousarray(importance)
+    return layout_of(f"gguf.{scheme.name}").unpack(kernels.search(scheme.name, x, importance=some))
 
 
 def nearest_codes(scheme: Scheme, w: Columns, levels: tuple[F32, ...]) -> QTensor:
@@ -258,9 +262,7 @@ def fitted(scheme: Scheme, w: Columns, importance: F32, columns: tuple[int, int]
     if scheme.name in MINIFLOATS:
         return float_weights.codes_of(scheme, w.rows(begin, end), given.whole, True)[1]
     if scheme.name == "q2_k":  # scales of 4 bits: rounding them afterwards costs more (KL 0.0043, by ggml's search 0.0026)
-        layout = layout_of(f"gguf.{scheme.name}")
-        some = np.ascontiguousarray(importance[begin:end])
-        return layout.unpack(kernels.search(scheme.name, w.rows(begin, end), importance=some)).levels
+        return searched(scheme, w.rows(begin, end), importance[begin:end]).levels
     where = importance, begin // group, (end - begin) // group
     roles = {level.role for level in scheme.levels}
     if roles == {"scale"}:

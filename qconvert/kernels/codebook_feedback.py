@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qconvert.codebooks import entries
+from qconvert.codebooks import EVEN, LEAST, entries
 from qconvert.kernels.cholesky import PANEL
 from qconvert.kernels.feedback import ROWS, fed
 from qconvert.kernels.lanes import choose, count, load, ones, scratch, select, splat, spread, store, to_int
@@ -24,10 +24,8 @@ from qconvert.scheme import F32, Bytes
 F = np.float32
 I32 = npt.NDArray[np.int32]
 SUPER = 256  # columns under one f16 scale
-EVEN = ("iq2_xxs", "iq2_xs", "iq3_xxs")  # of eight signs the last is not kept: their number is even
 BY_GROUP, BY_SUB_BLOCK = 1, 2
 SHIFTED = {"iq1_m": BY_GROUP, "iq1_s": BY_SUB_BLOCK}  # an eighth is added to or taken from all weights of it
-LEAST = {"iq3_xxs": 0.25, "iq3_s": 1.0}  # the fine level of a sub-block is an odd number of times that; of others 0.125
 TRIED = np.array([0, -1, 1, -2, 2], F)  # steps from the fine level of ggml's search, which knows of no feedback
 
 
@@ -71,7 +69,7 @@ def with_entries(
     factors: panels and cost of hessians.Factor, metrics of them. d f32[T,1,32], fine f32[T,S,32]: scales of the super-block
     and of its sub-blocks, whose neighbours are tried: fine, errors f32[T,K,32] and w change.
     """
-    b, least = book(name), F(LEAST.get(name, 0.125))
+    b, least = book(name), F(LEAST[name])
     steps = least, least * F(15 if name.startswith("iq1") else 31), 2 * least * TRIED
     flat = (a.reshape(-1) for a in (w, errors, *factors, d, fine))
     kernel = _octets if b.width == 8 else _quartets
@@ -217,7 +215,7 @@ def _with_entries(  # type: ignore[no-untyped-def]
     lanes, W, E, P, D, M, coarse, fine, k, subs, begin, halves, begins, seconds, values, low, high, steps, even, shifted,
     codes, width
 ):  # fmt: skip
-    n, size = count(lanes), SUPER // subs
+    n, size, n_shifts = count(lanes), SUPER // subs, 2 if shifted == BY_SUB_BLOCK else 1
     X, S, A, Q, V = scratch(8 * n), scratch(8 * n), scratch(8 * n), scratch(64 * n), scratch(8 * n)
     costs, more, chosen = scratch((begins.size - 1) * n), scratch((begins.size - 1) * n), np.empty(n, np.int32)
     before, best_codes, best_errors, now = scratch(size * n), scratch(size * n), scratch(size * n), scratch(size * n)
@@ -235,10 +233,10 @@ def _with_entries(  # type: ignore[no-untyped-def]
                     store(before, i * n, load(lanes, W, row + (first + i) * ROWS))
                 given, best = load(lanes, fine, level_at), splat(lanes, F(np.inf))
                 found = given
-                for turn in range(steps.size * (2 if shifted == BY_SUB_BLOCK else 1)):
+                for turn in range(steps.size * n_shifts):
                     if shifted == BY_SUB_BLOCK:
                         shifts = both[turn % 2 : turn % 2 + 1]
-                    level = given + steps[turn // (2 if shifted == BY_SUB_BLOCK else 1)]
+                    level = given + steps[turn // n_shifts]
                     scale, total, odd = d * level, splat(lanes, F(0)), to_int(splat(lanes, F(0)))
                     for i in range(size):
                         store(W, row + (first + i) * ROWS, load(lanes, before, i * n))
