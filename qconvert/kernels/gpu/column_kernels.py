@@ -42,6 +42,13 @@ def rows_of(n, LANES: tl.constexpr):
 
 
 @triton.jit
+def picked(chosen, v):
+    """What v [M,LANES] has in the one chosen row of each lane, 0 where there is none; [LANES]."""
+    bits = tl.where(chosen, v.to(tl.int32, bitcast=True), 0)  # as integers, so that -0 stays what it is
+    return sums(bits, 0).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def factors_at(c):
     """Where panels have the factors of columns c: row j is 8 j further on."""
     p = c // PANEL
@@ -104,8 +111,7 @@ def sweep(
     v = tl.load(w + c[:, None] * n + row[None, :], mask=(c < end)[:, None] & inside[None, :], other=0)
     factors = panels + factors_at(c)
     for j in range(begin, end):
-        bits = tl.where((c == j)[:, None], v.to(tl.int32, bitcast=True), 0)  # as integers, so that -0 stays what it is
-        x = sums(bits, 0).to(tl.int32).to(tl.float32, bitcast=True)
+        x = picked((c == j)[:, None], v)
         level = tl.load(groups + j - begin) * n + row
         scale = tl.load(scales + level, mask=inside, other=0)
         offset = tl.load(offsets + level, mask=inside, other=0)
@@ -134,12 +140,12 @@ def nearest_codes(
 
 
 @triton.jit
-def groups_of(n, n_groups, first, group, LANES: tl.constexpr):
-    """[1,LANES] of row after row, group after group from `first` on: where they store, whether they are any, each one's first
-    column and its first weight."""
+def groups_of(w, importance, n, n_groups, first, group, LANES: tl.constexpr):
+    """[1,LANES] of row after row, group after group from `first` on: where they store, whether they are any, where each one's
+    weights begin and their importance."""
     lane = (tl.program_id(0) * LANES + tl.arange(0, LANES))[None, :]
     column = (first + lane // n) * group
-    return lane, lane < n * n_groups, column, column * n + lane % n
+    return lane, lane < n * n_groups, w + (column * n + lane % n), importance + column
 
 
 @triton.jit
@@ -157,8 +163,8 @@ def extent_of(w, n, inside, group):
 @triton.jit
 def extremes(w, lows, highs, n, n_groups, group, LANES: tl.constexpr):
     """Of each group; zeros are +0."""
-    lane, inside, _, at = groups_of(n, n_groups, 0, group, LANES)
-    least, greatest = extent_of(w + at, n, inside, group)
+    lane, inside, x_at, _ = groups_of(w, w, n, n_groups, 0, group, LANES)
+    least, greatest = extent_of(x_at, n, inside, group)
     tl.store(lows + lane, least + 0.0, mask=inside)
     tl.store(highs + lane, greatest + 0.0, mask=inside)
 
@@ -171,13 +177,6 @@ def first_best(explained, N: tl.constexpr, TRIES: tl.constexpr):
     most = tl.reduce(explained, 0, larger)[None, :]
     first = tl.reduce(tl.where((explained == most) & (most > 0), place, TRIES), 0, smaller)
     return place == first[None, :], most
-
-
-@triton.jit
-def picked(chosen, v):
-    """What v [TRIES,LANES] has in the one chosen row of each lane, 0 where there is none."""
-    bits = tl.where(chosen, v.to(tl.int32, bitcast=True), 0)  # as integers, so that -0 stays what it is
-    return sums(bits, 0).to(tl.int32).to(tl.float32, bitcast=True)[None, :]
 
 
 @triton.jit
@@ -202,9 +201,7 @@ def fit_scales(
     N: tl.constexpr, TRIES: tl.constexpr, TURNS: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of groups from `first` on. starts f32[TRIES], of which N count: where the grid has the peak."""
-    lane, inside, column, at = groups_of(n, n_groups, first, group, LANES)
-    x_at = w + at
-    weight_at = importance + column
+    lane, inside, x_at, weight_at = groups_of(w, importance, n, n_groups, first, group, LANES)
     peak = tl.full((1, LANES), 0.0, tl.float32)
     for i in range(group):
         x = tl.load(x_at + i * n, mask=inside, other=0)
@@ -213,7 +210,7 @@ def fit_scales(
     s = tl.div_rn(peak + nothing, tl.load(starts + tl.arange(0, TRIES))[:, None] + nothing)
     fit, explained = scales_fit(x_at, weight_at, n, inside, group, s, low, high, table, KIND)
     chosen, best = first_best(explained, N, TRIES)
-    scale = picked(chosen, s * fit)
+    scale = picked(chosen, s * fit)[None, :]
     for _ in range(TURNS):
         refit, gain = scales_fit(x_at, weight_at, n, inside, group, scale, low, high, table, KIND)
         scale = tl.where(gain > best, scale * refit, scale)
@@ -248,9 +245,7 @@ def fit_lines(
     N: tl.constexpr, TRIES: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Of groups from `first` on. Of tries f32[TRIES] N count. steps: in parts of an extent; shifts: the level of its middle."""
-    lane, inside, column, at = groups_of(n, n_groups, first, group, LANES)
-    x_at = w + at
-    weight_at = importance + column
+    lane, inside, x_at, weight_at = groups_of(w, importance, n, n_groups, first, group, LANES)
     least, greatest = extent_of(x_at, n, inside, group)
     middle = (least + greatest) * 0.5
     total = tl.full((1, LANES), 0.0, tl.float32)
@@ -266,8 +261,8 @@ def fit_lines(
     totals = total + tl.full((TRIES, 1), 0.0, tl.float32)
     s, o, explained = lines_fit(x_at, weight_at, n, inside, group, s, o, middle, mean, totals, last)
     chosen, best = first_best(explained, N, TRIES)
-    scale = picked(chosen, s)
-    offset = picked(chosen, o)
+    scale = picked(chosen, s)[None, :]
+    offset = picked(chosen, o)[None, :]
     for _ in range(TURNS):
         rescaled, moved, gain = lines_fit(x_at, weight_at, n, inside, group, scale, offset, middle, mean, total, last)
         scale = tl.where(gain > best, rescaled, scale)
@@ -299,9 +294,7 @@ def fit_zero_points(
     N: tl.constexpr, TRIES: tl.constexpr, TURNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The same where an offset is minus a scale times a code. shifts: from the code that would be nearest."""
-    lane, inside, column, at = groups_of(n, n_groups, first, group, LANES)
-    x_at = w + at
-    weight_at = importance + column
+    lane, inside, x_at, weight_at = groups_of(w, importance, n, n_groups, first, group, LANES)
     least, greatest = extent_of(x_at, n, inside, group)
     least = tl.where(least < 0, least, 0.0)
     greatest = tl.where(greatest > 0, greatest, 0.0)
@@ -314,8 +307,8 @@ def fit_zero_points(
     z = tl.where(z < last, z, last)
     fit, explained = points_fit(x_at, weight_at, n, inside, group, s, z, last)
     chosen, best = first_best(explained, N, TRIES)
-    scale = picked(chosen, fit)
-    zero = picked(chosen, z)
+    scale = picked(chosen, fit)[None, :]
+    zero = picked(chosen, z)[None, :]
     for _ in range(TURNS):
         refit, gain = points_fit(x_at, weight_at, n, inside, group, scale, zero, last)
         scale = tl.where(gain > best, refit, scale)
