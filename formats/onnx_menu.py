@@ -32,8 +32,7 @@ STOCK = ("int4_g32", "uint4_g32", "int4_g128", "int8_g32", "f16")
 
 def menu(graph: Graph, options: Options) -> Menu:
     """Of what is multiplied or gathered; all else is f32."""
-    for each in first_passes(graph, options):
-        graph = each(graph)
+    graph = begun(graph, options)
     matrices, experts, embedding = quantizable(graph), pairs(graph), embedding_of(graph)
     sizes: dict[str, dict[str, int]] = {}
     for name in graph.parameters():
@@ -53,6 +52,13 @@ def menu(graph: Graph, options: Options) -> Menu:
     stock = {t: every for t in STOCK if (every := alike(sizes, t))}
     together = [tuple(experts)] if len(experts) > 1 else []
     return Menu(sizes, stock, together, False, smaller(options))
+
+
+def begun(graph: Graph, options: Options) -> Graph:
+    """After the passes that the types of weights are chosen behind."""
+    for each in first_passes(graph, options):
+        graph = each(graph)
+    return graph
 
 
 def schemes(options: Options, kinds: Sequence[str], k: int) -> list[str]:
@@ -99,8 +105,7 @@ def smaller(options: Options) -> str:
 
 def with_types(graph: Graph, options: Options, types: Mapping[str, str]) -> Options:
     """quant and group are those of experts, as what a QMoE needs depends on them."""
-    for each in first_passes(graph, options):
-        graph = each(graph)
+    graph = begun(graph, options)
     of_experts = scheme_of(next((types[w] for w in pairs(graph) if w in types), ""))
     if of_experts is not None:
         options = replace(options, quant=of_experts.name.partition("_")[0], group=of_experts.block)

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench_onnx import DATA
 from bench_pipeline import work_folder
-from bench_quality import CHUNKS, DOMAINS, LENGTH, SEEN, Domain, Result, data_nbytes, halves, kl, qconvert
+from bench_quality import DOMAINS, LENGTH, SEEN, Domain, Result, data_nbytes, halves, kl, qconvert, tokens_of
 
 THEIRS = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M",
@@ -35,8 +35,6 @@ F16 = ("--token-embedding-type", "f16", "--output-tensor-type", "f16")
 
 
 def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
-    from qconvert.formats.llama_cpp import LlamaCpp
-
     model = f"{DATA / 'models' / 'novels-13m'}+{DATA / 'adapters' / domain.adapter}"
     chosen = [name for name in os.environ.get("CURVE", "").split(",") if name]
     with work_folder() as folder:
@@ -46,9 +44,7 @@ def curve(domain: Domain = DOMAINS[0]) -> Iterator[Result]:
         reference = qconvert(model, "F32", folder / "f32.gguf", *text, "--save-imatrix", str(imatrix))
         qconvert(model, "Q4_K_M", folder / "ours.gguf", *text, "--solver", "gptq", "--save-statistics", str(kept))
         statistics = ["--statistics", str(kept)]
-        with LlamaCpp().open(reference, LENGTH, 2) as opened:
-            ids = opened.tokenize(unseen.read_text("utf-8"), False, False)
-        sequences = [ids[i : i + LENGTH] for i in range(0, min(len(ids) - LENGTH + 1, CHUNKS * LENGTH), LENGTH)]
+        sequences = tokens_of(reference, unseen)
         n, dense = linears(reference)
         sizes: dict[str, int] = {}
 

@@ -68,17 +68,22 @@ def halves(folder: Path, domain: Domain) -> tuple[Path, Path]:
     return parts
 
 
-def equal_bytes(domain: Domain, quants: tuple[str, ...], solvers: tuple[str, ...]) -> Iterator[Result]:
+def tokens_of(reference: Path, unseen: Path) -> list[list[int]]:
+    """CHUNKS sequences of the text, as llama.cpp cuts it."""
     from qconvert.formats.llama_cpp import LlamaCpp
 
+    with LlamaCpp().open(reference, LENGTH, 2) as opened:
+        ids = opened.tokenize(unseen.read_text("utf-8"), False, False)
+    return [ids[i : i + LENGTH] for i in range(0, min(len(ids) - LENGTH + 1, CHUNKS * LENGTH), LENGTH)]
+
+
+def equal_bytes(domain: Domain, quants: tuple[str, ...], solvers: tuple[str, ...]) -> Iterator[Result]:
     model = f"{DATA / 'models' / 'novels-13m'}+{DATA / 'adapters' / domain.adapter}"
     with work_folder() as folder:
         seen, unseen = halves(folder, domain)
         reference = qconvert(model, "F32", folder / "f32.gguf", "--calibrate", str(seen), "--calibrate-tokens", str(SEEN),
                              "--save-imatrix", str(folder / "imatrix.gguf"))  # fmt: skip
-        with LlamaCpp().open(reference, LENGTH, 2) as opened:
-            ids = opened.tokenize(unseen.read_text("utf-8"), False, False)
-        sequences = [ids[i : i + LENGTH] for i in range(0, min(len(ids) - LENGTH + 1, CHUNKS * LENGTH), LENGTH)]
+        sequences = tokens_of(reference, unseen)
         for quant in quants:
             result: Result = {"case": f"KL of {quant}, novels-13m + {domain.adapter}", "tokens": LENGTH * len(sequences)}
             if "LLAMA_CPP_BIN" in os.environ:
